@@ -1,0 +1,1 @@
+"""Adapters: from a folder or the Hub, through validation, into the registry."""

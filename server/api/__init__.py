@@ -1,0 +1,1 @@
+"""The HTTP surface: OpenAI-style routes, adapter and router administration, streaming."""

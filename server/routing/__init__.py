@@ -1,0 +1,1 @@
+"""Routing: gates, the LoRA bank and its maths, and the layers that apply them."""
