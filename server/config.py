@@ -158,7 +158,9 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> ServerCo
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}. Pass --config with the path of an adapters.yaml.") from error
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}. Pass --config with the path of an adapters.yaml."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
@@ -192,7 +194,9 @@ def _refuse_duplicates(config: ServerConfig, origin: str) -> None:
         raise ConfigError(f"{origin}: adapters listed more than once: {', '.join(repeated)}")
     reserved = {"auto", "base", config.base_model.name}
     if shadowing := sorted(reserved.intersection(names)):
-        raise ConfigError(f"{origin}: adapter names must not be 'auto', 'base' or the base model's: {', '.join(shadowing)}")
+        raise ConfigError(
+            f"{origin}: adapter names must not be 'auto', 'base' or the base model's: {', '.join(shadowing)}"
+        )
 
 
 def _explain(problem: Any) -> str:
@@ -206,6 +210,10 @@ def _explain(problem: Any) -> str:
 
 
 def _known_keys(parent: tuple[Any, ...]) -> list[str]:
-    models: dict[str, type[BaseModel]] = {"base_model": BaseModelConfig, "adapters": AdapterSpec, "server": ServerSettings}
+    models: dict[str, type[BaseModel]] = {
+        "base_model": BaseModelConfig,
+        "adapters": AdapterSpec,
+        "server": ServerSettings,
+    }
     model = models[str(parent[0])] if parent else ServerConfig
     return [name for name in model.model_fields if name != "root"]

@@ -29,7 +29,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit per time it was generated."""
     repetition_penalty: float = 1.0
-    """CTRL's penalty (arXiv 1909.05858): divides positive and multiplies negative logits of prompt and output tokens."""
+    """CTRL's (arXiv 1909.05858): divides positive and multiplies negative logits of prompt and output tokens."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token id, bias added to its logit)."""
     max_tokens: int = 16

@@ -54,7 +54,9 @@ def fixed_plan(policy: Policy, weights: Mapping[int, float], digest_of_slot: Map
 
     A pinned request and a weighted one with the single weight 1.0 share a fingerprint: their K/V are equal.
     """
-    kept = tuple(sorted((slot, float(weight)) for slot, weight in weights.items() if weight != 0.0 and slot != BASE_SLOT))
+    kept = tuple(
+        sorted((slot, float(weight)) for slot, weight in weights.items() if weight != 0.0 and slot != BASE_SLOT)
+    )
     if not kept:
         return GatePlan(policy=policy, fingerprint=BASE_PLAN.fingerprint)
     content = sorted(f"{digest_of_slot[slot]}={weight!r}" for slot, weight in kept)
@@ -70,7 +72,10 @@ def routed_plan(
     names every other router setting that changes gates (temperature, gate mode, granularity).
     """
     top_k = min(top_k, len(allowed))
-    content = [f"{settings} k={top_k}", *sorted(f"{digest}:{row_digest_of_slot[slot]}" for slot, digest in allowed.items())]
+    content = [
+        f"{settings} k={top_k}",
+        *sorted(f"{digest}:{row_digest_of_slot[slot]}" for slot, digest in allowed.items()),
+    ]
     return GatePlan(
         policy=Policy.ROUTED,
         fingerprint=_digest("routed", content),

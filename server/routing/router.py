@@ -1,0 +1,183 @@
+"""Routers at rest and in memory: the artefact folder (design section 3.5), and gate rows laid out by slot.
+
+The artefact is the only thing `router_training` hands to the server. Gate rows belong to adapter digests, not to
+positions or names; `RouterBank` places them into slots.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from server.errors import RouterArtefactError
+from server.routing.bank import ProjectionInfo
+
+FORMAT_VERSION = 1
+JSON_NAME = "router.json"
+TENSORS_NAME = "router.safetensors"
+Granularity = Literal["layer", "projection"]
+
+
+def gate_key(granularity: Granularity, info: ProjectionInfo) -> str:
+    """Name of the gate that decides for a projection: its layer's, or its own."""
+    return f"layer.{info.layer}" if granularity == "layer" else info.name
+
+
+@dataclass(frozen=True)
+class ArtefactAdapter:
+    """One adapter a router has a gate row for. The null expert has the digest `base` (`policy.BASE_DIGEST`)."""
+
+    name: str
+    digest: str
+    source: str = ""
+    revision: str | None = None
+    rank: int = 0
+    targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class RouterArtefact:
+    """A trained router: one gate row per adapter and gate, and the record of how it came about."""
+
+    base_model: str
+    hidden_size: int
+    num_layers: int
+    granularity: Granularity
+    top_k: int
+    temperature: float
+    adapters: tuple[ArtefactAdapter, ...]
+    rows: Mapping[str, Tensor]
+    """gate key -> (len(adapters), d) float32, rows in the order of `adapters`."""
+    gate_mode: str = "convex"
+    """`convex`: the kept gates sum to 1. The only mode of format version 1."""
+    background: Mapping[str, Tensor] = field(default_factory=dict)
+    """Statistics of the router's training inputs: `mean/<gate key>` and `var/<gate key>`, (d,) float32."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Loss, coefficients, sign, data digest, seed, metrics; for people and reports, never read by the server."""
+
+    def row_digests(self) -> dict[str, str]:
+        """adapter digest -> sha256 over its gate rows in key order; part of prefix-cache fingerprints."""
+        digests = {}
+        for index, adapter in enumerate(self.adapters):
+            sha = hashlib.sha256()
+            for key in sorted(self.rows):
+                sha.update(key.encode())
+                sha.update(self.rows[key][index].contiguous().numpy().tobytes())
+            digests[adapter.digest] = sha.hexdigest()
+        return digests
+
+    @property
+    def settings(self) -> str:
+        """Every setting besides rows and top_k that changes gates, as a stable string."""
+        return f"{self.granularity} {self.gate_mode} temperature={self.temperature!r}"
+
+
+def save_artefact(artefact: RouterArtefact, folder: Path) -> None:
+    """Write `router.json` and `router.safetensors`; equal artefacts give equal bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"gate/{key}": rows for key, rows in artefact.rows.items()}
+    tensors |= {f"background/{key}": value for key, value in artefact.background.items()}
+    save_file({key: tensors[key].float().contiguous() for key in sorted(tensors)}, folder / TENSORS_NAME)
+    record = {
+        "format_version": FORMAT_VERSION,
+        "base_model": {
+            "name": artefact.base_model,
+            "hidden_size": artefact.hidden_size,
+            "num_layers": artefact.num_layers,
+        },
+        "granularity": artefact.granularity,
+        "top_k": artefact.top_k,
+        "temperature": artefact.temperature,
+        "gate_mode": artefact.gate_mode,
+        "adapters": [asdict(adapter) for adapter in artefact.adapters],
+        "training": artefact.training,
+    }
+    text = json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / JSON_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def load_artefact(folder: Path) -> RouterArtefact:
+    """Read an artefact folder. Raises RouterArtefactError that names the file and what is wrong with it."""
+    try:
+        record = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
+        tensors = load_file(folder / TENSORS_NAME)
+    except OSError as error:
+        raise RouterArtefactError(
+            f"no router artefact in {folder}: cannot read {error.filename or TENSORS_NAME}; "
+            f"it must hold {JSON_NAME} and {TENSORS_NAME}"
+        ) from error
+    except (ValueError, SafetensorError) as error:
+        raise RouterArtefactError(f"router artefact in {folder} is damaged: {error}") from error
+    version = record.get("format_version") if isinstance(record, dict) else None
+    if version != FORMAT_VERSION:
+        raise RouterArtefactError(
+            f"{folder / JSON_NAME} has format_version {version!r}; this server reads {FORMAT_VERSION}"
+        )
+    try:
+        artefact = _parse(record, tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RouterArtefactError(
+            f"{folder / JSON_NAME} is not a router record: {type(error).__name__} {error}"
+        ) from error
+    _check(artefact, folder)
+    return artefact
+
+
+def _parse(record: dict[str, Any], tensors: dict[str, Tensor]) -> RouterArtefact:
+    base = record["base_model"]
+    return RouterArtefact(
+        base_model=str(base["name"]),
+        hidden_size=int(base["hidden_size"]),
+        num_layers=int(base["num_layers"]),
+        granularity=record["granularity"],
+        top_k=int(record["top_k"]),
+        temperature=float(record["temperature"]),
+        gate_mode=str(record["gate_mode"]),
+        adapters=tuple(
+            ArtefactAdapter(**{**adapter, "targets": tuple(adapter.get("targets", ()))})
+            for adapter in record["adapters"]
+        ),
+        rows={key.removeprefix("gate/"): value for key, value in tensors.items() if key.startswith("gate/")},
+        background={
+            key.removeprefix("background/"): value for key, value in tensors.items() if key.startswith("background/")
+        },
+        training=record.get("training", {}),
+    )
+
+
+def _check(artefact: RouterArtefact, folder: Path) -> None:
+    problems = []
+    if artefact.granularity not in ("layer", "projection"):
+        problems.append(f"granularity {artefact.granularity!r} is neither 'layer' nor 'projection'")
+    if artefact.gate_mode != "convex":
+        problems.append(f"gate_mode {artefact.gate_mode!r} is not supported; this server knows 'convex'")
+    if not artefact.adapters:
+        problems.append("it lists no adapters")
+    if not 1 <= artefact.top_k <= max(1, len(artefact.adapters)):
+        problems.append(f"top_k {artefact.top_k} is outside 1..{len(artefact.adapters)}")
+    if not 0 < artefact.temperature < float("inf"):
+        problems.append(f"temperature {artefact.temperature} is not a positive number")
+    digests = [adapter.digest for adapter in artefact.adapters]
+    problems += [
+        f"adapter digest {digest} is listed twice" for digest in sorted({d for d in digests if digests.count(d) > 1})
+    ]
+    if not artefact.rows:
+        problems.append(f"{TENSORS_NAME} holds no gate rows")
+    for key, rows in artefact.rows.items():
+        if rows.dtype is not torch.float32 or rows.ndim != 2 or rows.shape[0] != len(artefact.adapters):
+            problems.append(
+                f"gate {key!r} is {rows.dtype} {tuple(rows.shape)}, not float32 ({len(artefact.adapters)}, d)"
+            )
+        elif not torch.isfinite(rows).all():
+            problems.append(f"gate {key!r} has non-finite values")
+        elif artefact.granularity == "layer" and rows.shape[1] != artefact.hidden_size:
+            problems.append(f"gate {key!r} has width {rows.shape[1]}, not hidden_size {artefact.hidden_size}")
+    if problems:
+        raise RouterArtefactError(f"router artefact in {folder}: " + "; ".join(problems))

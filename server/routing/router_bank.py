@@ -1,0 +1,101 @@
+"""Routers in memory: gate rows of each loaded artefact laid out by slot, one generation per artefact load.
+
+A hot swap adds a generation; requests keep the one they were admitted under, and it is dropped after the last of them.
+Staging is pure and may run on any thread; `publish` belongs to the thread that runs the model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from server.errors import RouterArtefactError
+from server.routing.bank import ProjectionInfo
+from server.routing.policy import BASE_DIGEST, BASE_SLOT
+from server.routing.router import Granularity, RouterArtefact, gate_key
+
+
+@dataclass(frozen=True, eq=False)
+class RouterGeneration:
+    """One loaded router. Slots without a gate row have zero rows and must never be allowed."""
+
+    id: int
+    granularity: Granularity
+    temperature: float
+    rows: Mapping[str, Tensor]
+    """gate key -> (E, d) float32."""
+    slots: frozenset[int]
+    """Slots that have a gate row; holds `BASE_SLOT` when the router has a null expert."""
+    artefact: RouterArtefact
+    row_digest_of_slot: Mapping[int, str] = field(default_factory=dict)
+
+    def key(self, info: ProjectionInfo) -> str:
+        """Which gate decides for this projection."""
+        return gate_key(self.granularity, info)
+
+    def covers(self, info: ProjectionInfo) -> bool:
+        """Whether a gate decides for this projection; where none does, routed tokens stay on the base."""
+        return self.key(info) in self.rows
+
+
+def check_base(artefact: RouterArtefact, *, base_model: str, hidden_size: int, num_layers: int) -> None:
+    """Refuse an artefact trained for another base model. Raises RouterArtefactError naming each difference."""
+    expected = {"base model": base_model, "hidden size": hidden_size, "number of layers": num_layers}
+    found = {
+        "base model": artefact.base_model,
+        "hidden size": artefact.hidden_size,
+        "number of layers": artefact.num_layers,
+    }
+    differences = [
+        f"{what} {found[what]!r}, this server has {expected[what]!r}"
+        for what in expected
+        if found[what] != expected[what]
+    ]
+    if differences:
+        raise RouterArtefactError("the router was trained for another base: " + "; ".join(differences))
+
+
+class RouterBank:
+    """Owner of the loaded generations. `generations` is replaced as a whole, never changed in place."""
+
+    def __init__(self, *, num_slots: int, device: torch.device) -> None:
+        self.num_slots = num_slots
+        self.device = device
+        self.generations: Mapping[int, RouterGeneration] = MappingProxyType({})
+
+    def stage(
+        self, generation_id: int, artefact: RouterArtefact, slot_of_digest: Mapping[str, int]
+    ) -> RouterGeneration:
+        """Lay out an artefact's rows by slot. Adapters of the artefact that hold no slot are left out.
+
+        Compare `check_base` first. The null expert's row goes to the base slot.
+        """
+        slots = {**slot_of_digest, BASE_DIGEST: BASE_SLOT}
+        placed = [(index, slots[a.digest]) for index, a in enumerate(artefact.adapters) if a.digest in slots]
+        rows = {}
+        for key, values in artefact.rows.items():
+            by_slot = torch.zeros(self.num_slots, values.shape[1])
+            for index, slot in placed:
+                by_slot[slot] = values[index]
+            rows[key] = by_slot.to(self.device)
+        row_digests = artefact.row_digests()
+        return RouterGeneration(
+            id=generation_id,
+            granularity=artefact.granularity,
+            temperature=artefact.temperature,
+            rows=rows,
+            slots=frozenset(slot for _, slot in placed),
+            artefact=artefact,
+            row_digest_of_slot={slot: row_digests[artefact.adapters[index].digest] for index, slot in placed},
+        )
+
+    def publish(self, generation: RouterGeneration) -> None:
+        """Add or replace one generation. Only between two steps, on the thread that runs the model."""
+        self.generations = MappingProxyType({**self.generations, generation.id: generation})
+
+    def drop(self, generation_id: int) -> None:
+        """Remove a generation that no request holds any more. Same thread as `publish`."""
+        kept = {key: value for key, value in self.generations.items() if key != generation_id}
+        self.generations = MappingProxyType(kept)
