@@ -91,7 +91,10 @@ class TokenRouting(NamedTuple):
 
 
 class Lease(Protocol):
-    """What keeps a request's roster alive. `release` is called exactly once, on the engine thread."""
+    """What keeps a request's roster alive. `release` is called exactly once and must not raise.
+
+    On the engine thread, except for a request that `AsyncEngine.submit` refuses: then on the caller's thread.
+    """
 
     def release(self) -> None: ...
 
@@ -132,6 +135,8 @@ class StepOutput(NamedTuple):
     routing: TokenRouting | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """For the prompt positions computed this step: logprobs of the *next* prompt token at each."""
+    error: str | None = None
+    """Why this row alone must end with FinishReason.ERROR, e.g. non-finite logits; its batch mates go on."""
 
 
 @dataclass(eq=False)
@@ -158,6 +163,8 @@ class Sequence:
     num_computed_tokens: int = 0
     """Tokens whose K/V stand in `block_table`; the rest is to be scheduled."""
     num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    """How often its blocks were taken away; its K/V is computed anew after each."""
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained content hashes of the full blocks of prompt + output, filled lazily by the block pool's user."""
@@ -172,6 +179,14 @@ class Sequence:
     def token_ids(self) -> list[int]:
         """Prompt and output so far."""
         return self.prompt_token_ids + self.output_token_ids
+
+    def tokens_between(self, start: int, stop: int) -> list[int]:
+        """Tokens at positions start..stop-1 of prompt and output, without copying the rest."""
+        num_prompt = len(self.prompt_token_ids)
+        if stop <= num_prompt:
+            return self.prompt_token_ids[start:stop]
+        outputs = self.output_token_ids[max(0, start - num_prompt) : stop - num_prompt]
+        return self.prompt_token_ids[start:] + outputs
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -211,6 +226,10 @@ class ScheduledBatch:
     """What one step computes. Block tables already cover the scheduled tokens."""
 
     rows: tuple[ScheduledSequence, ...]
+    num_preempted: int = 0
+    """Sequences that lost their blocks while this batch was put together."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that sequences admitted for the first time took from the prefix cache."""
 
     @property
     def num_tokens(self) -> int:

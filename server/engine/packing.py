@@ -1,0 +1,128 @@
+"""From a scheduled batch to the tensors of one step: packed tokens, cache slots, block tables and plans.
+
+Shapes are padded to buckets, so that few ever run. Knows sequences and blocks; runs no model.
+"""
+
+from collections.abc import Sequence as List
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from server.engine.sequence import ScheduledBatch, ScheduledSequence, Sequence
+from server.model.attention import AttentionBatch, PrefillRow
+from server.model.kv_cache import SCRATCH_BLOCK
+from server.routing.policy import BASE_PLAN, GatePlan
+
+TOKEN_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+"""Packed batches are padded to one of these sizes, then to multiples of 64, so that few shapes ever run."""
+CONTEXT_BUCKET_TOKENS = 64
+"""Decode context is padded to multiples of this many tokens, for the same reason."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """The tensors of one step. Decode rows come first, then prefill rows, then padding."""
+
+    rows: tuple[ScheduledSequence, ...]
+    order: tuple[int, ...]
+    """Index into the scheduled batch of each entry of `rows`."""
+    input_ids: Tensor  # (1, T)
+    positions: Tensor  # (1, T)
+    attention: AttentionBatch
+    plans: tuple[GatePlan, ...]
+    """Distinct plans, the base plan of padding included."""
+    plan_of_token: Tensor  # (T,)
+    starts: tuple[int, ...]
+    """First token of each row."""
+    num_tokens: int
+    """Real tokens, padding left out."""
+
+
+class BatchPacker:
+    """Builds a `PackedBatch` from a `ScheduledBatch`."""
+
+    def __init__(self, *, block_size: int, device: torch.device) -> None:
+        self._block_size = block_size
+        self._device = device
+
+    def pack(self, batch: ScheduledBatch) -> PackedBatch:
+        """Tensors of one step."""
+        order = tuple(sorted(range(len(batch.rows)), key=lambda i: batch.rows[i].num_tokens > 1))
+        rows = tuple(batch.rows[i] for i in order)
+        num_tokens = batch.num_tokens
+        padding = pad_tokens(num_tokens) - num_tokens
+        ids: list[int] = []
+        positions: list[int] = []
+        starts: list[int] = []
+        for row in rows:
+            begin = row.sequence.num_computed_tokens
+            starts.append(len(ids))
+            ids += token_slice(row.sequence, begin, begin + row.num_tokens)
+            positions += range(begin, begin + row.num_tokens)
+        plans = tuple(dict.fromkeys([row.sequence.plan for row in rows] + [BASE_PLAN]))
+        index = {plan: i for i, plan in enumerate(plans)}
+        counts = torch.tensor([*(row.num_tokens for row in rows), padding])
+        plan_rows = torch.tensor([*(index[row.sequence.plan] for row in rows), index[BASE_PLAN]])
+        return PackedBatch(
+            rows=rows,
+            order=order,
+            input_ids=self._tensor(ids + [0] * padding)[None],
+            positions=self._tensor(positions + [0] * padding)[None],
+            attention=self._attention_batch(rows, starts, padding),
+            plans=plans,
+            plan_of_token=plan_rows.repeat_interleave(counts).to(self._device),
+            starts=tuple(starts),
+            num_tokens=num_tokens,
+        )
+
+    def _attention_batch(self, rows: List[ScheduledSequence], starts: List[int], padding: int) -> AttentionBatch:
+        size = self._block_size
+        slots: list[int] = []
+        prefills = []
+        decoding: list[ScheduledSequence] = []
+        for row, start in zip(rows, starts, strict=True):
+            table, begin = row.sequence.block_table, row.sequence.num_computed_tokens
+            end = begin + row.num_tokens
+            slots += [table[position // size] * size + position % size for position in range(begin, end)]
+            if row.num_tokens == 1:
+                decoding.append(row)
+            else:
+                blocks = self._tensor(table[: -(-end // size)])
+                prefills.append(PrefillRow(start, row.num_tokens, end, blocks))
+        lengths = [row.sequence.num_computed_tokens + 1 for row in decoding]
+        # A batch of decode rows alone keeps its padding inside the decode group: one shape per bucket.
+        lengths += [1] * (padding if not prefills else 0)
+        context = -(-max(lengths, default=0) // CONTEXT_BUCKET_TOKENS) * CONTEXT_BUCKET_TOKENS
+        blocks_wide = -(-context // size)
+        tables = [
+            row.sequence.block_table[: -(-length // size)] for row, length in zip(decoding, lengths, strict=False)
+        ]
+        tables += [[]] * (len(lengths) - len(tables))
+        return AttentionBatch(
+            slots=self._tensor(slots + [0] * padding),
+            decode_blocks=self._tensor([table + [SCRATCH_BLOCK] * (blocks_wide - len(table)) for table in tables]).view(
+                len(lengths), blocks_wide
+            ),
+            decode_lengths=self._tensor(lengths),
+            prefills=prefills,
+        )
+
+    def _tensor(self, values: List[int] | List[List[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+def pad_tokens(num_tokens: int) -> int:
+    """Smallest bucket that holds `num_tokens`."""
+    for bucket in TOKEN_BUCKETS:
+        if num_tokens <= bucket:
+            return bucket
+    return -(-num_tokens // TOKEN_BUCKETS[-1]) * TOKEN_BUCKETS[-1]
+
+
+def token_slice(sequence: Sequence, start: int, stop: int) -> list[int]:
+    """Tokens start..stop of prompt and output, without joining the two lists."""
+    num_prompt = sequence.num_prompt_tokens
+    if start >= num_prompt:
+        return sequence.output_token_ids[start - num_prompt : stop - num_prompt]
+    return sequence.prompt_token_ids[start:stop] + sequence.output_token_ids[: max(0, stop - num_prompt)]
