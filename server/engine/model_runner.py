@@ -125,7 +125,7 @@ class ModelRunner:
         else:
             token = packed.starts[index] + row.num_tokens - 1
             share = _pairs(gates.share[token])
-            layers = [_pairs(layer[token]) for layer in gates.layer_gates]
+            layers = [_pairs(layer[token]) for layer in gates.layer_gates(row.sequence.plan.router_generation)]
         if level is not TraceLevel.LAYERS:
             return TokenRouting(share)
         return TokenRouting(share, tuple(layers) or (share,) * self._routed.num_layers)

@@ -83,7 +83,9 @@ def detach_routing(routed: RoutedModel) -> None:
 
 
 def _decoder_layers(model: nn.Module) -> str:
-    lists = [(len(module), name) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    lists: list[tuple[int, str]] = [
+        (len(module), name) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
+    ]
     if not lists:
         raise ValueError(f"{type(model).__name__} has no list of decoder layers")
     return max(lists, key=lambda entry: entry[0])[1]

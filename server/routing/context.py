@@ -6,7 +6,6 @@ forward pass. `GateBatch` turns gate plans into gates. Knows slots and plans, no
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -46,66 +45,73 @@ class RoutingContext:
             self.batch = None
 
 
-@dataclass(frozen=True, eq=False)
 class RoutedGroup:
-    """The tokens of a batch that one router generation decides for."""
+    """The tokens of a batch that one router generation decides for, and their gates as the layers ask for them."""
 
-    generation: RouterGeneration
-    allowed: Tensor
-    """(T, E) bool; rows of other tokens are all False."""
-    top_k: Tensor
-    """(T,) int64."""
-
-
-class GateBatch:
-    """Gates of a mixed batch: fixed rows for base, pinned and weighted tokens, router rows for routed ones.
-
-    Collects the mean gate share of every token over the gated layers (or projections) on the way.
-    """
-
-    def __init__(
-        self, bank: BankSnapshot, fixed: Tensor, groups: Sequence[RoutedGroup], *, collect_layers: bool = False
-    ) -> None:
-        self.bank = bank
-        self._fixed = fixed  # (T, E) float32
-        self._groups = groups
+    def __init__(self, generation: RouterGeneration, allowed: Tensor, top_k: Tensor, *, collect_layers: bool) -> None:
+        self.generation = generation
+        self._allowed = allowed  # (T, E) bool; rows of other tokens are all False
+        self._top_k = top_k  # (T,) int64
         self._collect_layers = collect_layers
-        self._is_per_layer = all(group.generation.granularity == "layer" for group in groups)
         self._layer = -1
-        self._layer_gates = fixed
-        self._share = torch.zeros_like(fixed)
-        self._num_gated = 0
+        self._layer_gates: Tensor | None = None
+        self._total = torch.zeros(allowed.shape, device=allowed.device)
+        self._num_gates = 0
         self.layer_gates: list[Tensor] = []
         """Gates (T, E) of every gated layer or projection in order of computation, when asked for."""
 
-    def gates(self, info: ProjectionInfo, tokens: Tensor) -> Tensor:
-        """See `RoutingBatch`. The first projection called in a layer provides the input of a per-layer router."""
-        if not self._groups:
-            return self._fixed
-        if self._is_per_layer and info.layer == self._layer:
+    def gates(self, info: ProjectionInfo, tokens: Tensor) -> Tensor | None:
+        """Gates (T, E), zero for tokens of other groups; None where this router has no gate.
+
+        A per-layer router reads the first projection called in a layer; the others of the layer reuse its gates.
+        """
+        is_per_layer = self.generation.granularity == "layer"
+        if is_per_layer and info.layer == self._layer:
             return self._layer_gates
-        gates = self._fixed
-        for group in self._groups:
-            if (rows := self._rows(group.generation, info)) is not None:
-                logits = F.linear(tokens.float(), rows)  # (T, E)
-                gates = gates + ops.top_k_gates(logits, group.allowed, group.top_k, group.generation.temperature)
+        gates = None
+        if (rows := self.generation.rows.get(self.generation.key(info))) is not None:
+            logits = F.linear(tokens.float(), rows)  # (T, E)
+            gates = ops.top_k_gates(logits, self._allowed, self._top_k, self.generation.temperature)
+            self._total += gates
+            self._num_gates += 1
+            if self._collect_layers:
+                self.layer_gates.append(gates)
         self._layer, self._layer_gates = info.layer, gates
-        self._collect(gates)
         return gates
 
     @property
     def share(self) -> Tensor:
-        """(T, E) float32: gate weights averaged over the gated layers."""
-        return self._share / self._num_gated if self._num_gated else self._fixed
+        """(T, E) float32: gate weights averaged over the gated layers (or projections)."""
+        return self._total / max(1, self._num_gates)
 
-    def _rows(self, generation: RouterGeneration, info: ProjectionInfo) -> Tensor | None:
-        return generation.rows.get(generation.key(info))
 
-    def _collect(self, gates: Tensor) -> None:
-        self._share += gates
-        self._num_gated += 1
-        if self._collect_layers:
-            self.layer_gates.append(gates)
+class GateBatch:
+    """Gates of a mixed batch: fixed rows for base, pinned and weighted tokens, router rows for routed ones."""
+
+    def __init__(self, bank: BankSnapshot, fixed: Tensor, groups: Sequence[RoutedGroup]) -> None:
+        self.bank = bank
+        self._fixed = fixed  # (T, E) float32
+        self._groups = groups
+
+    def gates(self, info: ProjectionInfo, tokens: Tensor) -> Tensor:
+        """See `RoutingBatch`."""
+        gates = self._fixed
+        for group in self._groups:
+            if (routed := group.gates(info, tokens)) is not None:
+                gates = gates + routed
+        return gates
+
+    @property
+    def share(self) -> Tensor:
+        """(T, E) float32: each token's gate weights, for routed tokens averaged over the gated layers."""
+        share = self._fixed
+        for group in self._groups:
+            share = share + group.share
+        return share
+
+    def layer_gates(self, generation: int | None) -> list[Tensor]:
+        """Collected gates (T, E) per gated layer of one router generation; empty for fixed policies."""
+        return [gates for group in self._groups if group.generation.id == generation for gates in group.layer_gates]
 
 
 def build_gate_batch(
@@ -135,9 +141,10 @@ def build_gate_batch(
                 routers.generations[generation],
                 allowed.to(device).index_select(0, plan_of_token),
                 top_k.to(device).index_select(0, plan_of_token),
+                collect_layers=collect_layers,
             )
         )
-    return GateBatch(bank, fixed.to(device).index_select(0, plan_of_token), groups, collect_layers=collect_layers)
+    return GateBatch(bank, fixed.to(device).index_select(0, plan_of_token), groups)
 
 
 def _routed_rows(plans: Sequence[GatePlan], generation: int, num_slots: int) -> tuple[Tensor, Tensor]:

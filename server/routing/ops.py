@@ -82,4 +82,5 @@ def lora_delta_reference(x: Tensor, a: Tensor, b: Tensor, owner: Tensor, gates: 
 
 def gate_entropy(gates: Tensor) -> Tensor:
     """Entropy of each row in nats, (T,) float32; 0 for a row with one non-zero entry."""
-    return torch.special.entr(gates.float()).sum(dim=-1)
+    entropy: Tensor = torch.special.entr(gates.float()).sum(dim=-1)
+    return entropy

@@ -1,0 +1,147 @@
+"""Artefacts at rest: exact round trips, refusals by name, rows by slot."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from server.errors import RouterArtefactError
+from server.routing.bank import ProjectionInfo
+from server.routing.router import ArtefactAdapter, RouterArtefact, load_artefact, save_artefact
+from server.routing.router_bank import RouterBank, check_base
+
+
+def make_artefact(**changes: Any) -> RouterArtefact:
+    generator = torch.Generator().manual_seed(0)
+    artefact = RouterArtefact(
+        base_model="tiny/llama",
+        hidden_size=16,
+        num_layers=2,
+        granularity="layer",
+        top_k=2,
+        temperature=0.7,
+        adapters=(
+            ArtefactAdapter("maths", "d1", "folder", None, 8, ("q_proj",)),
+            ArtefactAdapter("code", "d2"),
+            ArtefactAdapter("base", "base"),
+        ),
+        rows={f"layer.{layer}": torch.randn(3, 16, generator=generator) for layer in range(2)},
+        background={"mean/layer.0": torch.randn(16, generator=generator)},
+        training={"alpha": 0.01, "note": "naïve"},
+    )
+    return replace(artefact, **changes)
+
+
+def test_save_and_load_is_exact(tmp_path: Path) -> None:
+    artefact = make_artefact()
+    save_artefact(artefact, tmp_path)
+    loaded = load_artefact(tmp_path)
+    for name in ("base_model", "granularity", "top_k", "temperature", "adapters", "gate_mode", "training"):
+        assert getattr(loaded, name) == getattr(artefact, name)
+    for key, rows in artefact.rows.items():
+        assert torch.equal(loaded.rows[key], rows)
+    assert torch.equal(loaded.background["mean/layer.0"], artefact.background["mean/layer.0"])
+    assert loaded.row_digests() == artefact.row_digests()
+
+
+def test_equal_artefacts_have_equal_bytes(tmp_path: Path) -> None:
+    reordered = replace(make_artefact(), rows=dict(reversed(list(make_artefact().rows.items()))))
+    save_artefact(make_artefact(), tmp_path / "one")
+    save_artefact(reordered, tmp_path / "two")
+    for name in ("router.json", "router.safetensors"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RouterArtefactError, match=r"no router artefact in .*nowhere"):
+        load_artefact(tmp_path / "nowhere")
+
+
+def test_a_truncated_tensor_file_is_refused(tmp_path: Path) -> None:
+    save_artefact(make_artefact(), tmp_path)
+    file = tmp_path / "router.safetensors"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(RouterArtefactError, match="damaged"):
+        load_artefact(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format_version": 99}', '{"format_version": 1}'])
+def test_a_json_that_is_no_router_record_is_refused(tmp_path: Path, text: str) -> None:
+    save_artefact(make_artefact(), tmp_path)
+    (tmp_path / "router.json").write_text(text)
+    with pytest.raises(RouterArtefactError):
+        load_artefact(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"granularity": "token"}, "granularity 'token'"),
+        ({"gate_mode": "unit"}, "gate_mode 'unit'"),
+        ({"top_k": 4}, r"top_k 4 is outside 1\.\.3"),
+        ({"temperature": 0.0}, "temperature"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    save_artefact(make_artefact(), tmp_path)
+    record = json.loads((tmp_path / "router.json").read_text())
+    (tmp_path / "router.json").write_text(json.dumps(record | change))
+    with pytest.raises(RouterArtefactError, match=message):
+        load_artefact(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.zeros(2, 16), "not float32"),
+        (torch.zeros(3, 16, dtype=torch.float16), "not float32"),
+        (torch.zeros(3, 9), "width 9"),
+        (torch.full((3, 16), torch.nan), "non-finite"),
+    ],
+)
+def test_bad_gate_rows_are_refused_by_name(tmp_path: Path, rows: torch.Tensor, message: str) -> None:
+    save_artefact(make_artefact(), tmp_path)
+    save_file({"gate/layer.1": rows}, tmp_path / "router.safetensors")
+    with pytest.raises(RouterArtefactError, match=f"gate 'layer.1'.*{message}"):
+        load_artefact(tmp_path)
+
+
+def test_another_base_is_refused_with_every_difference() -> None:
+    with pytest.raises(RouterArtefactError, match=r"base model 'tiny/llama'.*hidden size 16.*number of layers 2"):
+        check_base(make_artefact(), base_model="other/llama", hidden_size=32, num_layers=3)
+    check_base(make_artefact(), base_model="tiny/llama", hidden_size=16, num_layers=2)
+
+
+def test_rows_land_in_the_slots_of_their_digests() -> None:
+    artefact = make_artefact()
+    bank = RouterBank(num_slots=6, device=torch.device("cpu"))
+    generation = bank.stage(4, artefact, {"d2": 5, "d1": 3, "unknown": 1})
+    rows = generation.rows["layer.1"]
+    assert torch.equal(rows[3], artefact.rows["layer.1"][0])
+    assert torch.equal(rows[5], artefact.rows["layer.1"][1])
+    assert torch.equal(rows[0], artefact.rows["layer.1"][2]), "the null expert stands in the base slot"
+    assert not rows[[1, 2, 4]].any()
+    assert generation.slots == {0, 3, 5}
+    assert generation.row_digest_of_slot[5] == artefact.row_digests()["d2"]
+
+
+def test_generations_come_and_go_without_touching_each_other() -> None:
+    bank = RouterBank(num_slots=6, device=torch.device("cpu"))
+    first, second = bank.stage(1, make_artefact(), {"d1": 1}), bank.stage(2, make_artefact(), {"d1": 2})
+    bank.publish(first)
+    seen = bank.generations
+    bank.publish(second)
+    assert set(seen) == {1}
+    assert set(bank.generations) == {1, 2}
+    bank.drop(1)
+    assert bank.generations[2] is second
+
+
+def test_a_layer_router_covers_every_projection_of_its_layers() -> None:
+    generation = RouterBank(num_slots=4, device=torch.device("cpu")).stage(1, make_artefact(), {"d1": 1})
+    assert generation.covers(ProjectionInfo("layers.1.mlp.up_proj", 16, 32, 1, False))
+    assert not generation.covers(ProjectionInfo("layers.2.mlp.up_proj", 16, 32, 2, False))
