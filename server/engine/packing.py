@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from server.engine.sequence import ScheduledBatch, ScheduledSequence, Sequence
+from server.engine.sequence import ScheduledBatch, ScheduledSequence
 from server.model.attention import AttentionBatch, PrefillRow
 from server.model.kv_cache import SCRATCH_BLOCK
 from server.routing.policy import BASE_PLAN, GatePlan
@@ -58,7 +58,7 @@ class BatchPacker:
         for row in rows:
             begin = row.sequence.num_computed_tokens
             starts.append(len(ids))
-            ids += token_slice(row.sequence, begin, begin + row.num_tokens)
+            ids += row.sequence.tokens_between(begin, begin + row.num_tokens)
             positions += range(begin, begin + row.num_tokens)
         plans = tuple(dict.fromkeys([row.sequence.plan for row in rows] + [BASE_PLAN]))
         index = {plan: i for i, plan in enumerate(plans)}
@@ -118,11 +118,3 @@ def pad_tokens(num_tokens: int) -> int:
         if num_tokens <= bucket:
             return bucket
     return -(-num_tokens // TOKEN_BUCKETS[-1]) * TOKEN_BUCKETS[-1]
-
-
-def token_slice(sequence: Sequence, start: int, stop: int) -> list[int]:
-    """Tokens start..stop of prompt and output, without joining the two lists."""
-    num_prompt = sequence.num_prompt_tokens
-    if start >= num_prompt:
-        return sequence.output_token_ids[start - num_prompt : stop - num_prompt]
-    return sequence.prompt_token_ids[start:stop] + sequence.output_token_ids[: max(0, stop - num_prompt)]
