@@ -1,0 +1,151 @@
+"""adapters.lock: which commit and which bytes every Hub source resolved to, so that a restart serves the same.
+
+Written whole and atomically; a missing file is an empty lock, a damaged one is an error and never overwritten.
+"""
+
+import json
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from server.adapters.sources import COMMIT_PATTERN
+from server.adapters.strict_json import StrictJsonError, parse_object
+from server.config import AdapterSpec
+from server.errors import ConfigError
+
+LOCK_VERSION = 1
+
+MAX_LOCK_BYTES = 16 * 1024**2
+"""Largest lock read; an entry has about 500 bytes."""
+
+_SHA256_PATTERN = r"[0-9a-f]{64}"
+
+
+@dataclass(frozen=True)
+class LockKey:
+    """What was asked for; `revision` is the branch, tag or commit as given, None for the default branch."""
+
+    source: str
+    revision: str | None
+    subfolder: str | None
+
+    @classmethod
+    def of(cls, spec: AdapterSpec) -> "LockKey":
+        return cls(spec.source, spec.revision, spec.subfolder)
+
+
+@dataclass(frozen=True)
+class LockEntry:
+    """What it resolved to."""
+
+    commit: str
+    files: Mapping[str, str]
+    """File name -> sha256 in hex."""
+    digest: str
+    """Digest of the adapter."""
+
+
+class Lockfile:
+    """The lock of one server. Thread-safe; every change is on disk when the call returns."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Reads `path` if it exists; None keeps the lock in memory. Raises ConfigError when it is damaged."""
+        self._path = path
+        self._mutex = threading.Lock()
+        self._entries = {} if path is None else _read(path)
+
+    def get(self, key: LockKey) -> LockEntry | None:
+        with self._mutex:
+            return self._entries.get(key)
+
+    def put(self, key: LockKey, entry: LockEntry) -> None:
+        """Add or replace an entry. Raises OSError when the file cannot be written; memory is changed even so."""
+        with self._mutex:
+            if self._entries.get(key) != entry:
+                self._entries = {**self._entries, key: entry}
+                self._write()
+
+    def remove(self, key: LockKey) -> None:
+        """Forget an entry, if there is one. Raises OSError as `put` does."""
+        with self._mutex:
+            if key in self._entries:
+                self._entries = {other: entry for other, entry in self._entries.items() if other != key}
+                self._write()
+
+    def _write(self) -> None:
+        if self._path is None:
+            return
+        records = [{**asdict(key), **asdict(entry)} for key, entry in self._entries.items()]
+        records.sort(key=lambda record: (record["source"], record["revision"] or "", record["subfolder"] or ""))
+        text = json.dumps({"version": LOCK_VERSION, "adapters": records}, indent=2, sort_keys=True) + "\n"
+        _write_atomically(self._path, text)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """Readers, and a crash at any moment, see the old content or the new one."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _read(path: Path) -> dict[LockKey, LockEntry]:
+    try:
+        content = parse_object(path.read_bytes(), max_bytes=MAX_LOCK_BYTES)
+        return _entries(content)
+    except FileNotFoundError:
+        return {}
+    except (StrictJsonError, OSError) as error:
+        advice = "restore it from version control, or delete it to resolve every source anew"
+        raise ConfigError(f"{path} is damaged: {error}; {advice}") from error
+
+
+def _entries(content: dict[str, Any]) -> dict[LockKey, LockEntry]:
+    if content.get("version") != LOCK_VERSION:
+        raise StrictJsonError(f"its version is {content.get('version')!r}, this server reads {LOCK_VERSION}")
+    records = content.get("adapters")
+    if set(content) != {"version", "adapters"} or not isinstance(records, list):
+        raise StrictJsonError("it does not hold exactly version and adapters")
+    entries: dict[LockKey, LockEntry] = {}
+    for index, record in enumerate(records):
+        if not isinstance(record, dict) or not _is_sound(record):
+            raise StrictJsonError(f"entry {index} is malformed")
+        key = LockKey(record["source"], record["revision"], record["subfolder"])
+        if key in entries:
+            raise StrictJsonError(f"entry {index} repeats {key.source!r}")
+        entries[key] = LockEntry(record["commit"], record["files"], record["digest"])
+    return entries
+
+
+def _is_sound(record: dict[str, Any]) -> bool:
+    files = record.get("files")
+    return (
+        set(record) == {"source", "revision", "subfolder", "commit", "files", "digest"}
+        and isinstance(record["source"], str)
+        and all(record[name] is None or isinstance(record[name], str) for name in ("revision", "subfolder"))
+        and _matches(COMMIT_PATTERN, record["commit"])
+        and _matches(_SHA256_PATTERN, record["digest"])
+        and isinstance(files, dict)
+        and all(_matches(_SHA256_PATTERN, sha256) for sha256 in files.values())
+    )
+
+
+def _matches(pattern: str, value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(pattern, value) is not None

@@ -1,0 +1,150 @@
+"""Regular expressions from adapter configs, matched in bounded time. Knows nothing about adapters.
+
+PEFT hands `target_modules`, `exclude_modules`, `rank_pattern` and `alpha_pattern` to Python's `re`, which backtracks: a
+pattern like `(a+)+$` on one module name stops a server for hours, and no thread can interrupt it. This matcher reads
+the same syntax (parsed by `pattern_syntax`) but follows all paths at once, as sets of positions, so its work is at most
+nodes x length^2; a budget of steps bounds what is left.
+"""
+
+from server.adapters.pattern_syntax import (
+    Alternatives,
+    Assertion,
+    CharacterClass,
+    Group,
+    Literal,
+    Lookahead,
+    Node,
+    Repeat,
+    is_word,
+    parse,
+)
+
+MAX_STEPS = 2_000_000
+"""Steps that all patterns of one adapter may take together, about two seconds; real ones stay below 5 % of it."""
+
+
+class PatternBudgetError(ValueError):
+    """Matching takes more steps than the budget allows."""
+
+
+class Budget:
+    """Steps left for the patterns of one adapter."""
+
+    def __init__(self, steps: int = MAX_STEPS) -> None:
+        self.steps = steps
+
+    def spend(self, steps: int = 1) -> None:
+        """Raises PatternBudgetError when nothing is left."""
+        self.steps -= steps
+        if self.steps < 0:
+            raise PatternBudgetError("its patterns take too many steps to match")
+
+
+class Pattern:
+    """One compiled pattern. Raises `pattern_syntax.PatternSyntaxError` when it is malformed or not supported."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._root = parse(text)
+        self._is_plain = all(is_word(character) or character in ".-" for character in text)
+
+    def fullmatch(self, name: str, budget: Budget) -> bool:
+        """Whether `re.fullmatch(pattern, name)` would match."""
+        if self._is_plain:
+            return self._matches_plain(name, budget)
+        return bool(_Run(name, budget).ends(self._root, 0) >> len(name))
+
+    def matches_suffix(self, name: str, budget: Budget) -> bool:
+        r"""Whether `re.match(rf"(.*\.)?({pattern})$", name)` would match, PEFT's rule for rank and alpha patterns."""
+        if self._is_plain:
+            size = len(self.text)
+            boundary = len(name) == size or (len(name) > size and name[-size - 1] == ".")
+            return size > 0 and boundary and self._matches_plain(name[-size:], budget)
+        run = _Run(name, budget)
+        starts = [0, *(index + 1 for index, character in enumerate(name) if character == ".")]
+        return any(run.ends(self._root, start) >> len(name) for start in starts)
+
+    def _matches_plain(self, name: str, budget: Budget) -> bool:
+        """A pattern of word characters and dots has one length; only its dots are special."""
+        budget.spend()
+        return len(name) == len(self.text) and all(
+            wanted in (".", found) for wanted, found in zip(self.text, name, strict=True)
+        )
+
+
+class _Run:
+    """One name being matched. Sets of positions are the bits of an integer: bit i stands for position i."""
+
+    def __init__(self, name: str, budget: Budget) -> None:
+        self._name = name
+        self._budget = budget
+        self._memo: dict[tuple[int, int], int] = {}
+
+    def ends(self, node: Node, start: int) -> int:
+        """Every position where a match of `node` that begins at `start` can end."""
+        key = (id(node), start)
+        if (known := self._memo.get(key)) is None:
+            self._budget.spend()
+            known = self._memo[key] = self._compute(node, start)
+        return known
+
+    def _compute(self, node: Node, start: int) -> int:
+        match node:
+            case Literal(text):
+                return 1 << start + len(text) if self._name.startswith(text, start) else 0
+            case CharacterClass():
+                inside = start < len(self._name) and node.matches(self._name[start])
+                return 1 << start + 1 if inside else 0
+            case Assertion(kind):
+                return 1 << start if self._holds(kind, start) else 0
+            case Lookahead(child, wanted):
+                return 1 << start if bool(self.ends(child, start)) is wanted else 0
+            case Alternatives(children):
+                ends = 0
+                for child in children:
+                    ends |= self.ends(child, start)
+                return ends
+            case Group(children):
+                positions = 1 << start
+                for child in children:
+                    positions = self._advance(child, positions)
+                return positions
+            case Repeat(child, minimum, maximum):
+                return self._repeat(child, minimum, maximum, start)
+
+    def _advance(self, node: Node, positions: int) -> int:
+        ends = 0
+        while positions:
+            lowest = positions & -positions
+            positions ^= lowest
+            self._budget.spend()
+            ends |= self.ends(node, lowest.bit_length() - 1)
+        return ends
+
+    def _repeat(self, child: Node, minimum: int, maximum: int | None, start: int) -> int:
+        """Positions after `minimum` to `maximum` repetitions.
+
+        Beyond len + 1 repetitions one of them must be empty, and an empty one may occur any number of times, so
+        larger counts reach exactly the same positions.
+        """
+        limit = len(self._name) + 1
+        positions = 1 << start
+        for _ in range(min(minimum, limit)):
+            positions = self._advance(child, positions)
+        reached = frontier = positions
+        optional = limit if maximum is None else min(maximum - minimum, limit)
+        for _ in range(optional):
+            frontier = self._advance(child, frontier) & ~reached
+            if not frontier:
+                break
+            reached |= frontier
+        return reached
+
+    def _holds(self, kind: str, position: int) -> bool:
+        if kind == "start":
+            return position == 0
+        if kind == "end":
+            return position == len(self._name)
+        before = position > 0 and is_word(self._name[position - 1])
+        after = position < len(self._name) and is_word(self._name[position])
+        return (before != after) is (kind == "boundary")

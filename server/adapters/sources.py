@@ -1,0 +1,61 @@
+"""Where an adapter's files come from: a local folder or the Hub. Pure path and name logic, no I/O but `is_dir`."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from server.config import AdapterSpec
+from server.errors import InvalidRequestError
+
+HUB_ID_PATTERN = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+"""`org/name`. The Hub's own rules are narrower; its client checks the rest."""
+
+COMMIT_PATTERN = r"[0-9a-f]{40}"
+
+
+@dataclass(frozen=True)
+class ResolvedSource:
+    """Files of one adapter on this machine."""
+
+    folder: Path
+    link_root: Path
+    """Folder that links of `folder` may lead into: the folder itself, or the Hub cache of its repository."""
+    revision: str | None = None
+    """Commit of a Hub source; None for a local folder."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """File name -> sha256 in hex; Hub sources only."""
+
+
+def local_folder(spec: AdapterSpec, root: Path) -> Path | None:
+    """Absolute folder of a local source with its links resolved, or None when the source is a Hub id.
+
+    A source that is a folder below `root` (or absolute) is local; what merely looks like a Hub id is one; everything
+    else is taken for a folder that is missing. Raises InvalidRequestError when the spec contradicts itself.
+    """
+    path = Path(spec.source).expanduser()
+    is_local = (root / path).is_dir() or re.fullmatch(HUB_ID_PATTERN, spec.source) is None
+    subfolder = checked_subfolder(spec.subfolder)
+    if not is_local:
+        return None
+    if spec.revision is not None:
+        message = f"adapter {spec.name!r}: revision is for Hub sources; {spec.source!r} is a local folder"
+        raise InvalidRequestError(message, param="revision")
+    folder = (root / path).resolve()
+    inner = (folder / subfolder).resolve() if subfolder else folder
+    if not inner.is_relative_to(folder):
+        raise InvalidRequestError(
+            f"adapter {spec.name!r}: subfolder {spec.subfolder!r} leads out of the source", param="subfolder"
+        )
+    return inner
+
+
+def checked_subfolder(subfolder: str | None) -> str | None:
+    """A relative path without `..`, or None. Raises InvalidRequestError."""
+    if not subfolder:
+        return None
+    path = PurePosixPath(subfolder)
+    if path.is_absolute() or ".." in path.parts or "\\" in subfolder or "\0" in subfolder:
+        message = f"subfolder {subfolder!r} must be a relative path inside the source"
+        raise InvalidRequestError(message, param="subfolder")
+    return None if str(path) == "." else str(path)
