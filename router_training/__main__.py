@@ -1,0 +1,159 @@
+"""`lora-mixer-train train | evaluate | report`: flags to settings. The work is in `run` and `report`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from router_training.report import comparison_table, evaluation_table, evaluation_verdict
+from router_training.settings import TrainingConfig, WarmStart
+from server.config import load_config
+from server.errors import ConfigError, LoraMixerError
+from server.routing.router import Granularity
+
+DEFAULTS = TrainingConfig()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; the exit status."""
+    options = build_parser().parse_args(arguments)
+    try:
+        status: int = options.action(options)
+    except LoraMixerError as error:
+        print(f"lora-mixer-train: {error.message}", file=sys.stderr)
+        return 1
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags; each default is `TrainingConfig`'s own."""
+    parser = argparse.ArgumentParser(
+        prog="lora-mixer-train", description="Train and evaluate the router over frozen LoRA adapters (CPU)."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="train a router and write its artefact folder")
+    _add_inputs(train)
+    train.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for artefact, metrics, evaluation"
+    )
+    _add_settings(train)
+    train.set_defaults(action=_train)
+    evaluate = commands.add_parser("evaluate", help="answer likelihood per task of base, own adapter, uniform, routed")
+    _add_inputs(evaluate)
+    evaluate.add_argument("--router", type=Path, metavar="DIR", help="artefact folder (default: the config's router)")
+    evaluate.add_argument("--out", type=Path, metavar="FILE", help="also write the record as JSON")
+    evaluate.set_defaults(action=_evaluate)
+    report = commands.add_parser("report", help="render evaluation records as Markdown")
+    report.add_argument("records", type=Path, nargs="+", metavar="FILE", help="JSON written by train or evaluate")
+    report.set_defaults(action=_report)
+    return parser
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=Path("adapters.yaml"),
+        metavar="FILE",
+        help="base model and adapters (adapters.yaml)",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="one folder per adapter name with {train,validation}.jsonl",
+    )
+    parser.add_argument(
+        "--validation-rows", type=int, default=0, metavar="N", help="validation chats per task (default 0: all)"
+    )
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    def add(flag: str, field: str, kind: Any, text: str, choices: Sequence[Any] | None = None) -> None:
+        default = getattr(DEFAULTS, field)
+        shown = f"{default:.3g}" if isinstance(default, float) else str(default)
+        parser.add_argument(
+            flag, dest=field, type=kind, choices=choices, default=default, help=f"{text} (default {shown})"
+        )
+
+    add("--samples", "samples", int, "chats in the balanced training mix")
+    add("--max-length", "max_length", int, "longest training sequence, tokens")
+    add("--seed", "seed", int, "seed of the mix and its order")
+    add("--granularity", "granularity", str, "one gate per layer or per projection", get_args(Granularity))
+    add("--top-k", "top_k", int, "adapters kept per token")
+    add("--temperature", "temperature", float, "divides gate logits")
+    add("--warm-start", "warm_start", str, "initial gate rows from cached inputs", get_args(WarmStart))
+    add("--warm-start-samples", "warm_start_samples", int, "chats cached for the warm start, per round")
+    add("--warm-start-rounds", "warm_start_rounds", int, "caching passes of the warm start")
+    add("--steps", "steps", int, "end-to-end optimiser steps; 0 keeps the warm start")
+    add("--batch-size", "batch_size", int, "chats per step")
+    add("--lr", "learning_rate", float, "peak learning rate of AdamW")
+    add("--straight-through", "straight_through_fraction", float, "last share of steps with top-k gates, 0 to 1")
+    add("--alpha", "alpha", float, "weight of RSL's balance term")
+    add("--lambda", "lambda_", float, "weight of RSL's entropy term")
+    add("--sign", "sign", int, "of the entropy term: 1 specialises, -1 is the paper's printed formula", (1, -1))
+    add("--eta", "eta", float, "weight of the adapter-id cross-entropy; 0 is the paper's pure loss")
+
+
+def _train(options: argparse.Namespace) -> int:
+    from router_training.run import EVALUATION_NAME, train
+
+    settings = _settings(options)
+    train(load_config(options.config), options.data, options.out, settings, validation_rows=options.validation_rows)
+    print(_rendered(options.out / EVALUATION_NAME))
+    print(f"The router artefact is in {options.out}.", file=sys.stderr)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from router_training.run import evaluate_folder, write_json
+
+    config = load_config(options.config)
+    router = options.router or config.router_folder
+    if router is None:
+        raise ConfigError("the config names no router; pass --router DIR")
+    record = evaluate_folder(config, options.data, router, validation_rows=options.validation_rows)
+    if options.out is not None:
+        write_json(record, options.out)
+    print(f"{evaluation_table(record)}\n\n{evaluation_verdict(record)}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    print("\n\n".join(_rendered(path) for path in options.records))
+    if len(options.records) > 1:
+        print("\n" + comparison_table({str(path): _read_record(path) for path in options.records}))
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> TrainingConfig:
+    given = {name: value for name, value in vars(options).items() if name in TrainingConfig.model_fields}
+    try:
+        return TrainingConfig(**given)
+    except ValidationError as error:
+        problems = "; ".join(f"{problem['loc'][0]}: {problem['msg']}" for problem in error.errors())
+        raise ConfigError(f"settings out of range: {problems}") from error
+
+
+def _rendered(path: Path) -> str:
+    record = _read_record(path)
+    return f"{evaluation_table(record)}\n\n{evaluation_verdict(record)}"
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the evaluation record {path}: {error}") from error
+    if "ratio_to_own_adapter" not in record:
+        raise ConfigError(f"{path} is not an evaluation record; train and evaluate --out write one")
+    return record
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""From trained rows to the artefact folder that the server reads (design section 3.5)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from router_training.roster import Roster
+from router_training.router_inputs import CachedInputs
+from router_training.settings import TrainingConfig
+from server.routing.router import ArtefactAdapter, RouterArtefact
+
+
+def build_artefact(
+    rows: Mapping[str, Tensor],
+    roster: Roster,
+    config: TrainingConfig,
+    *,
+    background: Mapping[str, Tensor] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> RouterArtefact:
+    """Rows in the order of the roster's adapters; shares their memory."""
+    return RouterArtefact(
+        base_model=roster.loaded.name,
+        hidden_size=roster.routed.hidden_size,
+        num_layers=roster.routed.num_layers,
+        granularity=config.granularity,
+        top_k=min(config.top_k, len(roster.adapters)),
+        temperature=config.temperature,
+        adapters=tuple(
+            ArtefactAdapter(
+                name=adapter.name,
+                digest=adapter.digest,
+                source=adapter.source,
+                revision=adapter.revision,
+                rank=adapter.rank,
+                targets=tuple(adapter.targets),
+            )
+            for adapter in roster.adapters
+        ),
+        rows=rows,
+        background=background or {},
+        training=training or {},
+    )
+
+
+def background_statistics(cached: CachedInputs) -> dict[str, Tensor]:
+    """`mean/<gate key>` and `var/<gate key>` of router inputs, (d,) float32 each, for hot columns."""
+    statistics = {}
+    for key, inputs in cached.inputs.items():
+        x = inputs.float()
+        statistics[f"mean/{key}"] = x.mean(dim=0)
+        statistics[f"var/{key}"] = x.var(dim=0)
+    return statistics

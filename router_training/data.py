@@ -1,0 +1,143 @@
+"""Chat-JSONL folders to labelled chats: reading, checking, balanced sampling, digest. Knows no tokens and no model.
+
+Layout: DATA/<adapter name>/{train,validation}.jsonl, one `{"task", "messages": [{"role", "content"}, ...]}` a line.
+The adapter that a chat belongs to is the one its folder is named after.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from server.errors import LoraMixerError
+
+Split = Literal["train", "validation"]
+
+MAX_LISTED_PROBLEMS = 50
+"""A broken export can have a problem on every line; the first ones tell enough."""
+
+
+class TrainingDataError(LoraMixerError):
+    """The data cannot be trained on. `problems` holds every problem with file and line."""
+
+    default_code = "invalid_training_data"
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        listed = list(problems[:MAX_LISTED_PROBLEMS])
+        if len(problems) > len(listed):
+            listed.append(f"and {len(problems) - len(listed)} more")
+        super().__init__("the training data has problems:\n  " + "\n  ".join(listed))
+        self.problems = tuple(problems)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One example: the last message is the answer that counts."""
+
+    task: str
+    """Name of the adapter it belongs to."""
+    messages: tuple[Mapping[str, str], ...]
+    origin: str
+    """`file:line`, for messages to people."""
+
+
+def read_splits(
+    data: Path, tasks: Sequence[str], splits: Sequence[Split] = ("train", "validation")
+) -> dict[Split, dict[str, list[Chat]]]:
+    """Every chat by split and task, in file order. Raises TrainingDataError with all problems of all files."""
+    problems: list[str] = []
+    chats: dict[Split, dict[str, list[Chat]]] = {
+        split: {task: _read_file(data / task / f"{split}.jsonl", task, problems) for task in tasks} for split in splits
+    }
+    if problems:
+        raise TrainingDataError(problems)
+    return chats
+
+
+def balanced_sample(chats: Mapping[str, Sequence[Chat]], count: int, seed: int) -> list[Chat]:
+    """`count` chats in shuffled order, tasks as equal in number as `count` allows.
+
+    A task with fewer chats than its share repeats them, every chat once before any twice. Any prefix of the result
+    is itself nearly balanced: tasks take turns, in an order drawn anew each round.
+    """
+    generator = random.Random(seed)
+    decks: dict[str, list[Chat]] = {task: [] for task in chats}
+    sample: list[Chat] = []
+    while len(sample) < count:
+        turn = sorted(chats)
+        generator.shuffle(turn)
+        for task in turn[: count - len(sample)]:
+            if not decks[task]:
+                decks[task] = list(chats[task])
+                generator.shuffle(decks[task])
+            sample.append(decks[task].pop())
+    return sample
+
+
+def data_digest(chats: Sequence[Chat]) -> str:
+    """sha256 over tasks and messages in order: what a router was trained on, whatever the file layout."""
+    sha = hashlib.sha256()
+    for chat in chats:
+        content = [chat.task, [dict(message) for message in chat.messages]]
+        sha.update(json.dumps(content, sort_keys=True, ensure_ascii=False).encode())
+        sha.update(b"\n")
+    return sha.hexdigest()
+
+
+def _read_file(path: Path, task: str, problems: list[str]) -> list[Chat]:
+    try:
+        # Not splitlines(): it also breaks at U+2028, which JSON strings may hold.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"{path}: adapter {task!r} has no readable samples ({error})")
+        return []
+    chats = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        origin = f"{path}:{number}"
+        found = _check_line(line)
+        if isinstance(found, str):
+            problems.append(f"{origin}: {found}")
+        else:
+            chats.append(Chat(task, found, origin))
+    if not any(line.strip() for line in lines):
+        problems.append(f"{path}: the file is empty, so adapter {task!r} has no samples")
+    return chats
+
+
+def _check_line(line: str) -> tuple[Mapping[str, str], ...] | str:
+    """The messages of a line, or what is wrong with it."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        return f"not JSON ({error})"
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    if "messages" not in row:
+        return "field 'messages' is missing"
+    messages = row["messages"]
+    if not isinstance(messages, list) or len(messages) < 2:
+        return "'messages' must be a list of at least a question and an answer"
+    for index, message in enumerate(messages):
+        if problem := _check_message(message):
+            return f"messages[{index}]: {problem}"
+    if messages[-1]["role"] != "assistant":
+        return f"the last message must be the assistant's, not the {messages[-1]['role']}'s"
+    if not messages[-1]["content"].strip():
+        return "the answer is empty"
+    return tuple({"role": message["role"], "content": message["content"]} for message in messages)
+
+
+def _check_message(message: Any) -> str | None:
+    if not isinstance(message, dict):
+        return "not a JSON object"
+    missing = [name for name in ("role", "content") if name not in message]
+    if missing:
+        return f"field {' and '.join(map(repr, missing))} is missing"
+    if not isinstance(message["role"], str) or not isinstance(message["content"], str):
+        return "'role' and 'content' must be strings"
+    return None

@@ -1,0 +1,103 @@
+"""Answer likelihood per task and policy, measured on the server's own gates. Knows how to compare, not how to train."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from router_training.encoding import IGNORED, TokenBatch, TokenSequence, batches_by_length, collate
+from router_training.forward import answer_losses
+from server.routing.attach import RoutedModel
+from server.routing.context import GateBatch, build_gate_batch
+from server.routing.policy import BASE_SLOT, GatePlan
+
+MAX_BATCH_TOKENS = 1024
+"""Padded tokens per forward pass; more gains nothing on two cores."""
+
+
+@dataclass
+class _Sums:
+    loss: float = 0.0
+    tokens: int = 0
+    own_share: float = 0.0
+    own_first: float = 0.0
+
+
+def gate_batch(
+    routed: RoutedModel, batch: TokenBatch, plan_of_label: Sequence[GatePlan], *, collect_layers: bool = False
+) -> GateBatch | None:
+    """The server's gates for a batch, each sequence under the plan of its label."""
+    return build_gate_batch(
+        plan_of_label,
+        batch.token_labels,
+        bank=routed.bank.snapshot,
+        routers=routed.routers,
+        collect_layers=collect_layers,
+    )
+
+
+@torch.inference_mode()
+def evaluate_policy(
+    routed: RoutedModel,
+    sequences: Sequence[TokenSequence],
+    tasks: Sequence[str],
+    plan_of_label: Sequence[GatePlan],
+    *,
+    on_batch: Callable[[int], None] = lambda _: None,
+) -> dict[str, dict[str, float]]:
+    """Per task: `nll` (nats per answer token), `tokens`, and of the
+    gates over answer positions `own_share` (mean weight of the own adapter) and `own_top1` (share of (token, gate)
+    pairs whose largest weight is the own adapter's).
+    """
+    sums = [_Sums() for _ in tasks]
+    for group in batches_by_length(sequences, MAX_BATCH_TOKENS):
+        batch = collate([sequences[index] for index in group])
+        gates = gate_batch(routed, batch, plan_of_label, collect_layers=True)
+        losses = answer_losses(routed, batch, gates)
+        labels = batch.token_labels[(batch.targets != IGNORED).flatten()]  # (N,)
+        for label in sorted(set(labels.tolist())):
+            own = losses[labels == label]
+            sums[label].loss += float(own.sum())
+            sums[label].tokens += own.numel()
+        if gates is not None:
+            _add_gate_statistics(sums, gates, batch, plan_of_label[0].router_generation)
+        on_batch(len(group))
+    return {
+        task: {
+            "nll": total.loss / total.tokens,
+            "tokens": total.tokens,
+            "own_share": total.own_share / total.tokens,
+            "own_top1": total.own_first / total.tokens,
+        }
+        for task, total in zip(tasks, sums, strict=True)
+        if total.tokens
+    }
+
+
+def _add_gate_statistics(sums: Sequence[_Sums], gates: GateBatch, batch: TokenBatch, generation: int | None) -> None:
+    positions = batch.answer_positions
+    labels = batch.token_labels[positions]
+    slots = labels + BASE_SLOT + 1
+    own = gates.share[positions].gather(1, slots[:, None])[:, 0]
+    layers = gates.layer_gates(generation)
+    first = torch.zeros_like(own)
+    for layer in layers:
+        first += (layer[positions].argmax(dim=1) == slots).float() / len(layers)
+    for label in sorted(set(labels.tolist())):
+        sums[label].own_share += float(own[labels == label].sum())
+        sums[label].own_first += float(first[labels == label].sum())
+
+
+def compare_policies(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+    """Summary of `policy -> task -> measures` for the policies base, own_adapter, uniform and routed."""
+    tasks = list(results["routed"])
+    nll = {policy: {task: results[policy][task]["nll"] for task in tasks} for policy in results}
+    ratio = {task: nll["routed"][task] / nll["own_adapter"][task] for task in tasks}
+    return {
+        "policies": {policy: dict(measures) for policy, measures in results.items()},
+        "ratio_to_own_adapter": ratio,
+        "mean_ratio_to_own_adapter": sum(ratio.values()) / len(ratio),
+        "beats_base": [task for task in tasks if nll["routed"][task] < nll["base"][task]],
+        "beats_uniform": [task for task in tasks if nll["routed"][task] < nll["uniform"][task]],
+    }

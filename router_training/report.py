@@ -1,0 +1,57 @@
+"""Evaluation records to Markdown. Knows the record's layout and computes nothing new."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+POLICY_TITLES = {"base": "base", "own_adapter": "own adapter", "uniform": "uniform mix", "routed": "routed"}
+"""Column order and titles of the policies."""
+
+
+def evaluation_table(record: Mapping[str, Any]) -> str:
+    """One evaluation as a Markdown table: nats per answer token by task and policy, and routed against own adapter."""
+    policies = [policy for policy in POLICY_TITLES if policy in record["policies"]]
+    header = ["task", "chats", *(POLICY_TITLES[policy] for policy in policies), "routed / own", "own adapter's share"]
+    rows = []
+    for task, ratio in record["ratio_to_own_adapter"].items():
+        routed = record["policies"]["routed"][task]
+        values = [f"{record['policies'][policy][task]['nll']:.3f}" for policy in policies]
+        chats = str(record["chats"][task])
+        rows.append([task, chats, *values, f"{ratio:.3f}", f"{100 * routed['own_share']:.0f} %"])
+    mean = record["mean_ratio_to_own_adapter"]
+    footer = ["mean", "", *([""] * len(policies)), f"{mean:.3f}", ""]
+    return markdown_table(header, [*rows, footer])
+
+
+def evaluation_verdict(record: Mapping[str, Any]) -> str:
+    """One sentence: on which tasks the router wins."""
+    tasks = list(record["ratio_to_own_adapter"])
+    losses = {
+        name: [task for task in tasks if task not in record[field]]
+        for name, field in (("the base model", "beats_base"), ("the uniform mix", "beats_uniform"))
+    }
+    parts = [
+        f"beats {name} on all {len(tasks)} tasks" if not lost else f"does not beat {name} on {', '.join(lost)}"
+        for name, lost in losses.items()
+    ]
+    return f"The router {' and '.join(parts)}."
+
+
+def comparison_table(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Several evaluations side by side: routed nats per answer token, one column per record."""
+    tasks = list(next(iter(records.values()))["ratio_to_own_adapter"])
+    rows = [
+        [task, *(f"{record['policies']['routed'][task]['nll']:.3f}" for record in records.values())] for task in tasks
+    ]
+    means = [f"{record['mean_ratio_to_own_adapter']:.3f}" for record in records.values()]
+    return markdown_table(["task", *records], [*rows, ["mean ratio to own adapter", *means]])
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table that also reads well as plain text: columns padded, all but the first right-aligned."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = []
+    for row in [header, rule, *rows]:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,119 @@
+"""The frozen side of training: base model and adapters on the server's routed layers, one slot per adapter."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from router_training.forward import check_output_head, prepare_for_training
+from server.adapters.weights import Adapter, AdapterLimits, load_adapter
+from server.config import AdapterSpec, ServerConfig, cache_folder
+from server.errors import ConfigError, LoraMixerError
+from server.model.loader import LoadedModel, load_base_model
+from server.routing.attach import RoutedModel, attach_routing
+from server.routing.bank import ProjectionInfo
+from server.routing.policy import BASE_PLAN, GatePlan, Policy, fixed_plan, routed_plan
+from server.routing.router import RouterArtefact
+
+FIRST_SLOT = 1
+"""Adapter i of the roster sits in slot i + 1; slot 0 is the base model."""
+
+
+@dataclass(frozen=True, eq=False)
+class Roster:
+    """Base model and adapters, frozen and attached. Label i is adapter i, in slot i + 1."""
+
+    loaded: LoadedModel
+    routed: RoutedModel
+    adapters: tuple[Adapter, ...]
+
+    @property
+    def names(self) -> list[str]:
+        return [adapter.name for adapter in self.adapters]
+
+    @property
+    def label_of_task(self) -> dict[str, int]:
+        return {name: label for label, name in enumerate(self.names)}
+
+    @property
+    def slot_of_digest(self) -> dict[str, int]:
+        return {adapter.digest: label + FIRST_SLOT for label, adapter in enumerate(self.adapters)}
+
+    @property
+    def digest_of_slot(self) -> dict[int, str]:
+        return {slot: digest for digest, slot in self.slot_of_digest.items()}
+
+    def gated_projections(self) -> list[ProjectionInfo]:
+        """Projections that at least one adapter targets, in order of computation."""
+        targeted = self.routed.bank.snapshot.projections
+        return [info for name, info in self.routed.projections.items() if name in targeted]
+
+    def base_plans(self) -> list[GatePlan]:
+        """One plan per label: no adapter."""
+        return [BASE_PLAN] * len(self.adapters)
+
+    def own_adapter_plans(self) -> list[GatePlan]:
+        """One plan per label: its own adapter at weight 1, the oracle of a router."""
+        slots = self.digest_of_slot
+        return [fixed_plan(Policy.PINNED, {slot: 1.0}, slots) for slot in sorted(slots)]
+
+    def uniform_plans(self) -> list[GatePlan]:
+        """One plan per label: every adapter at weight 1/E."""
+        slots = self.digest_of_slot
+        plan = fixed_plan(Policy.WEIGHTED, dict.fromkeys(slots, 1 / len(slots)), slots)
+        return [plan] * len(self.adapters)
+
+    def routed_plans(self, artefact: RouterArtefact, *, generation: int = 1) -> list[GatePlan]:
+        """One plan per label, all equal: routed over all adapters by `artefact`, which is published on the way."""
+        routers = self.routed.routers
+        staged = routers.stage(generation, artefact, self.slot_of_digest)
+        routers.publish(staged)
+        plan = routed_plan(
+            self.digest_of_slot, staged.row_digest_of_slot, generation, artefact.settings, artefact.top_k
+        )
+        return [plan] * len(self.adapters)
+
+
+def load_roster(config: ServerConfig, *, on_adapter: Callable[[str], None] = lambda _: None) -> Roster:
+    """Load base model and all routed adapters of `config` on CPU and attach them.
+
+    Raises ModelLoadError, or ConfigError with every adapter that cannot be used and why.
+    """
+    specs = [spec for spec in config.adapters if spec.routed]
+    if len(specs) < 2:
+        raise ConfigError("router training needs at least two adapters with `routed: true`")
+    loaded = load_base_model(config.base_model, device="cpu", cache_folder=cache_folder(), root=config.root)
+    check_output_head(loaded.model)
+    prepare_for_training(loaded.model)
+    routed = attach_routing(loaded.model, num_slots=len(specs) + FIRST_SLOT)
+    adapters, problems = [], []
+    for spec in specs:
+        on_adapter(spec.name)
+        try:
+            adapters.append(_load(spec, config, routed))
+        except LoraMixerError as error:
+            problems.append(error.message)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return attach_adapters(loaded, routed, adapters)
+
+
+def attach_adapters(loaded: LoadedModel, routed: RoutedModel, adapters: Sequence[Adapter]) -> Roster:
+    """Put each adapter into its slot."""
+    for label, adapter in enumerate(adapters):
+        routed.bank.publish(routed.bank.with_adapter(label + FIRST_SLOT, adapter.weights))
+    return Roster(loaded, routed, tuple(adapters))
+
+
+def _load(spec: AdapterSpec, config: ServerConfig, routed: RoutedModel) -> Adapter:
+    folder = config.root / spec.source / (spec.subfolder or "")
+    if not folder.is_dir():
+        raise ConfigError(f"adapter {spec.name!r}: {folder} is not a local folder; training reads local adapters only")
+    limits = AdapterLimits(config.server.max_adapter_rank, config.server.max_adapter_bytes)
+    return load_adapter(
+        folder,
+        spec.name,
+        projections=routed.projections,
+        base_model_name=config.base_model.name,
+        limits=limits,
+        source=spec.source,
+        revision=spec.revision,
+    )

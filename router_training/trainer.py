@@ -1,0 +1,152 @@
+"""Stage B: the router end to end through the frozen model, with LM loss, RSL and adapter-id cross-entropy.
+
+A step is a pure function of (settings, sequences, parameters, optimiser state, step number): batches and learning rate
+follow from the step number alone, so a run can be cut and continued at any step.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from router_training.encoding import TokenSequence, collate
+from router_training.forward import answer_losses
+from router_training.gates import RouterParameters, TrainingBatch
+from router_training.loss import RouterLosses, router_losses
+from router_training.settings import TrainingConfig
+from server.routing.attach import RoutedModel
+
+MICRO_BATCHES = 2
+"""Parts a batch is computed in, sorted by length: halves the padding. The losses are still those of the whole batch."""
+
+FINAL_LEARNING_RATE_RATIO = 0.1
+"""The cosine ends here and not at 0, so that the straight-through steps at the end still move the router."""
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one optimiser step did; one line of the metrics file."""
+
+    step: int
+    mode: str
+    """`dense` or `straight_through`."""
+    loss: float
+    lm_loss: float
+    """Mean over chats of the mean negative log-likelihood of the answer's tokens, in nats."""
+    balance: float
+    entropy: float
+    adapter_id: float
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    """Real tokens of the batch, padding left out."""
+    seconds: float
+
+
+class Trainer:
+    """Owner of the router's parameters and of the optimiser's state during one run."""
+
+    def __init__(
+        self,
+        routed: RoutedModel,
+        router: RouterParameters,
+        sequences: Sequence[TokenSequence],
+        config: TrainingConfig,
+    ) -> None:
+        self.router = router
+        self.next_step = 0
+        self._routed = routed
+        self._sequences = sequences
+        self._config = config
+        self._optimiser = torch.optim.AdamW(router.parameters, lr=config.learning_rate, weight_decay=0.0)
+
+    def run(self, on_step: Callable[[StepMetrics], None] = lambda _: None) -> None:
+        """All steps that are left."""
+        while self.next_step < self._config.steps:
+            on_step(self.step())
+
+    def step(self) -> StepMetrics:
+        """One optimiser step."""
+        started, step, config = time.perf_counter(), self.next_step, self._config
+        mode = "straight_through" if step >= config.straight_through_from else "dense"
+        members = self._members(step)
+        lm_loss, losses = self._losses(members, mode)
+        loss = lm_loss + losses.total(
+            alpha=config.alpha, lambda_=config.lambda_at(step), sign=config.sign, eta=config.eta
+        )
+        self._optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(self.router.parameters, config.max_gradient_norm)
+        learning_rate = learning_rate_at(step, config)
+        for group in self._optimiser.param_groups:
+            group["lr"] = learning_rate
+        self._optimiser.step()
+        self.next_step += 1
+        return StepMetrics(
+            step=step,
+            mode=mode,
+            loss=loss.item(),
+            lm_loss=lm_loss.item(),
+            balance=losses.balance.item(),
+            entropy=losses.entropy.item(),
+            adapter_id=losses.adapter_id.item(),
+            learning_rate=learning_rate,
+            gradient_norm=float(norm),
+            tokens=sum(map(len, members)),
+            seconds=time.perf_counter() - started,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a later run needs to continue after the last step."""
+        return {
+            "next_step": self.next_step,
+            "rows": self.router.detached(),
+            "optimiser": self._optimiser.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        self.next_step = state["next_step"]
+        with torch.no_grad():
+            for key, row in self.router.rows.items():
+                row.copy_(state["rows"][key])
+        self._optimiser.load_state_dict(state["optimiser"])
+
+    def _members(self, step: int) -> list[TokenSequence]:
+        """The chats of a step, longest last; the mix is walked in order, again from the start when it ends."""
+        size, count = self._config.batch_size, len(self._sequences)
+        members = [self._sequences[(step * size + offset) % count] for offset in range(size)]
+        return sorted(members, key=len)
+
+    def _losses(self, members: Sequence[TokenSequence], mode: Any) -> tuple[Tensor, RouterLosses]:
+        """LM loss and router losses of a whole batch, each chat with the same weight."""
+        config, snapshot = self._config, self._routed.bank.snapshot
+        lm_losses, logits, labels, weights = [], [], [], []
+        part_size = math.ceil(len(members) / MICRO_BATCHES)
+        for start in range(0, len(members), part_size):
+            part = members[start : start + part_size]
+            batch = collate(part)
+            routing = TrainingBatch(snapshot, self.router, mode, top_k=config.top_k, temperature=config.temperature)
+            lm_losses.append(answer_losses(self._routed, batch, routing))
+            positions = batch.answer_positions
+            logits.append(routing.stacked_logits(positions))
+            labels.append(batch.token_labels[positions])
+            counts = torch.tensor([sequence.num_answer_tokens for sequence in part])
+            weights.append((1 / counts).repeat_interleave(counts) / len(members))
+        weight = torch.cat(weights)
+        losses = router_losses(torch.cat(logits, dim=1), torch.cat(labels), config.top_k, config.temperature, weight)
+        return (torch.cat(lm_losses) * weight).sum(), losses
+
+
+def learning_rate_at(step: int, config: TrainingConfig) -> float:
+    """Linear rise over the warm-up, then cosine to `FINAL_LEARNING_RATE_RATIO` of the peak."""
+    warmup = round(config.steps * config.warmup_fraction)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.steps - warmup)
+    ratio = FINAL_LEARNING_RATE_RATIO + (1 - FINAL_LEARNING_RATE_RATIO) * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.learning_rate * ratio

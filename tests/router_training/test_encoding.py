@@ -1,0 +1,88 @@
+"""Rendered chats, answer masks, truncation and batches."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from router_training.data import Chat, TrainingDataError
+from router_training.encoding import (
+    IGNORED,
+    TokenSequence,
+    batches_by_length,
+    collate,
+    encode_chats,
+    truncate,
+)
+
+END, START, NEWLINE = 300, 301, 302
+
+
+class ByteRenderer:
+    """A chat template over bytes: START content END NEWLINE per message."""
+
+    def render_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+        tokens: list[int] = []
+        for message in messages:
+            tokens += [START, *message["content"].encode(), END, NEWLINE]
+        return [*tokens, START] if add_generation_prompt else tokens
+
+
+class MergingRenderer(ByteRenderer):
+    """A template whose generation prompt is not how the answer begins."""
+
+    def render_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+        tokens = super().render_chat(messages, add_generation_prompt=add_generation_prompt)
+        return [*tokens, 7] if add_generation_prompt else tokens
+
+
+def chat(question: str, answer: str, origin: str = "data.jsonl:1") -> Chat:
+    return Chat("b", ({"role": "user", "content": question}, {"role": "assistant", "content": answer}), origin)
+
+
+def test_answer_is_what_follows_the_prompt_up_to_its_end_of_turn() -> None:
+    (sequence,) = encode_chats([chat("hi", "yo")], {"a": 0, "b": 1}, ByteRenderer(), {END})
+    assert sequence.token_ids == (START, *b"hi", END, NEWLINE, START, *b"yo", END)
+    assert sequence.token_ids[sequence.answer_start :] == (*b"yo", END)
+    assert sequence.num_answer_tokens == 3
+    assert sequence.label == 1
+
+
+def test_chats_whose_answer_does_not_follow_the_prompt_are_all_refused_by_line() -> None:
+    chats = [chat("hi", "yo", "data.jsonl:4"), chat("hi", "yo", "data.jsonl:9")]
+    with pytest.raises(TrainingDataError) as caught:
+        encode_chats(chats, {"b": 0}, MergingRenderer(), {END})
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == ["data.jsonl:4", "data.jsonl:9"]
+
+
+@pytest.mark.parametrize(
+    ("prompt_length", "answer_length", "expected"),
+    [(6, 4, (6, 4)), (6, 6, (5, 5)), (20, 2, (8, 2)), (20, 20, (5, 5)), (3, 20, (3, 7))],
+)
+def test_truncation_keeps_half_for_the_answer_and_cuts_the_middle_of_the_prompt(
+    prompt_length: int, answer_length: int, expected: tuple[int, int]
+) -> None:
+    prompt, answer = list(range(prompt_length)), list(range(100, 100 + answer_length))
+    cut_prompt, cut_answer = truncate(prompt, answer, 10)
+    assert (len(cut_prompt), len(cut_answer)) == expected
+    assert cut_answer == answer[: expected[1]]
+    head = expected[0] // 2 if expected[0] < prompt_length else expected[0]
+    assert cut_prompt == prompt[:head] + prompt[prompt_length - (expected[0] - head) :]
+
+
+def test_targets_are_the_answer_tokens_seen_from_one_position_before() -> None:
+    batch = collate([TokenSequence((1, 2, 3, 4, 5), 3, 0), TokenSequence((6, 7), 1, 2)])
+    assert batch.token_ids.tolist() == [[1, 2, 3, 4, 5], [6, 7, 0, 0, 0]]
+    assert batch.targets.tolist() == [[IGNORED, IGNORED, 4, 5, IGNORED], [7, *[IGNORED] * 4]]
+    assert batch.answer_positions.nonzero().flatten().tolist() == [2, 3, 5]
+    assert batch.token_labels.tolist() == [0] * 5 + [2] * 5
+    assert batch.lengths.tolist() == [5, 2]
+
+
+def test_batches_by_length_hold_every_sequence_once_within_the_token_limit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 40, (50,), generator=generator).tolist()
+    sequences = [TokenSequence(tuple(range(length)), 1, 0) for length in lengths]
+    groups = list(batches_by_length(sequences, 64))
+    assert sorted(index for group in groups for index in group) == list(range(50))
+    assert all(len(group) * max(lengths[i] for i in group) <= 64 or len(group) == 1 for group in groups)
