@@ -82,8 +82,15 @@ def generate(runner: ModelRunner, *sequences: Sequence, chunk: int = 100) -> lis
 
 def architectures() -> dict[str, Callable[[], nn.Module]]:
     t = transformers
-    gpt2 = {"n_embd": 64, "n_head": 4, "n_layer": 3, "vocab_size": 320, "n_positions": 256, "initializer_range": 0.2}
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    gpt2: dict[str, Any] = {
+        "n_embd": 64,
+        "n_head": 4,
+        "n_layer": 3,
+        "vocab_size": 320,
+        "n_positions": 256,
+        "initializer_range": 0.2,
+    }
+    ids: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     return {
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**GROUPED)),
         "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(**gpt2, **ids)),
