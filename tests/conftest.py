@@ -6,7 +6,7 @@ Imports of torch, transformers and peft stand inside the fixtures, so that tests
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import pytest
 from hypothesis import settings
@@ -47,7 +47,7 @@ def tiny_llama() -> "Callable[..., LlamaForCausalLM]":
             "initializer_range": 0.2,
             **overrides,
         }
-        return _random_model(LlamaForCausalLM, LlamaConfig(**sizes), seed)
+        return cast("LlamaForCausalLM", _random_model(LlamaForCausalLM, LlamaConfig(**sizes), seed))
 
     return build
 
@@ -71,7 +71,7 @@ def tiny_gpt2() -> "Callable[..., GPT2LMHeadModel]":
             "initializer_range": 0.2,
             **overrides,
         }
-        return _random_model(GPT2LMHeadModel, GPT2Config(**sizes), seed)
+        return cast("GPT2LMHeadModel", _random_model(GPT2LMHeadModel, GPT2Config(**sizes), seed))
 
     return build
 
