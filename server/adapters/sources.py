@@ -33,6 +33,8 @@ def local_folder(spec: AdapterSpec, root: Path) -> Path | None:
     A source that is a folder below `root` (or absolute) is local; what merely looks like a Hub id is one; everything
     else is taken for a folder that is missing. Raises InvalidRequestError when the spec contradicts itself.
     """
+    if not spec.source or "\0" in spec.source:
+        raise InvalidRequestError(f"adapter {spec.name!r}: the source is not a path or Hub id", param="source")
     path = Path(spec.source).expanduser()
     is_local = (root / path).is_dir() or re.fullmatch(HUB_ID_PATTERN, spec.source) is None
     subfolder = checked_subfolder(spec.subfolder)

@@ -1,0 +1,125 @@
+"""adapters.lock: exact, atomic, tolerant of absence, strict on damage."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.adapters.lockfile import LockEntry, Lockfile, LockKey
+from server.config import AdapterSpec
+from server.errors import ConfigError
+
+KEY = LockKey("org/name", "main", None)
+ENTRY = LockEntry("a" * 40, {"adapter_config.json": "b" * 64}, "c" * 64)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "adapters.lock"
+
+
+def test_what_is_put_is_read_back_by_another_process(path: Path) -> None:
+    Lockfile(path).put(KEY, ENTRY)
+    again = Lockfile(path)
+    assert again.get(KEY) == ENTRY
+    assert again.get(LockKey("org/name", None, None)) is None
+    again.remove(KEY)
+    assert Lockfile(path).get(KEY) is None
+
+
+def test_the_key_is_what_was_asked_for() -> None:
+    spec = AdapterSpec(name="a", source="org/name", revision="main")
+    assert LockKey.of(spec) == KEY
+
+
+def test_a_missing_file_is_an_empty_lock_and_reading_creates_none(path: Path) -> None:
+    assert Lockfile(path).get(KEY) is None
+    assert not path.exists()
+
+
+def test_no_path_keeps_the_lock_in_memory() -> None:
+    lock = Lockfile(None)
+    lock.put(KEY, ENTRY)
+    assert lock.get(KEY) == ENTRY
+
+
+def test_equal_locks_are_equal_bytes_whatever_the_order(tmp_path: Path) -> None:
+    other = LockKey("org/aaa", None, "sub")
+    first, second = Lockfile(tmp_path / "1"), Lockfile(tmp_path / "2")
+    for lock, keys in ((first, (KEY, other)), (second, (other, KEY))):
+        for key in keys:
+            lock.put(key, ENTRY)
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rest(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = Lockfile(path)
+    lock.put(KEY, ENTRY)
+    before = path.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        lock.put(LockKey("org/other", None, None), ENTRY)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in path.parent.iterdir()] == ["adapters.lock"]
+
+
+def test_puts_from_many_threads_all_arrive(path: Path) -> None:
+    lock = Lockfile(path)
+    keys = [LockKey(f"org/{index}", None, None) for index in range(20)]
+    threads = [threading.Thread(target=lock.put, args=(key, ENTRY)) for key in keys]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    again = Lockfile(path)
+    assert all(again.get(key) == ENTRY for key in keys)
+
+
+SOUND: dict[str, Any] = {
+    "source": "org/name",
+    "revision": None,
+    "subfolder": None,
+    "commit": "a" * 40,
+    "files": {"adapter_config.json": "b" * 64},
+    "digest": "c" * 64,
+}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        '{"version": 1, "version": 1, "adapters": []}',
+        json.dumps({"version": 2, "adapters": []}),
+        json.dumps({"version": 1}),
+        json.dumps({"version": 1, "adapters": {}}),
+        json.dumps({"version": 1, "adapters": [], "more": 1}),
+        json.dumps({"version": 1, "adapters": [SOUND, SOUND]}),
+        *(
+            json.dumps({"version": 1, "adapters": [{**SOUND, **change}]})
+            for change in (
+                {"commit": "main"},
+                {"digest": "x" * 64},
+                {"files": ["a"]},
+                {"files": {"a": "b"}},
+                {"revision": 1},
+                {"source": None},
+                {"extra": 1},
+            )
+        ),
+    ],
+)
+def test_damage_is_an_error_that_names_the_file_and_never_overwritten(path: Path, content: str) -> None:
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"adapters\.lock is damaged"):
+        Lockfile(path)
+    assert path.read_text() == content
