@@ -145,6 +145,13 @@ class RouterArtefactError(LoraMixerError):
 
 
 class EngineError(LoraMixerError):
-    """A model step failed; requests that were in it ended with an error event."""
+    """A model step failed; requests that were in it ended with an error event.
+
+    `sequence_ids` names the guilty sequences: only they end, their batch mates are computed again. Empty means all.
+    """
 
     default_code = "engine_error"
+
+    def __init__(self, message: str, *, sequence_ids: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.sequence_ids = tuple(sequence_ids)
