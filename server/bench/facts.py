@@ -1,0 +1,82 @@
+"""What a figure depends on besides the code: machine, versions, configuration, and who else used the processors."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from server import __version__
+from server.config import ServerConfig
+
+CLOCK_TICKS_PER_S = 100
+"""Unit of /proc/stat; fixed by Linux' ABI on every architecture we run on."""
+
+
+def machine_facts() -> dict[str, Any]:
+    """Cores this process may use, processor model, memory, operating system."""
+    return {
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_model": _first_value(Path("/proc/cpuinfo"), "model name") or platform.processor() or "unknown",
+        "memory_gib": _memory_gib(),
+        "system": platform.platform(),
+    }
+
+
+def version_facts() -> dict[str, str]:
+    """Versions of what computes."""
+    versions = {"lora_mixer": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def config_digest(config: ServerConfig, adapter_digests: Iterable[str]) -> str:
+    """First 16 hex digits of a sha256 over every setting and the adapters' content; paths on disk do not count."""
+    content = [config.model_dump(mode="json", exclude={"root"}), sorted(adapter_digests)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class OtherLoad:
+    """Cores that anyone but this process kept busy (stolen time included) since construction; Linux only."""
+
+    def __init__(self) -> None:
+        self._start = self._sample()
+
+    def cores(self) -> float | None:
+        """Average number of cores, None where the system does not say. Below 0.1 the machine was idle otherwise."""
+        end = self._sample()
+        if self._start is None or end is None or end[0] <= self._start[0]:
+            return None
+        wall_s, busy_s, own_s = (after - before for after, before in zip(end, self._start, strict=True))
+        return round(max(0.0, busy_s - own_s) / wall_s, 2)
+
+    def _sample(self) -> tuple[float, float, float] | None:
+        try:
+            fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]
+        except OSError:
+            return None
+        user, nice, system, _idle, _iowait, irq, softirq, steal = (int(field) for field in fields)
+        own = os.times()
+        busy_s = (user + nice + system + irq + softirq + steal) / CLOCK_TICKS_PER_S
+        return time.monotonic(), busy_s, own.user + own.system
+
+
+def _first_value(path: Path, key: str) -> str | None:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
+
+
+def _memory_gib() -> float | None:
+    total = _first_value(Path("/proc/meminfo"), "MemTotal")
+    return round(int(total.split()[0]) / 2**20, 1) if total else None
