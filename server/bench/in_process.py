@@ -63,7 +63,7 @@ async def in_process(config: ServerConfig) -> AsyncIterator[tuple[InProcessTarge
 
     Raises what a start of the server raises.
     """
-    from server.app import build_services
+    from server.assembly import build_services
 
     services = await asyncio.to_thread(build_services, config, Secrets())
     services.engine.start()
