@@ -87,7 +87,7 @@ def register(routed: RoutedModel, slot: int, folder: Path, base_model_name: str)
 
 @torch.no_grad()
 def peft_logits(model: nn.Module, folder: Path, prompt: Tensor) -> Tensor:
-    peft = PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()  # type: ignore[arg-type]
+    peft = PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).eval()
     logits: Tensor = peft(prompt, use_cache=False).logits
     return logits
 

@@ -1,0 +1,213 @@
+"""Builds the parts of a server from its configuration, in order: base model, routed layers, cache, engine, registry.
+
+Part of the composition root (`app.py` puts HTTP around the result; `lora-mixer bench` uses it without HTTP).
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from server.adapters.records import AdapterState
+from server.adapters.registry import AdapterRegistry
+from server.adapters.roster import Roster
+from server.api.services import Services
+from server.config import Secrets, ServerConfig, ServerSettings, cache_folder
+from server.engine.async_engine import AsyncEngine
+from server.engine.block_pool import BlockPool
+from server.engine.engine import Engine
+from server.engine.model_runner import ModelRunner
+from server.engine.scheduler import Scheduler, SchedulerLimits
+from server.engine.sequence import StepStats
+from server.errors import ConfigError
+from server.metrics import Metrics
+from server.model.attention import PagedAttention, attach_paged_attention
+from server.model.loader import LoadedModel, load_base_model
+from server.routing.attach import RoutedModel, attach_routing
+from server.routing.router import load_artefact
+from server.routing.router_bank import check_base
+
+logger = logging.getLogger(__name__)
+
+LOCKFILE_NAME = "adapters.lock"
+"""Stands beside adapters.yaml; which commit, files and digest every Hub source resolved to."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class ModelParts:
+    """The base model with everything the engine needs around it."""
+
+    loaded: LoadedModel
+    routed: RoutedModel
+    attention: PagedAttention
+    num_blocks: int
+    max_model_len: int
+
+
+def build_model(config: ServerConfig) -> ModelParts:
+    """Load the base model, attach routing and paged attention, allocate the K/V cache.
+
+    Raises ModelLoadError or ConfigError.
+    """
+    settings = config.server
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+    started_s = time.monotonic()
+    loaded = load_base_model(config.base_model, device=settings.device, cache_folder=cache_folder(), root=config.root)
+    routed = attach_routing(loaded.model, num_slots=settings.max_adapters + 1)
+    attention = attach_paged_attention(loaded.model)
+    dtype, device = routed.bank.dtype, routed.bank.device
+    num_blocks = settings.kv_cache_mib * 2**20 // attention.bytes_per_block(settings.block_size, dtype)
+    max_model_len = _max_model_len(settings, loaded.max_model_len, num_blocks)
+    attention.allocate(num_blocks=num_blocks, block_size=settings.block_size, dtype=dtype, device=device)
+    logger.info(
+        "base model %s in %s on %s, %d tokens of K/V cache, loaded in %.1f s",
+        loaded.name,
+        config.base_model.dtype,
+        device,
+        (num_blocks - 1) * settings.block_size,
+        time.monotonic() - started_s,
+    )
+    return ModelParts(loaded, routed, attention, num_blocks, max_model_len)
+
+
+def build_engine(config: ServerConfig, parts: ModelParts) -> Engine:
+    """Scheduler, block pool and runner around a model."""
+    settings = config.server
+    limits = SchedulerLimits(
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_model_len=parts.max_model_len,
+        prefix_caching=settings.prefix_caching,
+    )
+    pool = BlockPool(parts.num_blocks, settings.block_size)
+    device = parts.routed.bank.device
+    runner = ModelRunner(parts.routed, parts.attention, block_size=settings.block_size, device=device)
+    return Engine(Scheduler(limits, pool), runner)
+
+
+def build_services(config: ServerConfig, secrets: Secrets) -> Services:
+    """Everything behind the HTTP routes, with the configured adapters and router in place; nothing runs yet.
+
+    An adapter that cannot be served is listed as FAILED with its reasons. Raises ModelLoadError, ConfigError or
+    RouterArtefactError when there is nothing to serve with.
+    """
+    # Before the model: a wrong artefact should not cost a model load to find out.
+    artefact = None if config.router_folder is None else load_artefact(config.router_folder)
+    parts = build_model(config)
+    if artefact is not None:
+        check_base(
+            artefact,
+            base_model=config.base_model.name,
+            hidden_size=parts.routed.hidden_size,
+            num_layers=parts.routed.num_layers,
+        )
+    metrics = Metrics()
+    gate = _EngineGate()
+    registry = AdapterRegistry(
+        parts.routed,
+        base_model_name=config.base_model.name,
+        settings=config.server,
+        run_between_steps=gate.run,
+        lockfile=config.root / LOCKFILE_NAME,
+        root=config.root,
+        on_load=metrics.count_load,
+    )
+    _load_adapters(registry, config)
+    engine = AsyncEngine(
+        build_engine(config, parts),
+        eos_token_ids=parts.loaded.eos_token_ids,
+        max_waiting_requests=config.server.max_waiting_requests,
+        max_waiting_tokens=config.server.max_waiting_tokens,
+        on_step=_StepObserver(metrics, registry),
+    )
+    gate.engine = engine
+    return Services(
+        config=config,
+        secrets=secrets,
+        engine=engine,
+        registry=registry,
+        tokenizer=parts.loaded.tokenizer,
+        metrics=metrics,
+        max_model_len=parts.max_model_len,
+        vocab_size=parts.loaded.vocab_size,
+        created_s=int(time.time()),
+    )
+
+
+class _EngineGate:
+    """Runs functions between two steps: on the engine thread once there is one, at once before that."""
+
+    def __init__(self) -> None:
+        self.engine: AsyncEngine | None = None
+
+    def run(self, function: Callable[[], T]) -> "Future[T]":
+        """See `AsyncEngine.call_between_steps`."""
+        if self.engine is not None:
+            return self.engine.call_between_steps(function)
+        future: Future[T] = Future()
+        try:
+            future.set_result(function())
+        except Exception as error:  # Whatever it is, it belongs to whoever waits for the future.
+            future.set_exception(error)
+        return future
+
+
+class _StepObserver:
+    """Hands one step's figures to metrics and traffic shares. Called on the engine thread, so it does little."""
+
+    def __init__(self, metrics: Metrics, registry: AdapterRegistry) -> None:
+        self._metrics = metrics
+        self._registry = registry
+        self._roster: Roster | None = None
+        self._slot_names: dict[int, str] = {}
+
+    def __call__(self, stats: StepStats) -> None:
+        if self._roster is not self._registry.roster:
+            self._roster = self._registry.roster
+            # Names of retired slots stay until the slot is taken again: running requests may still use them.
+            self._slot_names |= {adapter.slot: adapter.name for adapter in self._roster.adapters.values()}
+        self._metrics.observe_step(stats, self._slot_names)
+        if stats.routing.gate_mass:
+            self._registry.record_traffic(stats.routing.gate_mass)
+
+
+def _load_adapters(registry: AdapterRegistry, config: ServerConfig) -> None:
+    """Register every configured adapter, wait for all, then install the router over those that are ready."""
+    for spec in config.adapters:
+        registry.register(spec)
+    failed = 0
+    for spec in config.adapters:
+        info = registry.wait(spec.name)
+        if info.state is AdapterState.FAILED:
+            failed += 1
+            logger.error("adapter %s is not served: %s", spec.name, info.reason)
+    if config.router_folder is not None:
+        registry.swap_router(config.router_folder)
+    for info in registry.list():
+        if info.state is AdapterState.READY and not info.routed:
+            logger.warning("adapter %s is served by name only: %s", info.name, info.reason)
+    logger.info("%d adapters ready, %d failed", len(config.adapters) - failed, failed)
+
+
+def _max_model_len(settings: ServerSettings, model_limit: int, num_blocks: int) -> int:
+    """Longest sequence in tokens; the block 0 of the cache is scratch."""
+    capacity = (num_blocks - 1) * settings.block_size
+    if capacity < 2:
+        raise ConfigError(f"kv_cache_mib {settings.kv_cache_mib} holds {max(0, capacity)} tokens; raise it")
+    wanted = settings.max_model_len
+    if wanted is None:
+        return min(model_limit, capacity)
+    if wanted > model_limit:
+        raise ConfigError(f"max_model_len {wanted} is above the model's own limit of {model_limit} tokens; lower it")
+    if wanted > capacity:
+        raise ConfigError(
+            f"max_model_len {wanted} does not fit the K/V cache of {capacity} tokens; raise kv_cache_mib or lower it"
+        )
+    return wanted
