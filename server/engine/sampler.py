@@ -168,7 +168,7 @@ def _filter(weights: Tensor, rows: list[Sequence]) -> None:
     params = [rows[index].params for index in filtered]
     filters = ops.Filters(
         min_p=_column([row.min_p for row in params], weights),
-        top_k=_ids([min(row.top_k, vocab_size) if row.top_k > 0 else vocab_size for row in params], weights),
+        top_k=_ids([row.top_k if row.top_k > 0 else vocab_size for row in params], weights),
         top_p=_column([row.top_p for row in params], weights),
     )
     if len(filtered) == len(rows):

@@ -28,7 +28,7 @@ class Filters(NamedTuple):
     min_p: Tensor
     """0 is neutral."""
     top_k: Tensor
-    """Number kept, at least 1; V is neutral."""
+    """Number kept, at least 1; V or more is neutral."""
     top_p: Tensor
     """1 is neutral."""
 

@@ -1,5 +1,6 @@
 """Scripted stand-ins for what surrounds the engine: a runner that checks the scheduler's work, and a counting lease."""
 
+import itertools
 import threading
 import time
 import zlib
@@ -13,6 +14,7 @@ from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import (
     RoutingStats,
     RunResult,
+    SamplingParams,
     ScheduledBatch,
     ScheduledSequence,
     Sequence,
@@ -184,3 +186,20 @@ def run_to_end(engine: Engine, max_steps: int = 5000) -> dict[int, list[TokenEve
 def tokens_of(events: ListLike[TokenEvent]) -> list[int]:
     """All tokens of one sequence's events."""
     return [token for event in events for token in event.token_ids]
+
+
+_sequence_ids = itertools.count(1000)
+
+
+def make_sequence(num_prompt: int = 6, *, first_token: int = 0, **fields: Any) -> Sequence:
+    """A greedy sequence with a prompt of counting tokens; keyword arguments go to params or to the sequence."""
+    names = SamplingParams.__dataclass_fields__
+    params = {"temperature": 0.0, "max_tokens": 4, **{k: v for k, v in fields.items() if k in names}}
+    others = {k: v for k, v in fields.items() if k not in names}
+    prompt = [(first_token + position) % 64 for position in range(num_prompt)]
+    return Sequence(next(_sequence_ids), prompt, SamplingParams(**params), **others)
+
+
+def last_batch(runner: FakeRunner) -> dict[int, int]:
+    """Tokens per sequence id in the latest step."""
+    return dict(runner.batches[-1])

@@ -1,34 +1,25 @@
-"""Scheduling rules one by one. Whole workloads are in `test_engine_workloads.py`."""
-
-import itertools
-from typing import Any
+"""Scheduling rules one by one: budgets, order, admission and ends. Whole workloads: `test_engine_workloads.py`."""
 
 import pytest
 
 from server.engine.engine import Engine
-from server.engine.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
+from server.engine.sequence import FinishReason, TokenEvent
 from server.errors import ContextLengthError, InvalidRequestError
-from server.routing.policy import GatePlan, Policy
-from tests.engine.fakes import CountingLease, FakeRunner, build_engine, fake_logprobs, run_to_end, scripted, tokens_of
-
-_ids = itertools.count(1000)
-
-
-def sequence(num_prompt: int = 6, *, first_token: int = 0, **fields: Any) -> Sequence:
-    """A greedy sequence with a prompt of counting tokens; keyword arguments go to params or to the sequence."""
-    names = SamplingParams.__dataclass_fields__
-    params = {"temperature": 0.0, "max_tokens": 4, **{k: v for k, v in fields.items() if k in names}}
-    others = {k: v for k, v in fields.items() if k not in names}
-    prompt = [(first_token + position) % 64 for position in range(num_prompt)]
-    return Sequence(next(_ids), prompt, SamplingParams(**params), **others)
+from tests.engine.fakes import (
+    CountingLease,
+    FakeRunner,
+    build_engine,
+    fake_logprobs,
+    last_batch,
+    make_sequence,
+    run_to_end,
+    scripted,
+    tokens_of,
+)
 
 
 def step(engine: Engine) -> list[TokenEvent]:
     return engine.step()[0]
-
-
-def last_batch(runner: FakeRunner) -> dict[int, int]:
-    return dict(runner.batches[-1])
 
 
 # Budgets and order
@@ -37,7 +28,7 @@ def last_batch(runner: FakeRunner) -> dict[int, int]:
 def test_a_long_prompt_is_computed_in_chunks_and_then_samples() -> None:
     runner = FakeRunner()
     engine = build_engine(runner, max_num_batched_tokens=8)
-    long = sequence(20, max_tokens=2)
+    long = make_sequence(20, max_tokens=2)
     engine.add(long)
     run_to_end(engine)
     assert [count for batch in runner.batches for _, count in batch] == [8, 8, 4, 1]
@@ -46,7 +37,7 @@ def test_a_long_prompt_is_computed_in_chunks_and_then_samples() -> None:
 def test_decodes_progress_in_every_step_while_a_long_prompt_prefills() -> None:
     runner = FakeRunner()
     engine = build_engine(runner, max_num_batched_tokens=8)
-    short, long = sequence(3, max_tokens=12), sequence(60, first_token=7)
+    short, long = make_sequence(3, max_tokens=12), make_sequence(60, first_token=7)
     engine.add(short)
     step(engine)
     engine.add(long)
@@ -61,7 +52,7 @@ def test_decodes_progress_in_every_step_while_a_long_prompt_prefills() -> None:
 def test_decodes_are_scheduled_before_a_prompt_of_higher_priority() -> None:
     runner = FakeRunner()
     engine = build_engine(runner, max_num_batched_tokens=8)
-    short, urgent = sequence(3, max_tokens=6), sequence(60, first_token=9, priority=-1)
+    short, urgent = make_sequence(3, max_tokens=6), make_sequence(60, first_token=9, priority=-1)
     engine.add(short)
     step(engine)
     engine.add(urgent)
@@ -74,7 +65,7 @@ def test_decodes_are_scheduled_before_a_prompt_of_higher_priority() -> None:
 def test_waiting_sequences_start_by_priority_then_arrival() -> None:
     runner = FakeRunner()
     engine = build_engine(runner, max_num_seqs=1)
-    low, first, second, high = (sequence(priority=p, arrival_s=a) for p, a in ((5, 0), (0, 1), (0, 2), (-1, 3)))
+    low, first, second, high = (make_sequence(priority=p, arrival_s=a) for p, a in ((5, 0), (0, 1), (0, 2), (-1, 3)))
     for each in (low, second, first, high):
         engine.add(each)
     run_to_end(engine)
@@ -86,7 +77,7 @@ def test_no_step_exceeds_the_sequence_and_token_budgets() -> None:
     runner = FakeRunner()
     engine = build_engine(runner, max_num_seqs=3, max_num_batched_tokens=10)
     for index in range(7):
-        engine.add(sequence(5 + index, first_token=index))
+        engine.add(make_sequence(5 + index, first_token=index))
     run_to_end(engine)
     assert max(len(batch) for batch in runner.batches) == 3
     assert max(sum(count for _, count in batch) for batch in runner.batches) <= 10
@@ -96,15 +87,15 @@ def test_fewer_tokens_than_seats_starve_nobody() -> None:
     runner = FakeRunner()
     engine = build_engine(runner, max_num_seqs=8, max_num_batched_tokens=2)
     for index in range(5):
-        engine.add(sequence(3, first_token=index))
+        engine.add(make_sequence(3, first_token=index))
     run_to_end(engine)
     assert max(len(batch) for batch in runner.batches) == 2
 
 
 def test_waiting_accounts_count_prompt_and_max_tokens() -> None:
     engine = build_engine(max_num_seqs=1)
-    engine.add(sequence(6, max_tokens=4))
-    engine.add(sequence(7, max_tokens=5))
+    engine.add(make_sequence(6, max_tokens=4))
+    engine.add(make_sequence(7, max_tokens=5))
     assert (engine.scheduler.num_waiting, engine.scheduler.waiting_tokens) == (2, 22)
     step(engine)
     assert (engine.scheduler.num_running, engine.scheduler.num_waiting, engine.scheduler.waiting_tokens) == (1, 1, 12)
@@ -118,22 +109,22 @@ def test_a_prompt_that_could_never_fit_is_refused_and_keeps_its_lease() -> None:
     assert engine.scheduler.max_sequence_tokens == 16
     lease = CountingLease()
     with pytest.raises(ContextLengthError, match="at most 15"):
-        engine.add(sequence(16, lease=lease))
+        engine.add(make_sequence(16, lease=lease))
     with pytest.raises(InvalidRequestError, match="no tokens"):
-        engine.add(sequence(0))
+        engine.add(make_sequence(0))
     assert not engine.has_work
     assert lease.num_releases == 0
 
 
 def test_a_prompt_to_be_scored_only_may_fill_the_context() -> None:
     engine = build_engine(num_blocks=5)
-    engine.add(sequence(16, max_tokens=0))
+    engine.add(make_sequence(16, max_tokens=0))
     run_to_end(engine)
 
 
 def test_the_longest_sequence_that_fits_ends_with_length_at_the_limit() -> None:
     engine = build_engine(num_blocks=5, max_model_len=100)
-    longest = sequence(15, max_tokens=50)
+    longest = make_sequence(15, max_tokens=50)
     engine.add(longest)
     (events,) = run_to_end(engine).values()
     assert len(tokens_of(events)) == 1
@@ -142,7 +133,7 @@ def test_the_longest_sequence_that_fits_ends_with_length_at_the_limit() -> None:
 
 def test_max_model_len_ends_a_sequence_with_length() -> None:
     engine = build_engine(max_model_len=10)
-    engine.add(sequence(6, max_tokens=50))
+    engine.add(make_sequence(6, max_tokens=50))
     (events,) = run_to_end(engine).values()
     assert len(tokens_of(events)) == 4
     assert events[-1].finish_reason is FinishReason.LENGTH
@@ -150,7 +141,7 @@ def test_max_model_len_ends_a_sequence_with_length() -> None:
 
 def test_nobody_is_admitted_into_the_last_blocks_that_running_sequences_will_soon_want() -> None:
     engine = build_engine(num_blocks=6)  # 5 blocks of 4 tokens
-    running, newcomer = sequence(11, max_tokens=5), sequence(8, first_token=30)
+    running, newcomer = make_sequence(11, max_tokens=5), make_sequence(8, first_token=30)
     engine.add(running)
     step(engine)
     engine.add(newcomer)  # wants the 2 blocks that are left, and the running one is about to want one of them
@@ -159,185 +150,12 @@ def test_nobody_is_admitted_into_the_last_blocks_that_running_sequences_will_soo
     assert len(tokens_of(events[newcomer.id])) == 4
 
 
-# Prefix cache
-
-
-def test_an_equal_prompt_takes_all_full_blocks_but_the_last_token_from_the_cache() -> None:
-    runner = FakeRunner()
-    engine = build_engine(runner)
-    engine.add(sequence(8))
-    run_to_end(engine)
-    again = sequence(8)
-    engine.add(again)
-    _, stats = engine.step()
-    assert last_batch(runner) == {again.id: 4}, "the last of two full blocks holds the token to compute"
-    assert (stats.num_cached_tokens, stats.num_prompt_tokens) == (4, 4)
-    assert run_to_end(engine)[again.id][-1].num_cached_tokens == 4
-
-
-def test_output_blocks_are_cached_too() -> None:
-    engine = build_engine(FakeRunner(scripted([50, 51, 52, 53])))
-    first = sequence(6, max_tokens=8)
-    engine.add(first)
-    run_to_end(engine)
-    follow_up = Sequence(next(_ids), [*first.token_ids, 1], SamplingParams(max_tokens=1))
-    engine.add(follow_up)
-    run_to_end(engine)
-    assert follow_up.num_cached_tokens == 12  # 13 of 14 tokens were computed: three blocks of four
-
-
-def test_blocks_are_published_only_after_they_were_computed() -> None:
-    runner = FakeRunner()
-    engine = build_engine(runner, max_num_batched_tokens=8)
-    engine.add(sequence(16))
-    engine.add(sequence(16))
-    step(engine)  # 8 tokens of the first
-    step(engine)
-    second = next(iter(last_batch(runner).items()))
-    assert second[1] == 8
-    run_to_end(engine)
-    assert runner.num_tokens_computed >= 16
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"cache_salt": "mine"},
-        {"plan": GatePlan(Policy.PINNED, b"other adapter", weights=((1, 1.0),))},
-        {"prompt_logprobs": 0},
-        {"first_token": 1},
-    ],
-    ids=["salt", "plan", "prompt_logprobs", "tokens"],
-)
-def test_nothing_is_taken_from_the_cache_by(changes: dict[str, Any]) -> None:
-    engine = build_engine()
-    engine.add(sequence(12))
-    run_to_end(engine)
-    other = sequence(12, **changes)
-    engine.add(other)
-    run_to_end(engine)
-    assert other.num_cached_tokens == 0
-
-
-def test_with_prefix_caching_off_nothing_is_reused() -> None:
-    runner = FakeRunner()
-    engine = build_engine(runner, prefix_caching=False)
-    for _ in range(2):
-        engine.add(sequence(12, max_tokens=1))
-        run_to_end(engine)
-    assert runner.num_tokens_computed == 24
-
-
-def test_siblings_wait_for_their_leaders_prompt_and_share_its_blocks() -> None:
-    runner = FakeRunner()
-    engine = build_engine(runner, max_num_batched_tokens=8)
-    leader = sequence(17)
-    siblings = [sequence(17, leader=leader) for _ in range(3)]
-    for each in (leader, *siblings):
-        engine.add(each)
-    assert engine.scheduler.num_waiting == 4
-    for _ in range(3):
-        step(engine)
-        assert engine.scheduler.num_running == 1
-        assert engine.scheduler.num_waiting == 3
-    assert leader.num_output_tokens == 1
-    step(engine)
-    assert last_batch(runner) == {each.id: 1 for each in (leader, *siblings)}
-    assert {sibling.block_table[0] for sibling in siblings} == {leader.block_table[0]}
-    run_to_end(engine)
-
-
-@pytest.mark.parametrize("end", ["abort", "fail"])
-def test_siblings_of_a_leader_that_ended_early_go_on(end: str) -> None:
-    engine = build_engine(max_num_batched_tokens=8)
-    leader = sequence(17)
-    siblings = [sequence(17, leader=leader) for _ in range(2)]
-    for each in (leader, *siblings):
-        engine.add(each)
-    step(engine)
-    if end == "abort":
-        engine.abort(leader.id)
-    else:
-        engine.scheduler.fail([leader.id], "broken")
-    events = run_to_end(engine)
-    assert all(events[sibling.id][-1].finish_reason is FinishReason.LENGTH for sibling in siblings)
-
-
-def test_a_sibling_can_be_aborted_while_it_is_held() -> None:
-    engine = build_engine(max_num_batched_tokens=8)
-    leader = sequence(17)
-    siblings = [sequence(17, leader=leader) for _ in range(2)]
-    for each in (leader, *siblings):
-        engine.add(each)
-    step(engine)
-    engine.abort(siblings[0].id)
-    assert engine.scheduler.num_waiting == 1
-    events = run_to_end(engine)
-    assert events[siblings[0].id][-1].finish_reason is FinishReason.ABORT
-    assert events[siblings[1].id][-1].finish_reason is FinishReason.LENGTH
-
-
-# Preemption
-
-
-def test_the_latest_sequence_is_preempted_and_emits_no_token_twice() -> None:
-    runner = FakeRunner(scripted(list(range(20))))
-    engine = build_engine(runner, num_blocks=6)  # 5 blocks of 4 tokens
-    first, second = sequence(7, max_tokens=12), sequence(7, first_token=20, max_tokens=8)
-    engine.add(first)
-    engine.add(second)
-    events = run_to_end(engine)
-    assert (first.num_preemptions, second.num_preemptions) == (0, 1)
-    assert tokens_of(events[first.id]) == list(range(12))
-    assert tokens_of(events[second.id]) == list(range(8))
-
-
-def test_a_lower_priority_is_preempted_although_it_came_first() -> None:
-    engine = build_engine(num_blocks=6)
-    low, high = sequence(7, max_tokens=12, priority=1), sequence(7, first_token=20, max_tokens=12)
-    engine.add(low)
-    step(engine)
-    engine.add(high)
-    run_to_end(engine)
-    assert high.num_preemptions == 0
-    assert low.num_preemptions >= 1
-
-
-def test_a_preempted_sequence_resumes_before_new_ones_of_its_priority() -> None:
-    runner = FakeRunner()
-    engine = build_engine(runner, num_blocks=6)
-    first, second = sequence(7, max_tokens=12), sequence(7, first_token=20, max_tokens=12)
-    for each in (first, second):
-        engine.add(each)
-    while not second.num_preemptions:
-        step(engine)
-    newcomer = sequence(2, first_token=40, arrival_s=0.0)  # even one that claims to be the oldest
-    engine.add(newcomer)
-    while not second.block_table:
-        assert newcomer.num_computed_tokens == 0
-        step(engine)
-    run_to_end(engine)
-
-
-def test_a_preempted_sequence_may_be_served_by_the_cache_but_reports_only_its_first_admission() -> None:
-    runner = FakeRunner()
-    engine = build_engine(runner, num_blocks=8)
-    first, second = sequence(7, max_tokens=18), sequence(11, first_token=20, max_tokens=10)
-    for each in (first, second):
-        engine.add(each)
-    events = run_to_end(engine)
-    assert second.num_preemptions == 1
-    assert {event.num_cached_tokens for event in events[second.id]} == {0}
-    computed = sum(count for batch in runner.batches for id_, count in batch if id_ == second.id)
-    assert computed < 2 * (11 + 9), "part of it came back from the cache"
-
-
 # Ends
 
 
 def test_eos_ends_with_stop_and_no_stop_reason_and_stays_in_the_tokens() -> None:
     engine = build_engine(FakeRunner(scripted([5, 9, 7])))
-    engine.add(sequence(max_tokens=10, eos_token_ids=frozenset({9})))
+    engine.add(make_sequence(max_tokens=10, eos_token_ids=frozenset({9})))
     (events,) = run_to_end(engine).values()
     assert tokens_of(events) == [5, 9]
     assert (events[-1].finish_reason, events[-1].stop_reason) == (FinishReason.STOP, None)
@@ -345,7 +163,7 @@ def test_eos_ends_with_stop_and_no_stop_reason_and_stays_in_the_tokens() -> None
 
 def test_a_stop_token_is_the_stop_reason_even_with_ignore_eos() -> None:
     engine = build_engine(FakeRunner(scripted([9, 8, 7])))
-    engine.add(sequence(max_tokens=10, eos_token_ids=frozenset({9}), ignore_eos=True, stop_token_ids=(7,)))
+    engine.add(make_sequence(max_tokens=10, eos_token_ids=frozenset({9}), ignore_eos=True, stop_token_ids=(7,)))
     (events,) = run_to_end(engine).values()
     assert tokens_of(events) == [9, 8, 7]
     assert (events[-1].finish_reason, events[-1].stop_reason) == (FinishReason.STOP, 7)
@@ -354,14 +172,14 @@ def test_a_stop_token_is_the_stop_reason_even_with_ignore_eos() -> None:
 @pytest.mark.parametrize(("min_tokens", "num_tokens"), [(0, 1), (1, 1), (2, 3), (3, 3), (4, 5)])
 def test_stop_tokens_count_only_from_min_tokens_on(min_tokens: int, num_tokens: int) -> None:
     engine = build_engine(FakeRunner(scripted([9, 8])))
-    engine.add(sequence(max_tokens=10, eos_token_ids=frozenset({9}), min_tokens=min_tokens))
+    engine.add(make_sequence(max_tokens=10, eos_token_ids=frozenset({9}), min_tokens=min_tokens))
     (events,) = run_to_end(engine).values()
     assert len(tokens_of(events)) == num_tokens
 
 
 def test_max_tokens_ends_with_length() -> None:
     engine = build_engine(FakeRunner(scripted([1])))
-    engine.add(sequence(max_tokens=3))
+    engine.add(make_sequence(max_tokens=3))
     (events,) = run_to_end(engine).values()
     assert tokens_of(events) == [1, 1, 1]
     assert events[-1].finish_reason is FinishReason.LENGTH
@@ -369,14 +187,14 @@ def test_max_tokens_ends_with_length() -> None:
 
 def test_a_stop_token_as_the_last_allowed_one_is_a_stop() -> None:
     engine = build_engine(FakeRunner(scripted([1, 9])))
-    engine.add(sequence(max_tokens=2, eos_token_ids=frozenset({9})))
+    engine.add(make_sequence(max_tokens=2, eos_token_ids=frozenset({9})))
     (events,) = run_to_end(engine).values()
     assert events[-1].finish_reason is FinishReason.STOP
 
 
 def test_max_tokens_zero_scores_the_prompt_and_samples_nothing() -> None:
     engine = build_engine(max_num_batched_tokens=4)
-    engine.add(sequence(10, max_tokens=0, prompt_logprobs=2))
+    engine.add(make_sequence(10, max_tokens=0, prompt_logprobs=2))
     (events,) = run_to_end(engine).values()
     assert len(events) == 1
     assert events[0].token_ids == ()
@@ -386,7 +204,7 @@ def test_max_tokens_zero_scores_the_prompt_and_samples_nothing() -> None:
 
 def test_prompt_logprobs_come_whole_and_once_with_the_first_token() -> None:
     engine = build_engine(max_num_batched_tokens=4)
-    engine.add(sequence(10, prompt_logprobs=0))
+    engine.add(make_sequence(10, prompt_logprobs=0))
     (events,) = run_to_end(engine).values()
     assert events[0].prompt_logprobs == (None, *(fake_logprobs(token, 0) for token in range(1, 10)))
     assert all(event.prompt_logprobs is None for event in events[1:])
@@ -394,7 +212,7 @@ def test_prompt_logprobs_come_whole_and_once_with_the_first_token() -> None:
 
 def test_preemption_in_the_middle_of_a_prompt_does_not_repeat_prompt_logprobs() -> None:
     engine = build_engine(num_blocks=11, max_num_batched_tokens=5)
-    hungry, scored = sequence(3, max_tokens=34), sequence(30, first_token=9, prompt_logprobs=1, max_tokens=1)
+    hungry, scored = make_sequence(3, max_tokens=34), make_sequence(30, first_token=9, prompt_logprobs=1, max_tokens=1)
     engine.add(hungry)
     step(engine)
     engine.add(scored)
@@ -408,14 +226,14 @@ def test_preemption_in_the_middle_of_a_prompt_does_not_repeat_prompt_logprobs() 
 
 def test_a_one_token_prompt_has_one_empty_prompt_logprob() -> None:
     engine = build_engine()
-    engine.add(sequence(1, prompt_logprobs=0))
+    engine.add(make_sequence(1, prompt_logprobs=0))
     (events,) = run_to_end(engine).values()
     assert events[0].prompt_logprobs == (None,)
 
 
 def test_logprobs_and_routing_stand_beside_their_token() -> None:
     engine = build_engine(FakeRunner(scripted([3, 4])))
-    engine.add(sequence(max_tokens=2, logprobs=1))
+    engine.add(make_sequence(max_tokens=2, logprobs=1))
     (events,) = run_to_end(engine).values()
     assert [event.logprobs for event in events] == [(fake_logprobs(3, 1),), (fake_logprobs(4, 1),)]
     assert all(event.routing == () for event in events)
@@ -424,7 +242,7 @@ def test_logprobs_and_routing_stand_beside_their_token() -> None:
 def test_abort_frees_blocks_and_lease_once_wherever_the_sequence_stands() -> None:
     engine = build_engine(max_num_seqs=1)
     leases = [CountingLease(), CountingLease()]
-    running, waiting = (sequence(lease=lease) for lease in leases)
+    running, waiting = (make_sequence(lease=lease) for lease in leases)
     engine.add(running)
     engine.add(waiting)
     step(engine)
