@@ -1,0 +1,146 @@
+"""Adapters over HTTP: list, register, retire; and vLLM's load and unload payloads with the same effect.
+
+The registry does the work, on worker threads; this module knows statuses and what a client may name.
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
+
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.responses import PlainTextResponse, Response
+
+from server.adapters.records import AdapterInfo, AdapterState
+from server.api.auth import AdminOnly
+from server.api.errors import ERROR_RESPONSES, json_response
+from server.api.fields import IsNoOp, StrictBody, Text, only
+from server.api.paths import checked_source
+from server.api.services import AUTO_MODEL, InjectedServices, Services
+from server.config import ADAPTER_NAME_PATTERN, AdapterSpec
+from server.errors import AdapterDownloadError, AdapterRefusedError, InvalidRequestError, LoraMixerError
+
+WAIT_LIMIT_S = 600.0
+"""Longest that a registration with `wait` is waited for; after that it answers 202 and goes on."""
+INTERNAL_FAILURE = "internal_error"
+"""`code` of a registration that failed for no reason that a client could mend."""
+WAIT_SLICE_S = 2.0
+"""A worker thread is held no longer than this for a client that may have left."""
+
+router = APIRouter(tags=["adapters"], responses=ERROR_RESPONSES)
+
+AdapterName = Annotated[str, Field(pattern=ADAPTER_NAME_PATTERN)]
+SourceText = Annotated[Text, Field(min_length=1, max_length=1024)]
+
+
+class RegisterBody(StrictBody):
+    """Body of POST /v1/adapters."""
+
+    unsupported: ClassVar[Mapping[str, IsNoOp]] = {"examples": only([])}
+
+    name: AdapterName
+    source: SourceText
+    """Hub id `org/name`, or a folder below an adapter root."""
+    revision: SourceText | None = None
+    """Hub sources: branch, tag or commit."""
+    subfolder: SourceText | None = None
+    routed: bool = True
+    """Whether `auto` may route to it; false serves it by name only."""
+    description: Annotated[Text, Field(max_length=1000)] = ""
+    wait: bool = False
+    """Answer when the adapter is served or refused, not at once."""
+
+
+class LoadBody(StrictBody):
+    """vLLM's body of POST /v1/load_lora_adapter."""
+
+    unsupported: ClassVar[Mapping[str, IsNoOp]] = {"load_inplace": only(False), "is_3d_lora_weight": only(False)}
+
+    lora_name: AdapterName
+    lora_path: SourceText
+    """As `source` of POST /v1/adapters."""
+
+
+class UnloadBody(StrictBody):
+    """vLLM's body of POST /v1/unload_lora_adapter."""
+
+    lora_name: AdapterName
+
+
+@router.get("/v1/adapters", summary="List adapters")
+async def list_adapters(services: InjectedServices) -> Response:
+    """Every registered adapter, whatever its state."""
+    return json_response({"object": "list", "data": [info.to_dict() for info in services.registry.list()]})
+
+
+@router.get("/v1/adapters/{name}", summary="One adapter")
+async def get_adapter(name: str, services: InjectedServices) -> Response:
+    """Poll this after a registration that answered 202."""
+    return json_response(services.registry.get(name).to_dict())
+
+
+@router.post("/v1/adapters", summary="Register an adapter", dependencies=[AdminOnly], status_code=201)
+async def register_adapter(body: RegisterBody, services: InjectedServices) -> Response:
+    """201 served, 202 in progress, 409 name taken by other content, 422 refused, with every reason."""
+    info = await _register(services, body, param="name")
+    if body.wait:
+        info = await _settled(services, info)
+    _raise_failure(info)
+    return json_response(info.to_dict(), 201 if info.state is AdapterState.READY else 202)
+
+
+@router.delete("/v1/adapters/{name}", summary="Retire an adapter", dependencies=[AdminOnly])
+async def retire_adapter(name: str, services: InjectedServices) -> Response:
+    """No new request gets it; its memory is freed when the last running one ends."""
+    return json_response((await asyncio.to_thread(services.registry.retire, name)).to_dict())
+
+
+@router.post("/v1/load_lora_adapter", summary="Register an adapter, as vLLM does", dependencies=[AdminOnly])
+async def load_lora_adapter(body: LoadBody, services: InjectedServices) -> Response:
+    """Waits until the adapter is served."""
+    info = await _register(services, RegisterBody(name=body.lora_name, source=body.lora_path), param="lora_name")
+    _raise_failure(await _settled(services, info))
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+@router.post("/v1/unload_lora_adapter", summary="Retire an adapter, as vLLM does", dependencies=[AdminOnly])
+async def unload_lora_adapter(body: UnloadBody, services: InjectedServices) -> Response:
+    """Running requests keep it until they end."""
+    await asyncio.to_thread(services.registry.retire, body.lora_name)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+async def _register(services: Services, body: RegisterBody, *, param: str) -> AdapterInfo:
+    if body.name in (AUTO_MODEL, "base", services.base_model_name):
+        raise InvalidRequestError(f"{param} {body.name!r} is reserved; choose another", param=param)
+    spec = AdapterSpec(
+        name=body.name,
+        source=body.source,
+        revision=body.revision,
+        subfolder=body.subfolder,
+        routed=body.routed,
+        description=body.description,
+    )
+    return await asyncio.to_thread(lambda: services.registry.register(checked_source(services.config, spec)))
+
+
+async def _settled(services: Services, info: AdapterInfo) -> AdapterInfo:
+    """Its state once the registration has ended, or after WAIT_LIMIT_S."""
+    deadline_s = time.monotonic() + WAIT_LIMIT_S
+    while info.state.is_loading and time.monotonic() < deadline_s:
+        info = await asyncio.to_thread(services.registry.wait, info.name, WAIT_SLICE_S)
+    return info
+
+
+def _raise_failure(info: AdapterInfo) -> None:
+    """A FAILED registration as the error that it would have been, had it not happened in the background."""
+    if info.state is not AdapterState.FAILED:
+        return
+    if info.code == AdapterDownloadError.default_code:
+        raise AdapterDownloadError(info.reason or "the download failed", param="source")
+    if info.code == INTERNAL_FAILURE:
+        raise LoraMixerError(info.reason or "internal error", code=info.code)
+    if not info.reasons:
+        raise InvalidRequestError(info.reason or "the registration failed", param="source", code=info.code)
+    raise AdapterRefusedError(info.name, info.reasons)

@@ -1,0 +1,92 @@
+"""What both generation routes do around their own formats: start, stream or wait, and always clean up."""
+
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from server.api.choice import ChoiceDelta
+from server.api.errors import json_response, request_id_of
+from server.api.generation import Generation, Leases, Prompt, collect, submit
+from server.api.prompts import limits_of
+from server.api.sampling import check_body
+from server.api.schemas import GenerationBody
+from server.api.services import Services
+from server.api.streaming import DONE, EventStream, sse, until_disconnect
+from server.errors import NotReadyError
+
+CLIENT_LEFT = 499
+"""Status that nobody receives; nginx's word for it in logs."""
+
+
+class AnswerFormat(Protocol):
+    """How one route writes choices as JSON. One instance per request; it may keep state per choice."""
+
+    def openings(self) -> Sequence[dict[str, Any]]:
+        """Chunks that a stream starts with."""
+        ...
+
+    def chunk(self, delta: ChoiceDelta) -> dict[str, Any] | None:
+        """The chunk for one delta; None if it has nothing to show yet."""
+        ...
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """A chunk without choices, for the usage of the whole request."""
+        ...
+
+    def answer(self, choices: Sequence[ChoiceDelta]) -> dict[str, Any]:
+        """The whole answer without its usage."""
+        ...
+
+
+async def start(
+    services: Services,
+    request: Request,
+    body: GenerationBody,
+    num_prompts: int,
+    make_prompts: Callable[[], Awaitable[Sequence[Prompt]]],
+) -> Generation:
+    """Check, lease, tokenize, submit. Whatever fails on the way leaves no lease behind."""
+    arrival_s = time.monotonic()
+    if (reason := services.not_ready_reason) is not None:
+        raise NotReadyError(f"The server takes no requests now: {reason}. Try again later.")
+    check_body(body, limits_of(services))
+    with Leases(services, body, num_prompts) as leases:
+        prompts = await make_prompts()
+        return submit(services, body, prompts, leases, request_id=request_id_of(request.scope), arrival_s=arrival_s)
+
+
+async def respond(request: Request, generation: Generation, answer_format: AnswerFormat) -> Response:
+    """The stream, or the whole answer once it is there; a client that leaves aborts either."""
+    if generation.body.stream:
+        return EventStream(_events(generation, answer_format), generation.close)
+    try:
+        choices = await until_disconnect(request, collect(generation))
+    except ClientDisconnect:
+        return Response(status_code=CLIENT_LEFT)
+    finally:
+        generation.close()
+    return json_response({**answer_format.answer(choices), "usage": generation.usage()})
+
+
+async def _events(generation: Generation, answer_format: AnswerFormat) -> AsyncGenerator[bytes, None]:
+    body = generation.body
+
+    def event(chunk: dict[str, Any]) -> bytes:
+        if body.includes_usage:
+            chunk["usage"] = generation.usage() if body.has_continuous_usage else None
+        return sse(chunk)
+
+    for opening in answer_format.openings():
+        yield event(opening)
+    async with aclosing(generation.deltas()) as deltas:
+        async for delta in deltas:
+            if (chunk := answer_format.chunk(delta)) is not None:
+                yield event(chunk)
+    if body.includes_usage:
+        yield sse({**answer_format.usage_chunk(), "usage": generation.usage()})
+    yield DONE

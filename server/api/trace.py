@@ -1,0 +1,77 @@
+"""The routing trace of one choice: which adapters its tokens used, by name. The base model appears as `base`.
+
+A stream carries a chunk's tokens in that chunk and the summary in the choice's last one; joined, they are what a whole
+answer has.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from server.adapters.leases import AdapterLease
+from server.api.choice import ChoiceDelta
+from server.api.generation import Generation
+from server.api.logprobs import token_label
+from server.engine.sequence import TraceLevel
+from server.routing.policy import BASE_SLOT
+
+if TYPE_CHECKING:
+    from server.model.tokenizer import ChatTokenizer
+
+DIGITS = 6
+"""Decimals of a weight in the answer."""
+
+
+class RoutingTrace:
+    """Accumulates one choice's shares and writes its `routing` objects."""
+
+    def __init__(self, level: TraceLevel, lease: AdapterLease, tokenizer: "ChatTokenizer") -> None:
+        self._level = level
+        self._plan = lease.plan
+        self._names = {**lease.slot_names, BASE_SLOT: "base"}
+        self._tokenizer = tokenizer
+        self._mass: dict[int, float] = {}
+        self._num_tokens = 0
+
+    def describe(self, delta: ChoiceDelta) -> dict[str, Any] | None:
+        """`routing` of the chunk or answer that carries `delta`; None if there is nothing to say yet."""
+        for routing in delta.routing:
+            self._num_tokens += 1
+            for slot, weight in routing.share:
+                self._mass[slot] = self._mass.get(slot, 0.0) + weight
+        trace: dict[str, Any] = self._summary() if delta.finish_reason is not None else {}
+        if self._level is not TraceLevel.SUMMARY and (delta.routing or trace):
+            trace["tokens"] = self._tokens(delta)
+        return trace or None
+
+    def _summary(self) -> dict[str, Any]:
+        means = [(slot, mass / self._num_tokens) for slot, mass in self._mass.items()]
+        return {
+            "policy": str(self._plan.policy),
+            "router_generation": self._plan.router_generation,
+            "adapters": self._by_name(sorted(means, key=lambda pair: (-pair[1], pair[0]))),
+        }
+
+    def _tokens(self, delta: ChoiceDelta) -> list[dict[str, Any]]:
+        tokens = []
+        for token_id, routing in zip(delta.token_ids, delta.routing, strict=True):
+            token = {
+                "token_id": token_id,
+                "token": token_label(self._tokenizer, token_id),
+                "adapters": self._by_name(routing.share),
+            }
+            if self._level is TraceLevel.LAYERS:
+                token["layers"] = [self._by_name(layer) for layer in routing.layers or ()]
+            tokens.append(token)
+        return tokens
+
+    def _by_name(self, weights: Sequence[tuple[int, float]]) -> dict[str, float]:
+        return {self._names[slot]: round(weight, DIGITS) for slot, weight in weights}
+
+
+def new_traces(generation: Generation) -> list[RoutingTrace]:
+    """One per choice; none if the request asks for no trace."""
+    options = generation.body.routing
+    if options is None:
+        return []
+    level, tokenizer = TraceLevel(options.trace), generation.services.tokenizer
+    return [RoutingTrace(level, generation.lease_of(choice.index), tokenizer) for choice in generation.choices]

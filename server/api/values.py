@@ -1,0 +1,154 @@
+"""Field values that come in several shapes, brought into one: stop strings, prompts, message content, adapter pools.
+
+Each parser raises pydantic's custom error with words that follow the field's name.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import PlainValidator
+
+from server.api.fields import Text, problem
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1024
+"""A longer stop string would hold back that much text on every stream."""
+MAX_ADAPTERS_IN_REQUEST = 4096
+MAX_ADAPTER_WEIGHT = 2.0
+MAX_CONTENT_PARTS = 1024
+MAX_LOGIT_BIASES = 16384
+TOKEN_ID_LIMIT = 2**31
+"""Beyond any vocabulary; the exact range is checked where the vocabulary is known."""
+
+PromptInput = str | list[int]
+"""One prompt of a completions request: text or token ids."""
+
+
+def _parse_stop(value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise problem("must be a string or a list of strings")
+    if len(stops) > MAX_STOP_STRINGS:
+        raise problem(f"must have at most {MAX_STOP_STRINGS} entries, got {len(stops)}")
+    if any(not stop for stop in stops):
+        raise problem("must not hold an empty string")
+    if any(len(stop) > MAX_STOP_CHARACTERS for stop in stops):
+        raise problem(f"must hold strings of at most {MAX_STOP_CHARACTERS} characters")
+    return tuple(_unicode(stop) for stop in stops)
+
+
+def _parse_prompts(value: Any) -> list[PromptInput]:
+    if isinstance(value, str):
+        return [_unicode(value)]
+    if not isinstance(value, list):
+        raise problem("must be a string, a list of strings, a list of token ids or a list of lists of token ids")
+    if not value:
+        raise problem("must not be an empty list")
+    if type(value[0]) is int:
+        return [_token_ids(value, "")]
+    return [_parse_prompt(entry, index) for index, entry in enumerate(value)]
+
+
+def _parse_prompt(entry: Any, index: int) -> PromptInput:
+    if isinstance(entry, str):
+        return _unicode(entry)
+    if isinstance(entry, list):
+        return _token_ids(entry, f" in entry {index}")
+    raise problem(f"must hold strings or lists of token ids; entry {index} is neither")
+
+
+def _token_ids(ids: list[Any], where: str) -> list[int]:
+    if not ids:
+        raise problem(f"must not hold an empty list of token ids{where}")
+    for position, token_id in enumerate(ids):
+        if type(token_id) is not int or not 0 <= token_id < TOKEN_ID_LIMIT:
+            raise problem(f"must hold non-negative integers as token ids{where}; the one at {position} is not")
+    return ids
+
+
+def _parse_content(value: Any) -> str:
+    """Message text; several text parts are joined by newlines, as vLLM does."""
+    if isinstance(value, str):
+        return _unicode(value)
+    if not isinstance(value, list):
+        raise problem("must be a string or a list of text parts")
+    if not 0 < len(value) <= MAX_CONTENT_PARTS:
+        raise problem(f"must have 1 to {MAX_CONTENT_PARTS} parts")
+    return "\n".join(_part_text(part, index) for index, part in enumerate(value))
+
+
+def _part_text(part: Any, index: int) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind is None:
+        raise problem(f"must hold objects with a type; part {index} has none")
+    if kind != "text":
+        raise problem(f"part {index} has type {str(kind)[:40]!r}, which is not supported: this server reads text only")
+    if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
+        raise problem(f"part {index} must have exactly the fields type and text, with text a string")
+    return _unicode(part["text"])
+
+
+def _parse_adapters(value: Any) -> list[str] | dict[str, float]:
+    if not isinstance(value, list | dict):
+        raise problem("must be a list of adapter names or an object of adapter weights")
+    if not 0 < len(value) <= MAX_ADAPTERS_IN_REQUEST:
+        raise problem(f"must name 1 to {MAX_ADAPTERS_IN_REQUEST} adapters")
+    if not all(isinstance(name, str) and name for name in value):
+        raise problem("must hold adapter names, as strings")
+    if isinstance(value, dict):
+        return {_unicode(name): _adapter_weight(name, weight) for name, weight in value.items()}
+    if len(set(value)) < len(value):
+        raise problem("must not name an adapter twice")
+    return [_unicode(name) for name in value]
+
+
+def _adapter_weight(name: str, weight: Any) -> float:
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not is_number or not math.isfinite(weight) or not 0 <= weight <= MAX_ADAPTER_WEIGHT:
+        raise problem(f"weight of {name[:96]!r} must be a finite number from 0 to {MAX_ADAPTER_WEIGHT:g}")
+    return float(weight)
+
+
+def _parse_logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
+    if not isinstance(value, dict):
+        raise problem("must be an object of token ids and biases")
+    if len(value) > MAX_LOGIT_BIASES:
+        raise problem(f"must have at most {MAX_LOGIT_BIASES} entries, got {len(value)}")
+    return tuple((_bias_key(key), _bias(key, bias)) for key, bias in value.items())
+
+
+def _bias_key(key: str) -> int:
+    if not (key.isascii() and key.isdigit()) or len(key) > 10 or str(int(key)) != key:
+        raise problem(f"key {key[:40]!r} must be a token id")
+    return int(key)
+
+
+def _bias(key: str, bias: Any) -> float:
+    is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
+    if not is_number or not math.isfinite(bias) or not -100 <= bias <= 100:
+        raise problem(f"value of {key!r} must be a number from -100 to 100")
+    return float(bias)
+
+
+def _unicode(value: str) -> str:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise problem("is not valid Unicode: it holds a lone surrogate") from None
+    return value
+
+
+StopStrings = Annotated[tuple[str, ...], PlainValidator(_parse_stop, json_schema_input_type=Text | list[Text])]
+Prompts = Annotated[
+    list[PromptInput],
+    PlainValidator(_parse_prompts, json_schema_input_type=Text | list[Text] | list[int] | list[list[int]]),
+]
+Content = Annotated[str, PlainValidator(_parse_content, json_schema_input_type=Text | list[Mapping[str, Text]])]
+AdapterPool = Annotated[
+    list[str] | dict[str, float],
+    PlainValidator(_parse_adapters, json_schema_input_type=list[Text] | dict[str, float]),
+]
+LogitBias = Annotated[
+    tuple[tuple[int, float], ...], PlainValidator(_parse_logit_bias, json_schema_input_type=dict[str, float])
+]

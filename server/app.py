@@ -1,0 +1,73 @@
+"""Composition root: the only place that wires model, engine, registry and HTTP surface together."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+
+from server import __version__
+from server.api import adapters, chat, completions, models, router, system
+from server.api.auth import ApiKeyGate
+from server.api.errors import install_error_handlers
+from server.api.middleware import BodyGate, RequestScope
+from server.api.services import Services
+from server.api.warmup import warm_up
+
+logger = logging.getLogger(__name__)
+
+
+def create_app(services: Services) -> FastAPI:
+    """The app around parts that exist already. Its lifespan starts the engine thread, and drains it at the end."""
+    app = FastAPI(
+        title="LoRA-Mixer server",
+        version=__version__,
+        docs_url=None,  # Both would load scripts from elsewhere.
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=_lifespan,
+        middleware=[
+            Middleware(RequestScope),
+            Middleware(ApiKeyGate, secrets=services.secrets),
+            Middleware(BodyGate, max_body_bytes=services.config.server.max_body_bytes),
+        ],
+    )
+    app.state.services = services
+    install_error_handlers(app)
+    for module in (chat, completions, models, adapters, router, system):
+        app.include_router(module.router)
+    app.mount("/playground", system.PlaygroundFiles(directory=system.PLAYGROUND_FOLDER))
+    services.metrics.watch(
+        num_running=lambda: services.engine.num_running,
+        num_waiting=lambda: services.engine.num_waiting,
+        adapters=services.registry.list,
+        max_adapters=services.config.server.max_adapters,
+    )
+    return app
+
+
+async def drain(services: Services) -> None:
+    """Refuse new requests and let running ones finish, for `drain_timeout_s` at most. Idempotent.
+
+    /ready says so from the first moment on, so call it while the server still listens.
+    """
+    services.lifecycle.mark_not_ready("draining")
+    await services.engine.drain(services.config.server.drain_timeout_s)
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    services: Services = app.state.services
+    services.engine.start()
+    warming = asyncio.create_task(warm_up(services))
+    try:
+        yield
+    finally:
+        warming.cancel()
+        await asyncio.gather(warming, return_exceptions=True)
+        await drain(services)
+        await asyncio.to_thread(services.engine.stop)
+        await asyncio.to_thread(services.registry.close)
+        services.tokenizer_threads.shutdown(cancel_futures=True)

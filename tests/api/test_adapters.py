@@ -1,0 +1,280 @@
+"""Adapters and the router over HTTP: statuses, what may be named, vLLM's payloads."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.adapters.records import AdapterInfo, AdapterState
+from server.errors import RefusalReason
+from tests.api.fakes import BASE_NAME, Harness
+
+REASONS = (
+    RefusalReason("rank_too_large", "rank 4096 is above 512", "adapter_config.json: r"),
+    RefusalReason("dora", "DoRA is not supported", "adapter_config.json: use_dora"),
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """root/{adapters/one, router, escape -> outside, inside -> adapters/one} next to outside/."""
+    top = tmp_path_factory.mktemp("files")
+    (top / "root/adapters/one/sub").mkdir(parents=True)
+    (top / "root/router").mkdir()
+    (top / "root/router/router.json").write_text("{}")
+    (top / "root/file").write_text("")
+    (top / "outside/deep").mkdir(parents=True)
+    (top / "root/escape").symlink_to(top / "outside")
+    (top / "root/adapters/one/out").symlink_to(top / "outside")
+    (top / "root/inside").symlink_to(top / "root/adapters/one")
+    (top / "root/loop").symlink_to(top / "root/loop")
+    return top
+
+
+@pytest.fixture(scope="module")
+def _rooted(folders: Path) -> Iterator[tuple[Harness, httpx.Client]]:
+    harness = Harness(root=folders / "root")
+    with harness.serve() as client:
+        yield harness, client
+
+
+@pytest.fixture
+def rooted(_rooted: tuple[Harness, httpx.Client]) -> tuple[Harness, httpx.Client]:
+    """A server whose adapter root is `folders/root`."""
+    _rooted[0].reset()
+    return _rooted
+
+
+def failed(code: str, **fields: Any) -> AdapterInfo:
+    return AdapterInfo("bad", AdapterState.FAILED, "org/bad", reason="why it failed", code=code, **fields)
+
+
+def test_list_and_get_show_adapter_objects(client: httpx.Client) -> None:
+    listed = client.get("/v1/adapters").json()
+    assert listed["object"] == "list"
+    assert [adapter["name"] for adapter in listed["data"]] == ["gsm8k", "mbpp", "sst2"]
+    adapter = client.get("/v1/adapters/mbpp").json()
+    assert adapter == listed["data"][1]
+    assert adapter.keys() >= {
+        "name", "state", "source", "revision", "digest", "rank", "targets", "routed", "reason", "bytes", "progress",
+        "traffic_share", "generation",
+    }  # fmt: skip
+
+
+def test_unknown_adapter_is_404(client: httpx.Client) -> None:
+    for response in (client.get("/v1/adapters/nobody"), client.delete("/v1/adapters/nobody")):
+        assert response.status_code == 404
+        assert response.json()["error"]["code"] == "adapter_not_found"
+
+
+def test_registration_is_202_at_once_and_201_when_waited_for(client: httpx.Client, harness: Harness) -> None:
+    body = {
+        "name": "new",
+        "source": "org/new",
+        "revision": "main",
+        "subfolder": "a/b",
+        "routed": False,
+        "description": "d",
+    }
+    response = client.post("/v1/adapters", json=body)
+    assert (response.status_code, response.json()["state"]) == (202, "DOWNLOADING")
+    response = client.post("/v1/adapters", json={**body, "wait": True})
+    assert (response.status_code, response.json()["state"]) == (201, "READY")
+    assert harness.registry.registered[0].model_dump() == body
+
+
+def test_new_adapter_is_a_model_at_once(client: httpx.Client) -> None:
+    client.post("/v1/adapters", json={"name": "new", "source": "org/new", "wait": True})
+    assert client.get("/v1/models/new").json()["root"] == "org/new"
+    assert client.post("/v1/completions", json={"model": "new", "prompt": "x"}).json()["model"] == "new"
+    assert client.delete("/v1/adapters/new").json()["state"] == "RETIRING"
+    assert client.get("/v1/models/new").status_code == 404
+
+
+def test_refused_adapter_is_422_with_every_reason(client: httpx.Client, harness: Harness) -> None:
+    harness.registry.settles_as = failed("adapter_refused", reasons=REASONS)
+    response = client.post("/v1/adapters", json={"name": "bad", "source": "org/bad", "wait": True})
+    assert response.status_code == 422
+    error = response.json()["error"]
+    assert error["code"] == "adapter_refused"
+    assert error["reasons"] == [dataclasses.asdict(reason) for reason in REASONS]
+    assert "rank 4096" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "words"),
+    [
+        ("adapter_download_failed", 502, "why it failed"),
+        ("invalid_request", 400, "why it failed"),
+        ("internal_error", 500, "The server failed on this request"),
+    ],
+)
+def test_registration_that_fails_otherwise_keeps_its_own_code(
+    client: httpx.Client, harness: Harness, code: str, status: int, words: str
+) -> None:
+    harness.registry.settles_as = failed(code)
+    response = client.post("/v1/adapters", json={"name": "bad", "source": "org/bad", "wait": True})
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    assert words in response.json()["error"]["message"]
+
+
+def test_name_with_other_content_is_409(client: httpx.Client) -> None:
+    response = client.post("/v1/adapters", json={"name": "gsm8k", "source": "org/other"})
+    assert (response.status_code, response.json()["error"]["code"]) == (409, "adapter_conflict")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"name": None}, "name", "is required"),
+        ({"name": "a/b"}, "name", "must match"),
+        ({"name": "-x"}, "name", "must match"),
+        ({"name": "x" * 97}, "name", "must match"),
+        ({"name": "auto"}, "name", "is reserved"),
+        ({"name": "base"}, "name", "is reserved"),
+        ({"source": ""}, "source", "at least 1 characters"),
+        ({"source": "x" * 1025}, "source", "at most 1024 characters"),
+        ({"source": "a\0b"}, "source", "not a path or Hub id"),
+        ({"examples": [{"text": "x"}]}, "examples", "is not supported"),
+        ({"wait": 1}, "wait", "must be true or false"),
+        ({"routed": "no"}, "routed", "must be true or false"),
+        ({"subfolder": "../x"}, "subfolder", "relative path"),
+        ({"path": "x"}, "path", "is not a known field"),
+    ],
+)
+def test_bad_registrations_are_refused_by_name(
+    client: httpx.Client, harness: Harness, fields: dict[str, Any], param: str, words: str
+) -> None:
+    response = client.post("/v1/adapters", json={"name": "new", "source": "org/new", **fields})
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param
+    assert words in response.json()["error"]["message"]
+    assert not harness.registry.registered
+
+
+@pytest.mark.parametrize("source", ["adapters/one", "./adapters/one", "inside", "adapters/../adapters/one"])
+def test_folders_below_the_root_are_passed_on_resolved(
+    rooted: tuple[Harness, httpx.Client], folders: Path, source: str
+) -> None:
+    harness, client = rooted
+    for spelled in (source, str(folders / "root" / source)):
+        assert client.post("/v1/adapters", json={"name": "local", "source": spelled}).status_code == 202
+        assert harness.registry.registered[-1].source == str(folders / "root/adapters/one")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"source": "/etc"},
+        {"source": "/no/such/folder"},
+        {"source": "../outside"},
+        {"source": "escape"},
+        {"source": "escape/deep"},
+        {"source": "~"},
+        {"source": "adapters/../../outside"},
+    ],
+)
+def test_folders_outside_the_root_are_403_whether_they_exist_or_not(
+    rooted: tuple[Harness, httpx.Client], fields: dict[str, str]
+) -> None:
+    harness, client = rooted
+    for response in (
+        client.post("/v1/adapters", json={"name": "local", **fields}),
+        client.post("/v1/load_lora_adapter", json={"lora_name": "local", "lora_path": fields["source"]}),
+        client.post("/v1/router", json={"path": fields["source"] if fields["source"] != "~" else ".."}),
+    ):
+        assert response.status_code == 403
+        assert "outside the adapter roots" in response.json()["error"]["message"]
+    assert not harness.registry.registered
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"source": "./nothing"}, 400),
+        ({"source": "file"}, 400),
+        ({"source": "adapters/one", "subfolder": "out"}, 400),
+        ({"source": "adapters/one", "revision": "main"}, 400),
+        ({"source": "adapters/one", "subfolder": "sub"}, 202),
+        ({"source": "loop"}, 400),
+        ({"source": "~nobody-of-that-name/x/y"}, 400),
+        ({"source": "adapters/" + "x" * 300}, 400),
+        ({"source": "adapters/nothing"}, 202),  # looks like a Hub id
+    ],
+)
+def test_folders_below_the_root_must_exist(
+    rooted: tuple[Harness, httpx.Client], fields: dict[str, str], status: int
+) -> None:
+    assert rooted[1].post("/v1/adapters", json={"name": "local", **fields}).status_code == status
+
+
+def test_further_adapter_roots_open_further_folders(folders: Path) -> None:
+    harness = Harness(root=folders / "root", adapter_roots=("../outside",))
+    with harness.serve() as client:
+        assert client.post("/v1/adapters", json={"name": "a", "source": "../outside/deep"}).status_code == 202
+        assert client.post("/v1/adapters", json={"name": "b", "source": "adapters/one"}).status_code == 403
+
+
+def test_vllms_load_and_unload(client: httpx.Client, harness: Harness) -> None:
+    response = client.post("/v1/load_lora_adapter", json={"lora_name": "new", "lora_path": "org/new"})
+    assert (response.status_code, response.text) == (200, "Success: LoRA adapter 'new' added successfully.")
+    assert harness.registry.get("new").state == "READY"
+    response = client.post("/v1/unload_lora_adapter", json={"lora_name": "new"})
+    assert (response.status_code, response.text) == (200, "Success: LoRA adapter 'new' removed successfully.")
+    assert client.post("/v1/unload_lora_adapter", json={"lora_name": "nobody"}).status_code == 404
+
+
+def test_vllms_load_tells_refusals_too(client: httpx.Client, harness: Harness) -> None:
+    harness.registry.settles_as = failed("adapter_refused", reasons=REASONS)
+    response = client.post("/v1/load_lora_adapter", json={"lora_name": "bad", "lora_path": "org/bad"})
+    assert (response.status_code, response.json()["error"]["code"]) == (422, "adapter_refused")
+    response = client.post("/v1/load_lora_adapter", json={"lora_name": "a b", "lora_path": ""})
+    assert response.json()["error"]["param"] == "lora_name"
+
+
+def test_models_list_what_model_may_be(client: httpx.Client) -> None:
+    listed = client.get("/v1/models").json()
+    assert [model["id"] for model in listed["data"]] == ["auto", BASE_NAME, "gsm8k", "mbpp", "sst2"]
+    assert listed["data"][1] == {
+        "id": BASE_NAME,
+        "object": "model",
+        "created": 1_700_000_000,
+        "owned_by": "lora-mixer",
+        "root": BASE_NAME,
+        "parent": None,
+        "max_model_len": 512,
+    }
+    adapter = client.get("/v1/models/gsm8k").json()
+    assert (adapter["parent"], adapter["root"]) == (BASE_NAME, "org/adapter")
+    assert client.get(f"/v1/models/{BASE_NAME}").json() == listed["data"][1]
+    assert client.get("/v1/models/no/body").json()["error"]["code"] == "model_not_found"
+
+
+def test_router_facts_and_hot_swap(rooted: tuple[Harness, httpx.Client], folders: Path) -> None:
+    harness, client = rooted
+    assert client.get("/v1/router").json()["generation"] == 3
+    assert client.post("/v1/router", json={"path": "router"}).json()["generation"] == 4
+    assert harness.registry.router_folders == [folders / "root/router"]
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "code"),
+    [
+        ("adapters", 422, "router_refused"),
+        ("nothing", 400, "invalid_request"),
+        ("file", 400, "invalid_request"),
+        ("loop", 400, "invalid_request"),
+        ("a\0b", 400, "invalid_request"),
+        ("x" * 300, 400, "invalid_request"),
+        ("", 400, "invalid_request"),
+    ],
+)
+def test_bad_router_paths_change_nothing(
+    rooted: tuple[Harness, httpx.Client], path: str, status: int, code: str
+) -> None:
+    response = rooted[1].post("/v1/router", json={"path": path})
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    assert rooted[0].registry.router_folders == []

@@ -1,0 +1,103 @@
+"""Request ids, the last resort for unexpected exceptions, and the limit on bodies while they are read."""
+
+import logging
+import socket
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.api.fakes import Harness
+
+COMPLETIONS = "/v1/completions"
+LIMIT = 4 * 1024**2
+
+
+def test_request_id_is_echoed(client: httpx.Client) -> None:
+    response = client.get("/health", headers={"X-Request-Id": "abc-123"})
+    assert response.headers["x-request-id"] == "abc-123"
+
+
+@pytest.mark.parametrize("given", ["", "has space", "a" * 129, "new\tline", "<script>"])
+def test_unusable_request_id_is_replaced(client: httpx.Client, given: str) -> None:
+    replaced = client.get("/health", headers={"X-Request-Id": given}).headers["x-request-id"]
+    assert len(replaced) == 32
+    assert replaced != client.get("/health").headers["x-request-id"]
+
+
+def test_request_id_names_the_answer_and_the_sequence(client: httpx.Client, harness: Harness) -> None:
+    body = {"model": "auto", "prompt": "x", "max_tokens": 1}
+    assert client.post(COMPLETIONS, json=body, headers={"X-Request-Id": "mine"}).json()["id"] == "cmpl-mine"
+    assert harness.runner.seen[-1].request_id == "mine"
+
+
+def test_refusals_are_logged_with_their_id_but_without_their_message(
+    client: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="server")
+    client.post(COMPLETIONS, json={"model": "auto", "prompt": "x", "n": "oops"}, headers={"X-Request-Id": "refused-1"})
+    assert "request refused-1 refused: 400 invalid_request (param n)" in caplog.text
+    assert "oops" not in caplog.text
+
+
+def test_unexpected_exception_is_500_without_internals(
+    harness: Harness, client: httpx.Client, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("secret detail")
+
+    monkeypatch.setattr(harness.registry, "lease", explode)
+    response = client.post(COMPLETIONS, json={"model": "auto", "prompt": "x"}, headers={"X-Request-Id": "boom"})
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "internal_error"
+    assert "secret" not in response.text
+    assert response.headers["x-request-id"] == "boom"
+    assert "request boom failed unexpectedly" in caplog.text
+    assert "secret detail" in caplog.text  # for the operator
+
+
+def chunks(size: int) -> Iterator[bytes]:
+    for _ in range(size // 2**16):
+        yield b" " * 2**16
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_ten_megabytes_are_413(client: httpx.Client, is_chunked: bool) -> None:
+    size = 10 * 1024**2
+    content = chunks(size) if is_chunked else b" " * size
+    response = client.post(COMPLETIONS, content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 413
+    error = response.json()["error"]
+    assert (error["code"], error["type"]) == ("payload_too_large", "invalid_request_error")
+    assert str(LIMIT) in error["message"]
+    assert response.headers["connection"] == "close"
+    assert client.get("/health").status_code == 200
+
+
+def test_body_at_the_limit_is_read(client: httpx.Client) -> None:
+    body = b'{"model": "auto", "prompt": "x", "max_tokens": 1}'
+    content = body + b" " * (LIMIT - len(body))
+    headers = {"Content-Type": "application/json"}
+    assert client.post(COMPLETIONS, content=content, headers=headers).status_code == 200
+    assert client.post(COMPLETIONS, content=content + b" ", headers=headers).status_code == 413
+
+
+def test_refusal_comes_before_the_body_has_been_sent(client: httpx.Client) -> None:
+    head = (
+        f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {100 * 1024**2}\r\n\r\n"
+    )
+    with socket.create_connection((client.base_url.host, client.base_url.port or 80), timeout=3) as connection:
+        connection.sendall(head.encode())
+        started_s = time.monotonic()
+        assert connection.recv(64).startswith(b"HTTP/1.1 413")
+        assert time.monotonic() - started_s < 2
+
+
+def test_client_that_leaves_halfway_through_its_body_reaches_no_route(client: httpx.Client, harness: Harness) -> None:
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+    with socket.create_connection((client.base_url.host, client.base_url.port or 80), timeout=3) as connection:
+        connection.sendall(head.encode() + b'{"model"')
+    assert client.get("/health").status_code == 200
+    assert harness.registry.leases == []
