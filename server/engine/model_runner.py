@@ -78,7 +78,8 @@ class ModelRunner:
                 num_top = row.sequence.params.prompt_logprobs
                 assert num_top is not None
                 stop = cursor + len(targets[index])
-                scored[index] = tuple(score_tokens(logits[cursor:stop], targets[index], num_top))
+                rows = logits[cursor:stop]
+                scored[index] = tuple(score_tokens(rows, targets[index], num_top, sequence_id=row.sequence.id))
                 cursor = stop
             last.append(cursor)
             cursor += 1
