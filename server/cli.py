@@ -26,6 +26,8 @@ from server.errors import ConfigError, LoraMixerError
 if TYPE_CHECKING:
     from server.api.services import Services
 
+logger = logging.getLogger(__name__)
+
 DONE, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
 
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
@@ -132,6 +134,8 @@ class _DrainingServer(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         from server.app import drain
 
+        timeout_s = self._services.config.server.drain_timeout_s
+        logger.info("stopping: no new requests; running ones get up to %g s to finish", timeout_s)
         draining = asyncio.create_task(drain(self._services))
         while not draining.done() and not self.force_exit:  # A second Ctrl-C ends the patience.
             await asyncio.wait([draining], timeout=0.1)
