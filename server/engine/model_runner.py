@@ -71,20 +71,21 @@ class ModelRunner:
     ) -> list[StepOutput]:
         """One output per packed row; `logits` holds each row's prompt-scoring positions, then its last position."""
         last: list[int] = []
-        scored: dict[int, tuple[TokenLogprobs, ...]] = {}
+        spans: dict[int, slice] = {}
         cursor = 0
-        for index, row in enumerate(packed.rows):
+        for index in range(len(packed.rows)):
             if index in targets:
-                num_top = row.sequence.params.prompt_logprobs
-                assert num_top is not None
-                stop = cursor + len(targets[index])
-                rows = logits[cursor:stop]
-                scored[index] = tuple(score_tokens(rows, targets[index], num_top, sequence_id=row.sequence.id))
-                cursor = stop
+                spans[index] = slice(cursor, cursor + len(targets[index]))
+                cursor += len(targets[index])
             last.append(cursor)
             cursor += 1
         final = logits if len(last) == logits.shape[0] else logits[last]  # (rows, vocab)
         finite = torch.isfinite(final.sum(dim=-1)).tolist()
+        scored = {
+            index: self._score(packed.rows[index], logits[span], targets[index])
+            for index, span in spans.items()
+            if finite[index]
+        }
         sampling = [index for index, row in enumerate(packed.rows) if row.samples and finite[index]]
         if len(sampling) < len(packed.rows):
             final = final[sampling]
@@ -105,6 +106,11 @@ class ModelRunner:
                 )
             )
         return outputs
+
+    def _score(self, row: ScheduledSequence, logits: Tensor, targets: List[int]) -> tuple[TokenLogprobs, ...]:
+        num_top = row.sequence.params.prompt_logprobs
+        assert num_top is not None
+        return tuple(score_tokens(logits, targets, num_top, sequence_id=row.sequence.id))
 
     def _poisoned(self, row: ScheduledSequence) -> StepOutput:
         """Fail one row and zero the blocks it wrote: masked positions of their next owner must be finite."""
