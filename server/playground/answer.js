@@ -69,7 +69,8 @@ export class Answer {
     const now = performance.now();
     const facts = [this.finishReason ?? (this.text ? "cut off" : "no answer")];
     if (this.routing) {
-      const shares = Object.entries(this.routing.adapters).map(([name, share]) => `${name} ${percent(share)}`);
+      const visible = Object.entries(this.routing.adapters).filter(([, share]) => share >= 0.005);
+      const shares = visible.map(([name, share]) => `${name} ${percent(share)}`);
       facts.push(`${this.routing.policy}: ${shares.join(", ") || "no tokens"}`);
     }
     if (this.firstToken) facts.push(`first text after ${Math.round(this.firstToken - this.started)} ms`);
@@ -84,7 +85,8 @@ export class Answer {
 
 function describe(piece, tokens) {
   const lines = tokens.map((token) => {
-    const shares = Object.entries(token.adapters).map(([name, weight]) => `${name} ${weight.toFixed(2)}`);
+    const visible = Object.entries(token.adapters).filter(([, weight]) => weight >= 0.005);
+    const shares = visible.map(([name, weight]) => `${name} ${weight.toFixed(2)}`);
     return `${JSON.stringify(token.token)}: ${shares.join(", ")}`;
   });
   return lines.length ? lines.join("\n") : JSON.stringify(piece);
