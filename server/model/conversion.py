@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -42,6 +43,13 @@ transformers' GGUF reader ignores the key; without the split, white space before
 
 _BYTES_PER_BLOCK_WEIGHT = 8
 """Disk needed per byte of GGUF, at most: 4-bit weights (half a byte) become 4-byte floats."""
+
+
+_READER_ERRORS = (
+    *(ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, ImportError),
+    struct.error,
+)
+"""What the GGUF readers raise on files that are damaged or that they do not know."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,7 @@ def _convert(path: Path, folder: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             _restore_pre_tokenizer(tokenizer, path)
             tokenizer.save_pretrained(folder)
-        except (ValueError, KeyError, RuntimeError, NotImplementedError, ImportError) as error:
+        except _READER_ERRORS as error:
             raise ModelLoadError(
                 f"{path} cannot be converted: {type(error).__name__}: {error}. Use the model's safetensors folder."
             ) from error

@@ -86,6 +86,7 @@ def _explain(source: HubSource, error: Exception) -> str:
     if isinstance(error, LocalEntryNotFoundError):
         return (
             f"{what} at revision {source.revision or 'main'!r} is not in the local cache and the Hub cannot be "
-            "reached. Check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or set base_model.source to a local folder."
+            f"reached ({str(error).partition(chr(10))[0]}). Check the network, HF_ENDPOINT and HF_HUB_OFFLINE, or set "
+            "base_model.source to a local folder."
         )
     return f"{what} could not be downloaded: {type(error).__name__}: {error}"

@@ -152,7 +152,7 @@ class ChatTokenizer:
     def _encode(self, text: str, param: str, add_special_tokens: bool = False) -> Any:
         try:
             return self._backend.encode(text, add_special_tokens=add_special_tokens)
-        except UnicodeEncodeError as error:
+        except (TypeError, UnicodeEncodeError) as error:  # the first is what the Rust side makes of a lone surrogate
             raise _not_unicode(param) from error
 
     def _encode_rendered(self, rendered: str, hidden: HiddenText) -> list[int]:

@@ -156,6 +156,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._answer(self._fault.status, b'{"error": "on purpose"}')
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             return self._serve_info(match[1], match[2] or "main")
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
+            return self._serve_tree(match[1], match[2])
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self._serve_file(match[1], match[2], match[3])
         if match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/([0-9a-f]{40})/(.+)", path):
@@ -181,6 +183,14 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [_sibling(path, content) for path, content in repository.commits[commit].items()]
         info = {"id": name, "sha": commit, "private": repository.token is not None, "siblings": siblings, "tags": []}
         return self._answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+
+    def _serve_tree(self, name: str, revision: str) -> None:
+        if (repository := self._repository(name)) is None:
+            return None
+        if (commit := repository.resolve(revision)) is None:
+            return self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        entries = [_tree_entry(path, content) for path, content in repository.commits[commit].items()]
+        return self._answer(200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
 
     def _serve_file(self, name: str, revision: str, path: str) -> None:
         if (repository := self._repository(name)) is None:
@@ -226,6 +236,13 @@ def _sibling(path: str, content: bytes) -> dict[str, object]:
         sha256 = hashlib.sha256(content).hexdigest()
         sibling["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 130}
     return sibling
+
+
+def _tree_entry(path: str, content: bytes) -> dict[str, object]:
+    entry: dict[str, object] = {"type": "file", "path": path, "size": len(content), "oid": _git_hash(content)}
+    if path.endswith(LFS_SUFFIXES):
+        entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+    return entry
 
 
 def _git_hash(content: bytes) -> str:
