@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerFast
 
 from server.config import BaseModelConfig
 from server.errors import ModelLoadError
-from server.model import loader
 from server.model.loader import UNLIMITED_MODEL_LEN, LoadedModel, load_base_model, parse_device
 
 
@@ -114,11 +113,11 @@ def test_devices_are_checked_before_anything_is_loaded(model_folder: Path, monke
         with pytest.raises(ModelLoadError, match="use cpu, cuda or cuda:N") as caught:
             parse_device(device)
         assert caught.value.param == "server.device"
-    monkeypatch.setattr(loader.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ModelLoadError, match="sees no CUDA device"):
         load_base_model(BaseModelConfig(source=str(model_folder)), device="cuda", cache_folder=Path(), root=Path())
-    monkeypatch.setattr(loader.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(loader.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert parse_device("cuda") == torch.device("cuda", 0)
     assert parse_device("cuda:1") == torch.device("cuda", 1)
     with pytest.raises(ModelLoadError, match="has 2 CUDA devices"):
