@@ -209,8 +209,9 @@ def test_every_dependency_has_its_argument_and_its_pin() -> None:
     pins = (ROOT / "deploy/constraints.txt").read_text(encoding="utf-8").lower().replace("_", "-")
     for requirement in wanted:
         name = re.split(r"[<>=\[]", requirement)[0]
+        pin = name.lower().replace("_", "-")
         assert f"`{name}`" in arguments, f"docs/dependencies.md does not say why {name} is here"
-        assert f"\n{name.lower()}==" in pins, f"deploy/constraints.txt does not pin {name}"
+        assert f"\n{pin}==" in pins, f"deploy/constraints.txt does not pin {name}"
 
 
 def project_file() -> dict[str, Any]:
