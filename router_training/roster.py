@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from router_training.forward import check_output_head, prepare_for_training
 from server.adapters.weights import Adapter, AdapterLimits, load_adapter
 from server.config import AdapterSpec, ServerConfig, cache_folder
-from server.errors import ConfigError, LoraMixerError
+from server.errors import ConfigError, LoraMixerError, RouterArtefactError
 from server.model.loader import LoadedModel, load_base_model
 from server.routing.attach import RoutedModel, attach_routing
 from server.routing.bank import ProjectionInfo
 from server.routing.policy import BASE_PLAN, GatePlan, Policy, fixed_plan, routed_plan
 from server.routing.router import RouterArtefact
+from server.routing.router_bank import check_base
 
 FIRST_SLOT = 1
 """Adapter i of the roster sits in slot i + 1; slot 0 is the base model."""
@@ -70,6 +71,17 @@ class Roster:
             self.digest_of_slot, staged.row_digest_of_slot, generation, artefact.settings, artefact.top_k
         )
         return [plan] * len(self.adapters)
+
+
+def check_artefact(artefact: RouterArtefact, roster: Roster) -> None:
+    """Refuse an artefact of another base or of other adapters. Raises RouterArtefactError naming each difference."""
+    routed = roster.routed
+    check_base(artefact, base_model=roster.loaded.name, hidden_size=routed.hidden_size, num_layers=routed.num_layers)
+    digests = {adapter.digest for adapter in artefact.adapters}
+    if missing := [adapter.name for adapter in roster.adapters if adapter.digest not in digests]:
+        raise RouterArtefactError(
+            f"the router has no gate row for these adapters as they are now: {', '.join(missing)}"
+        )
 
 
 def load_roster(config: ServerConfig, *, on_adapter: Callable[[str], None] = lambda _: None) -> Roster:

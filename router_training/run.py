@@ -16,7 +16,7 @@ from router_training.encoding import TokenSequence, encode_chats
 from router_training.evaluation import compare_policies, evaluate_policy
 from router_training.gates import RouterParameters
 from router_training.progress import Progress
-from router_training.roster import Roster, load_roster
+from router_training.roster import Roster, check_artefact, load_roster
 from router_training.router_inputs import cache_inputs
 from router_training.settings import TrainingConfig
 from router_training.trainer import StepMetrics, Trainer
@@ -24,7 +24,6 @@ from router_training.warm_start import warm_start
 from server.config import ServerConfig
 from server.routing.policy import GatePlan
 from server.routing.router import RouterArtefact, load_artefact, save_artefact
-from server.routing.router_bank import check_base
 
 METRICS_NAME = "metrics.jsonl"
 EVALUATION_NAME = "evaluation.json"
@@ -72,12 +71,7 @@ def evaluate_folder(config: ServerConfig, data: Path, router: Path, *, validatio
     names = [spec.name for spec in config.adapters if spec.routed]
     chats = first_rows(read_splits(data, names, ("validation",))["validation"], validation_rows)
     roster = load_with_progress(config)
-    check_base(
-        artefact,
-        base_model=roster.loaded.name,
-        hidden_size=roster.routed.hidden_size,
-        num_layers=roster.routed.num_layers,
-    )
+    check_artefact(artefact, roster)
     return evaluate(roster, artefact, _encode(roster, chats, None))
 
 
@@ -119,10 +113,13 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
 def _train_router(
     roster: Roster, sequences: Sequence[TokenSequence], settings: TrainingConfig, metrics_path: Path
 ) -> RouterParameters:
-    total = min(settings.warm_start_samples, len(sequences)) * settings.warm_start_rounds
+    num_cached = 0 if settings.warm_start == "none" else min(settings.warm_start_samples, len(sequences))
+    total = num_cached * settings.warm_start_rounds
     with Progress("warm start", total=total, unit="chat") as progress:
         router = warm_start(roster, sequences, settings, on_batch=progress.advance)
-    trainer = Trainer(roster.routed, router, sequences, settings)
+    # Chats that the warm start has not seen come first.
+    unseen_first = [*sequences[num_cached:], *sequences[:num_cached]]
+    trainer = Trainer(roster.routed, router, unseen_first, settings)
     with (
         metrics_path.open("w", encoding="utf-8") as metrics_file,
         Progress("training", total=settings.steps, unit="step") as progress,

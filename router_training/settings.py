@@ -12,7 +12,7 @@ WarmStart = Literal["none", "ridge", "softmax"]
 class TrainingConfig(BaseModel):
     """One training run: base model and adapters frozen, only the router learns (the paper's plug-and-play regime).
 
-    Dimensionless unless a unit is named. The defaults train the demo router.
+    Dimensionless unless a unit is named. `examples/demo/README.md` has the command that trained the demo router.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -51,13 +51,13 @@ class TrainingConfig(BaseModel):
     """End-to-end optimiser steps through the frozen model; 0 keeps the warm start."""
     batch_size: Annotated[int, Field(ge=1)] = 8
     """Chats per step."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
     """Peak step size of AdamW (no weight decay); cosine to a tenth after the warm-up."""
     warmup_fraction: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of the steps over which the learning rate rises from 0."""
     max_gradient_norm: Annotated[float, Field(gt=0)] = 1.0
     """Global gradient norm above which gradients are scaled down."""
-    straight_through_fraction: Annotated[float, Field(ge=0, le=1)] = 1 / 3
+    straight_through_fraction: Annotated[float, Field(ge=0, le=1)] = 0.6
     """Last share of the steps that runs serving's top-k gates with the dense gradient; before it gates are dense."""
 
     alpha: Annotated[float, Field(ge=0)] = 1e-2

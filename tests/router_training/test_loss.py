@@ -46,7 +46,7 @@ def test_balance_value_is_the_sum_of_the_paper_times_the_number_of_adapters() ->
     probabilities = torch.softmax(logits, dim=-1)
     counts = [0.0] * NUM_ADAPTERS
     for row in logits.tolist():
-        for adapter in sorted(range(NUM_ADAPTERS), key=lambda i, row=row: -row[i])[:TOP_K]:
+        for adapter in sorted(range(NUM_ADAPTERS), key=row.__getitem__, reverse=True)[:TOP_K]:
             counts[adapter] += 1 / (NUM_TOKENS * TOP_K)
     frequency = loss.top_k_frequency(logits, TOP_K)
     assert frequency.tolist() == pytest.approx(counts, abs=1e-12)
@@ -140,7 +140,7 @@ def descend(sign: int, alpha: float = 1.0, lambda_: float = 0.1, seed: int = 0, 
     for _ in range(steps):
         optimiser.zero_grad()
         losses = loss.router_losses(logits[None], torch.zeros(NUM_TOKENS, dtype=torch.int64), TOP_K)
-        losses.total(alpha=alpha, lambda_=lambda_, sign=sign, eta=0.0).backward()
+        torch.autograd.backward(losses.total(alpha=alpha, lambda_=lambda_, sign=sign, eta=0.0))
         optimiser.step()
     return torch.softmax(logits.detach(), dim=-1)
 
@@ -155,7 +155,7 @@ def test_plus_one_specialises_and_minus_one_flattens() -> None:
     start_entropy = loss.token_entropy(start).mean()
     assert loss.token_entropy(specialised).mean() < 0.3 * start_entropy
     assert variance(specialised) > 2 * variance(start)
-    assert loss.token_entropy(flattened).mean() > max(start_entropy, 0.95 * math.log(NUM_ADAPTERS))
+    assert float(loss.token_entropy(flattened).mean()) > 0.95 * math.log(NUM_ADAPTERS)
     assert variance(flattened) < 0.2 * variance(start)
 
 
@@ -173,6 +173,8 @@ def test_balance_alone_lowers_the_largest_load_from_a_skewed_start() -> None:
     optimiser = torch.optim.SGD([leaf], lr=20.0)
     for _ in range(100):
         optimiser.zero_grad()
-        loss.router_losses(leaf[None], torch.zeros(NUM_TOKENS, dtype=torch.int64), TOP_K).balance.backward()
+        torch.autograd.backward(
+            loss.router_losses(leaf[None], torch.zeros(NUM_TOKENS, dtype=torch.int64), TOP_K).balance
+        )
         optimiser.step()
     assert torch.softmax(leaf.detach(), dim=-1).mean(dim=0).max() < 0.6 * start

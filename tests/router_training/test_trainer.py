@@ -1,0 +1,149 @@
+"""End-to-end steps: who learns, who stays frozen, determinism, and cutting a run."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from router_training.encoding import TokenSequence, collate
+from router_training.forward import answer_losses
+from router_training.gates import RouterParameters, TrainingBatch
+from router_training.roster import Roster
+from router_training.settings import TrainingConfig
+from router_training.trainer import StepMetrics, Trainer, learning_rate_at
+from server.routing.router import Granularity
+
+Sequences = Callable[..., list[TokenSequence]]
+
+
+def make_trainer(
+    roster: Roster, sequences: list[TokenSequence], *, granularity: Granularity = "layer", **settings: Any
+) -> Trainer:
+    config = TrainingConfig.model_validate(
+        {
+            "granularity": granularity,
+            "steps": 6,
+            "batch_size": 6,
+            "learning_rate": 0.05,
+            "straight_through_fraction": 1 / 3,
+            **settings,
+        }
+    )
+    router = RouterParameters.zeros(roster.gated_projections(), granularity, len(roster.adapters))
+    return Trainer(roster.routed, router, sequences, config)
+
+
+def checksum(roster: Roster) -> str:
+    """sha256 over every weight of base and adapters."""
+    sha = hashlib.sha256()
+    for parameter in roster.routed.model.parameters():
+        sha.update(parameter.detach().numpy().tobytes())
+    for bank in roster.routed.bank.snapshot.projections.values():
+        for tensor in (bank.a, bank.b, bank.owner):
+            sha.update(tensor.numpy().tobytes())
+    return sha.hexdigest()
+
+
+@pytest.mark.parametrize("granularity", ["layer", "projection"])
+def test_only_the_router_learns(roster: Roster, make_sequences: Sequences, granularity: Granularity) -> None:
+    before = checksum(roster)
+    trainer = make_trainer(roster, make_sequences(24), granularity=granularity)
+    trainer.run()
+    assert checksum(roster) == before
+    assert all(parameter.grad is None for parameter in roster.routed.model.parameters())
+    assert all(isinstance(row, nn.Parameter) and row.abs().max() > 0 for row in trainer.router.parameters)
+
+
+def mean_of(name: str, steps: list[StepMetrics]) -> float:
+    return sum(float(getattr(metrics, name)) for metrics in steps) / len(steps)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "projection"])
+def test_training_lowers_the_loss_and_ends_on_serving_gates(
+    roster: Roster, make_sequences: Sequences, granularity: Granularity
+) -> None:
+    steps: list[StepMetrics] = []
+    make_trainer(roster, make_sequences(24), granularity=granularity, steps=24).run(steps.append)
+    assert mean_of("lm_loss", steps[-4:]) < mean_of("lm_loss", steps[:4])  # 4 batches are one pass
+    assert [metrics.mode for metrics in steps] == ["dense"] * 16 + ["straight_through"] * 8
+
+
+def test_adapter_id_loss_leads_each_token_to_its_own_adapter(roster: Roster, make_sequences: Sequences) -> None:
+    steps: list[StepMetrics] = []
+    make_trainer(roster, make_sequences(24), steps=24, eta=50.0).run(steps.append)
+    assert steps[0].adapter_id == pytest.approx(math.log(3), abs=1e-5)
+    assert mean_of("adapter_id", steps[-4:]) < 0.8 * math.log(3)
+
+
+def test_prompt_positions_get_gradient_from_the_answer_through_attention(
+    roster: Roster, make_sequences: Sequences
+) -> None:
+    batch = collate(make_sequences(1))
+    router = RouterParameters.zeros(roster.gated_projections(), "layer", 3)
+    training = TrainingBatch(roster.routed.bank.snapshot, router, "dense", top_k=2, temperature=1.0)
+    loss = answer_losses(roster.routed, batch, training).sum()
+    (gradient,) = torch.autograd.grad(loss, training.logits["layer.0"])
+    first_answer = int(batch.answer_positions.nonzero()[0])
+    assert first_answer > 0
+    assert (gradient[:first_answer].abs().sum(dim=1) > 0).all()
+
+
+def test_same_seed_same_rows_to_the_bit(make_roster: Callable[[], Roster], make_sequences: Sequences) -> None:
+    rows = []
+    for _ in range(2):
+        trainer = make_trainer(make_roster(), make_sequences(24))
+        trainer.run()
+        rows.append(trainer.router.detached())
+    assert all(torch.equal(rows[0][key], rows[1][key]) for key in rows[0])
+
+
+def test_a_run_cut_between_steps_continues_to_the_same_rows(roster: Roster, make_sequences: Sequences) -> None:
+    sequences = make_sequences(24)
+    whole = make_trainer(roster, sequences)
+    whole.run()
+    first = make_trainer(roster, sequences)
+    for _ in range(4):
+        first.step()
+    second = make_trainer(roster, sequences)
+    second.load_state_dict(first.state_dict())
+    second.run()
+    for key, row in whole.router.rows.items():
+        assert torch.equal(row, second.router.rows[key])
+
+
+def test_sign_steers_the_entropy_of_the_gates(make_roster: Callable[[], Roster], make_sequences: Sequences) -> None:
+    entropy = {}
+    for sign in (1, -1):
+        steps: list[StepMetrics] = []
+        settings: dict[str, Any] = {"steps": 20, "sign": sign, "lambda_": 3.0, "lambda_ramp_fraction": 0.0, "eta": 0.0}
+        make_trainer(make_roster(), make_sequences(24), straight_through_fraction=0.0, **settings).run(steps.append)
+        entropy[sign] = steps[-1].entropy
+    assert entropy[1] < entropy[-1]
+
+
+def test_each_chat_weighs_the_same_whatever_the_length_of_its_answer(roster: Roster, make_sequences: Sequences) -> None:
+    sequences = make_sequences(6)
+    together = make_trainer(roster, sequences).step().lm_loss
+    alone = [make_trainer(roster, [sequence], batch_size=1).step().lm_loss for sequence in sequences]
+    assert together == pytest.approx(sum(alone) / len(alone), abs=1e-4)
+
+
+def test_learning_rate_rises_then_falls_to_a_tenth() -> None:
+    config = TrainingConfig(steps=100, learning_rate=1.0, warmup_fraction=0.1)
+    rates = [learning_rate_at(step, config) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == pytest.approx(1.0)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_lambda_ramps_up_and_then_stays() -> None:
+    config = TrainingConfig(steps=100, lambda_=0.5, lambda_ramp_fraction=0.2)
+    assert config.lambda_at(0) == pytest.approx(0.025)
+    assert config.lambda_at(19) == pytest.approx(0.5)
+    assert config.lambda_at(99) == pytest.approx(0.5)

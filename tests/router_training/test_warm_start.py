@@ -1,0 +1,151 @@
+"""Cached router inputs and the rows fitted to them."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from router_training.artefact import background_statistics
+from router_training.encoding import TokenSequence
+from router_training.roster import Roster
+from router_training.router_inputs import cache_inputs, concatenate
+from router_training.settings import TrainingConfig
+from router_training.warm_start import fit_ridge, fit_softmax, warm_start
+from server.routing.router import Granularity
+
+Sequences = Callable[..., list[TokenSequence]]
+
+
+def separable(num_tokens: int = 90, width: int = 12) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs (N, d) of three classes that a linear map separates, their labels and unit weights."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(num_tokens) % 3
+    centres = 2.0 * torch.randn(3, width, generator=generator)
+    return (
+        centres[labels] + torch.randn(num_tokens, width, generator=generator),
+        labels,
+        torch.ones(num_tokens),
+    )
+
+
+def test_ridge_solves_its_normal_equations_up_to_a_gain() -> None:
+    inputs, labels, weights = separable()
+    rows = fit_ridge(inputs, labels, weights, 3, penalty=1e-2).double()
+    x = inputs.double()
+    targets = torch.nn.functional.one_hot(labels, 3).double() - 1 / 3
+    gram = x.T @ x
+    rho = 1e-2 * gram.diagonal().mean()
+    expected = torch.linalg.solve(gram + rho * torch.eye(12, dtype=torch.float64), x.T @ targets).T
+    gain = (rows / expected).median()
+    assert float(gain) in {2.0**power for power in range(-1, 9)} or abs(float(gain.log2()) % 1) < 1e-4
+    torch.testing.assert_close(rows, gain * expected, atol=1e-3, rtol=1e-3)
+
+
+def test_softmax_regression_lowers_cross_entropy_below_ridge_and_is_stationary() -> None:
+    inputs, labels, weights = separable()
+    penalty = 1e-2
+    ridge = fit_ridge(inputs, labels, weights, 3, penalty)
+    fitted = fit_softmax(inputs, labels, weights, ridge, penalty, iterations=100)
+
+    def objective(rows: Tensor) -> Tensor:
+        regulariser = 0.5 * penalty * inputs.square().mean() * rows.square().sum()
+        return torch.nn.functional.cross_entropy(inputs @ rows.T, labels) + regulariser
+
+    leaf = fitted.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(objective(leaf), leaf)
+    assert gradient.abs().max() < 1e-3
+    assert objective(fitted) < objective(ridge)
+
+
+def test_a_token_of_weight_two_counts_like_two_tokens() -> None:
+    inputs, labels, weights = separable(30)
+    weights[:10] = 2.0
+    doubled = torch.cat([inputs, inputs[:10]]), torch.cat([labels, labels[:10]])
+    weighted = fit_ridge(inputs, labels, weights, 3, 1e-2)
+    repeated = fit_ridge(*doubled, torch.ones(40), 3, 1e-2)
+    torch.testing.assert_close(weighted, repeated, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "projection"])
+def test_cached_inputs_are_what_the_projections_receive(
+    roster: Roster, make_sequences: Sequences, granularity: Granularity
+) -> None:
+    seen: dict[str, list[Tensor]] = {}
+    for name in roster.routed.projections:
+        module = roster.routed.model.get_submodule(name)
+        module.register_forward_pre_hook(
+            lambda _, arguments, name=name: seen.setdefault(name, []).append(arguments[0].flatten(0, 1))
+        )
+    sequences = make_sequences(1)
+    cached = cache_inputs(
+        roster.routed,
+        sequences,
+        roster.own_adapter_plans(),
+        granularity,
+        max_prompt_tokens=100,
+        max_answer_tokens=100,
+    )
+    source = "model.layers.1.self_attn.q_proj"
+    key = "layer.1" if granularity == "layer" else source
+    # All positions but the last, which predicts nothing.
+    assert torch.equal(cached.inputs[key], seen[source][0][: len(sequences[0]) - 1])
+    assert cached.is_answer.tolist().count(True) == sequences[0].num_answer_tokens
+    assert set(cached.labels.tolist()) == {sequences[0].label}
+
+
+def test_caching_takes_the_last_prompt_token_and_few_others(roster: Roster, make_sequences: Sequences) -> None:
+    sequences = make_sequences(6)
+    cached = cache_inputs(
+        roster.routed,
+        sequences,
+        roster.base_plans(),
+        "layer",
+        max_prompt_tokens=2,
+        max_answer_tokens=1,
+    )
+    assert len(cached.labels) == 6 * 3
+    assert int(cached.is_answer.sum()) == 6
+    twice = concatenate([cached, cached])
+    assert len(twice.labels) == 2 * len(cached.labels)
+    assert twice.inputs["layer.0"].shape == (36, 64)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "projection"])
+@pytest.mark.parametrize("method", ["ridge", "softmax"])
+def test_warm_start_tells_tasks_apart(
+    roster: Roster, make_sequences: Sequences, granularity: Granularity, method: str
+) -> None:
+    config = TrainingConfig.model_validate({"granularity": granularity, "warm_start": method})
+    rounds: list[int] = []
+    router = warm_start(roster, make_sequences(60), config, on_round=lambda number, _: rounds.append(number))
+    held_out = cache_inputs(
+        roster.routed,
+        make_sequences(30, seed=1),
+        roster.base_plans(),
+        granularity,
+        max_prompt_tokens=0,
+        max_answer_tokens=8,
+    )
+    hits = {
+        key: float(((held_out.inputs[key] @ rows.T).argmax(dim=1) == held_out.labels).float().mean())
+        for key, rows in router.detached().items()
+    }
+    assert rounds == [0, 1]
+    assert sum(hits.values()) / len(hits) > 0.6  # chance is a third
+
+
+def test_no_warm_start_gives_zero_rows(roster: Roster, make_sequences: Sequences) -> None:
+    router = warm_start(roster, make_sequences(3), TrainingConfig(warm_start="none"))
+    assert all(not row.any() for row in router.detached().values())
+
+
+def test_background_statistics_are_mean_and_variance(roster: Roster, make_sequences: Sequences) -> None:
+    cached = cache_inputs(
+        roster.routed, make_sequences(6), roster.base_plans(), "layer", max_prompt_tokens=4, max_answer_tokens=4
+    )
+    statistics = background_statistics(cached)
+    x = cached.inputs["layer.2"]
+    torch.testing.assert_close(statistics["mean/layer.2"], x.mean(dim=0))
+    torch.testing.assert_close(statistics["var/layer.2"], x.var(dim=0))
+    assert len(statistics) == 6
