@@ -85,7 +85,8 @@ class TestRatios:
         ]  # fmt: skip
         (line,) = ratio_lines(results)
         assert line["case"] == "routed/base"
-        assert line["kind"] == "generation-ratio"
+        assert line["kind"] == "ratio"
+        assert line["of"] == "generation"
         assert line["concurrency"] == 8
         assert line["decode_tok_s_ratio"] == {"median": 0.8, "min": 0.7, "max": 0.9, "repeats": 3}
 

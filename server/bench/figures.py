@@ -73,7 +73,7 @@ def ratio_lines(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             ratios = {f"{figure}_ratio": _spread(pairs, figure) for figure in RATIO_FIGURES}
             if any(ratios.values()):
                 measured = {name: spread for name, spread in ratios.items() if spread is not None}
-                lines.append({"case": f"{policy}/base", **facts, "kind": f"{facts['kind']}-ratio", **measured})
+                lines.append({"case": f"{policy}/base", **facts, "kind": "ratio", "of": facts["kind"], **measured})
     return lines
 
 
