@@ -25,8 +25,9 @@ Progress = Callable[[int, int], object]
 """Called with (bytes done, bytes in all). May raise to abandon the download."""
 
 
-def _ignore(_done: int, _total: int) -> None:
-    return None
+def ignore_progress(_done: int, _total: int) -> None:
+    """Progress of callers that do not watch."""
+    return
 
 
 FILE_NAMES = (CONFIG_NAME, WEIGHTS_NAME)
@@ -62,7 +63,7 @@ class HubSource:
         self._timeout_s = timeout_s
 
     def fetch(
-        self, spec: AdapterSpec, *, locked: LockEntry | None = None, progress: Progress = _ignore
+        self, spec: AdapterSpec, *, locked: LockEntry | None = None, progress: Progress = ignore_progress
     ) -> ResolvedSource:
         """The two files of a Hub source on this machine.
 

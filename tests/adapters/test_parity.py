@@ -137,12 +137,12 @@ def _load(folder: Path, model: PreTrainedModel) -> Adapter:
 
 def _compare(adapter: Adapter, model: PreTrainedModel, folder: Path) -> None:
     """Every projection's merged weight against PEFT's; fp32, so 1e-5 allows for the order of products only."""
-    tuner: Any = PeftModel.from_pretrained(copy.deepcopy(model), str(folder)).base_model
-    merged = tuner.merge_and_unload()
+    tuner: Any = PeftModel.from_pretrained(copy.deepcopy(model), str(folder))
+    merged: Any = tuner.merge_and_unload()
     changed = set()
     for name, info in find_projections(model).items():
-        ours = model.get_submodule(name).weight.detach().clone()
-        theirs = merged.get_submodule(name).weight
+        ours = model.get_parameter(f"{name}.weight").detach().clone()
+        theirs = merged.get_parameter(f"{name}.weight")
         assert not torch.equal(ours, theirs) or name not in adapter.weights
         if name in adapter.weights:
             changed.add(name)

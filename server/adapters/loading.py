@@ -1,0 +1,86 @@
+"""From an AdapterSpec to a validated Adapter: local folder or Hub, lock, checks. Knows no registry and no slots."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from server.adapters.hub import HubSource, Progress, ignore_progress
+from server.adapters.lockfile import LockEntry, Lockfile, LockKey
+from server.adapters.sources import ResolvedSource, local_folder
+from server.adapters.weights import Adapter, AdapterLimits, load_adapter
+from server.config import AdapterSpec
+from server.errors import AdapterRefusedError, RefusalReason
+from server.routing.bank import ProjectionInfo
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AdapterLoader:
+    """Everything needed to load adapters for one base model."""
+
+    projections: Mapping[str, ProjectionInfo]
+    base_model_name: str
+    limits: AdapterLimits
+    hub: HubSource
+    lockfile: Lockfile
+    root: Path
+    """Folder that relative sources are relative to."""
+
+    def load(
+        self,
+        spec: AdapterSpec,
+        *,
+        progress: Progress = ignore_progress,
+        on_validating: Callable[[], object] = lambda: None,
+    ) -> Adapter:
+        """Fetch and check one adapter; a Hub source is locked once it is known to be sound.
+
+        Calls `on_validating` between download and checks. Raises AdapterDownloadError, AdapterRefusedError,
+        InvalidRequestError, and whatever the two callbacks raise.
+        """
+        start_s = time.monotonic()
+        folder = local_folder(spec, self.root)
+        locked = None
+        if folder is not None:
+            resolved = ResolvedSource(folder, link_root=folder)
+        else:
+            locked = self.lockfile.get(LockKey.of(spec))
+            resolved = self.hub.fetch(spec, locked=locked, progress=progress)
+        on_validating()
+        adapter = load_adapter(
+            resolved.folder,
+            spec.name,
+            projections=self.projections,
+            base_model_name=self.base_model_name,
+            limits=self.limits,
+            source=spec.source,
+            revision=resolved.revision,
+            link_root=resolved.link_root,
+        )
+        if locked is not None and locked.digest != adapter.digest:
+            message = "adapters.lock states another digest for these files; delete its entry to accept the new one"
+            raise AdapterRefusedError(spec.name, [RefusalReason("lock_mismatch", message, "adapters.lock")])
+        if resolved.revision is not None:
+            self._lock(spec, resolved, adapter)
+        logger.info(
+            "adapter %s loaded in %.2f s, digest %s", spec.name, time.monotonic() - start_s, adapter.digest[:12]
+        )
+        return adapter
+
+    def forget(self, spec: AdapterSpec) -> None:
+        """Drop the lock of a source, so that registering it anew resolves its branch anew."""
+        try:
+            self.lockfile.remove(LockKey.of(spec))
+        except OSError as error:
+            logger.warning("adapters.lock still lists %s: %s", spec.source, error)
+
+    def _lock(self, spec: AdapterSpec, resolved: ResolvedSource, adapter: Adapter) -> None:
+        assert resolved.revision is not None
+        try:
+            self.lockfile.put(LockKey.of(spec), LockEntry(resolved.revision, dict(resolved.files), adapter.digest))
+        except OSError as error:
+            # A read-only deployment still serves; it only has to resolve the branch again next time.
+            logger.warning("adapters.lock could not record %s at %s: %s", spec.source, resolved.revision, error)

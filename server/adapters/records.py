@@ -1,0 +1,116 @@
+"""What the registry knows about one adapter, and the immutable view of it that leaves the registry."""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from server.adapters.roster import ResidentAdapter
+from server.adapters.weights import Adapter
+from server.config import AdapterSpec
+from server.errors import AdapterRefusedError, LoraMixerError, RefusalReason
+
+
+class AdapterState(StrEnum):
+    """Life of a registration. FAILED names may be registered again; RETIRING ends when the last lease does."""
+
+    DOWNLOADING = "DOWNLOADING"
+    VALIDATING = "VALIDATING"
+    READY = "READY"
+    RETIRING = "RETIRING"
+    FAILED = "FAILED"
+
+    @property
+    def is_loading(self) -> bool:
+        return self in (AdapterState.DOWNLOADING, AdapterState.VALIDATING)
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """One adapter as /v1/adapters shows it."""
+
+    name: str
+    state: AdapterState
+    source: str
+    revision: str | None = None
+    """Commit of a Hub source once it is resolved; before that, what was asked for."""
+    subfolder: str | None = None
+    digest: str | None = None
+    rank: int | None = None
+    targets: tuple[str, ...] = ()
+    routed: bool = False
+    """Whether `auto` may choose it now."""
+    reason: str | None = None
+    """Why it failed, or why it is not routed."""
+    code: str | None = None
+    """FAILED only: stable word for the failure, e.g. `adapter_refused` or `adapter_download_failed`."""
+    reasons: tuple[RefusalReason, ...] = ()
+    """FAILED only: every reason of a refusal."""
+    bytes: int | None = None
+    """Size of the weights file."""
+    progress: float = 0.0
+    """Share of the download that is done, 0 to 1."""
+    traffic_share: float = 0.0
+    """Its gate mass over all gate mass since the server started, the base model's included."""
+    generation: int = 1
+    """How many times this name has been registered."""
+    description: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, every field by its name."""
+        return {**asdict(self), "state": self.state.value, "targets": list(self.targets)}
+
+
+@dataclass(eq=False)
+class Record:
+    """Mutable state of one registration. Every access holds the registry's mutex."""
+
+    spec: AdapterSpec
+    generation: int
+    state: AdapterState = AdapterState.DOWNLOADING
+    slot: int | None = None
+    """Set while the bank holds its rows."""
+    adapter: Adapter | None = None
+    """Facts only: weights are dropped once the bank has them."""
+    failure: LoraMixerError | None = None
+    progress: float = 0.0
+    gate_mass: float = 0.0
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    """Set when it is retired while it loads; read without the mutex."""
+
+    @property
+    def resident(self) -> ResidentAdapter | None:
+        """Its place in the bank; None while it has none."""
+        if self.slot is None or self.adapter is None:
+            return None
+        return ResidentAdapter(self.spec.name, self.slot, self.adapter.digest, self.spec.routed)
+
+    def info(self, *, unrouted_reason: str | None, total_gate_mass: float) -> AdapterInfo:
+        """Immutable view; `unrouted_reason` counts when READY only."""
+        adapter, failure = self.adapter, self.failure
+        is_ready = self.state is AdapterState.READY
+        facts: Mapping[str, Any] = {}
+        if adapter is not None:
+            facts = {
+                "revision": adapter.revision,
+                "digest": adapter.digest,
+                "rank": adapter.rank,
+                "targets": adapter.targets,
+                "bytes": adapter.num_bytes,
+            }
+        return AdapterInfo(
+            name=self.spec.name,
+            state=self.state,
+            source=self.spec.source,
+            **{"revision": self.spec.revision, **facts},
+            subfolder=self.spec.subfolder,
+            routed=is_ready and unrouted_reason is None,
+            reason=failure.message if failure is not None else unrouted_reason if is_ready else None,
+            code=None if failure is None else failure.code,
+            reasons=failure.reasons if isinstance(failure, AdapterRefusedError) else (),
+            progress=self.progress,
+            traffic_share=self.gate_mass / total_gate_mass if total_gate_mass else 0.0,
+            generation=self.generation,
+            description=self.spec.description,
+        )

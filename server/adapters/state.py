@@ -1,0 +1,143 @@
+"""All mutable state of the registry under one mutex: records, leases, the current roster and router, traffic.
+
+Methods are short and never wait for anything but the mutex, so the model's thread may call them.
+"""
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from server.adapters.leases import AdapterLease, LeaseBook
+from server.adapters.records import AdapterInfo, AdapterState, Record
+from server.adapters.roster import ResidentAdapter, Roster, build_roster
+from server.errors import AdapterNotFoundError
+from server.routing.policy import GatePlan
+from server.routing.router_bank import RouterGeneration
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """What no request can reach any more."""
+
+    records: tuple[Record, ...]
+    """Retired ones whose rows are still in the bank."""
+    routers: tuple[int, ...]
+    """Ids of generations that were replaced."""
+
+    def __bool__(self) -> bool:
+        return bool(self.records or self.routers)
+
+
+class RegistryState:
+    """Take `mutex` around everything marked so; the other methods take it themselves."""
+
+    def __init__(self, base_model_name: str) -> None:
+        self.records: dict[str, Record] = {}
+        """By name, in order of registration. With the mutex."""
+        self.router: RouterGeneration | None = None
+        """Router of new requests. With the mutex; changed by `commit` on the publisher's lane only."""
+        self.router_folder = ""
+        self._base_model_name = base_model_name
+        self._roster = Roster(base_model_name)
+        self._leases = LeaseBook()
+        self._loaded_routers: frozenset[int] = frozenset()
+        self._total_gate_mass = 0.0
+        self._changed = threading.Condition()
+
+    @property
+    def mutex(self) -> AbstractContextManager[object]:
+        return self._changed
+
+    @property
+    def roster(self) -> Roster:
+        """The current snapshot; needs no mutex."""
+        return self._roster
+
+    def lease(
+        self, model: str, adapters: Sequence[str] | Mapping[str, float] | None, top_k: int | None
+    ) -> tuple[GatePlan, Mapping[int, str]]:
+        """Resolve against the current roster and hold what the plan may activate."""
+        while True:
+            roster = self._roster
+            resolution = roster.resolve(model, adapters, top_k)
+            with self._changed:
+                if roster is self._roster:  # otherwise a slot of the plan may be gone: resolve again
+                    self._leases.acquire(resolution.plan)
+                    return resolution
+
+    def release(self, lease: AdapterLease) -> bool:
+        """Whether this left garbage behind."""
+        with self._changed:
+            return self._leases.release(lease.plan) and bool(self.garbage())
+
+    def record_traffic(self, gate_mass: Iterable[tuple[int, float]]) -> None:
+        with self._changed:
+            record_of_slot = {record.slot: record for record in self.records.values()}
+            for slot, mass in gate_mass:
+                self._total_gate_mass += mass
+                if (record := record_of_slot.get(slot)) is not None:
+                    record.gate_mass += mass
+
+    def wait_while_loading(self, name: str, timeout_s: float | None) -> AdapterInfo:
+        """Raises AdapterNotFoundError, at once or when the adapter is gone before it was loaded."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self.record(name).state.is_loading, timeout_s)
+            return self.info(self.record(name))
+
+    def wait_until_gone(self, name: str, timeout_s: float | None) -> bool:
+        """Whether the name is free within the time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: name not in self.records, timeout_s)
+
+    # With the mutex held
+
+    def record(self, name: str) -> Record:
+        """Raises AdapterNotFoundError."""
+        if (record := self.records.get(name)) is None:
+            raise AdapterNotFoundError(f"no adapter is registered as {name[:200]!r}", param="name")
+        return record
+
+    def ready(self) -> tuple[ResidentAdapter, ...]:
+        """Everything that may be leased, in order of registration."""
+        return _residents(record for record in self.records.values() if record.state is AdapterState.READY)
+
+    def residents(self) -> tuple[ResidentAdapter, ...]:
+        """Everything that has rows in the bank, retiring adapters that requests still use included."""
+        return _residents(self.records.values())
+
+    def garbage(self) -> Garbage:
+        dead = (
+            record
+            for record in self.records.values()
+            if record.state is AdapterState.RETIRING
+            and record.slot is not None
+            and not self._leases.holds_slot(record.slot)
+        )
+        current = None if self.router is None else self.router.id
+        unheld = (router for router in self._loaded_routers if not self._leases.holds_router(router))
+        return Garbage(tuple(dead), tuple(router for router in unheld if router != current))
+
+    def commit(self, router: RouterGeneration | None) -> None:
+        """Make what `records` say visible to new requests, under this router, and wake who waits."""
+        self._roster = build_roster(self._base_model_name, self.ready(), router)
+        self.router = router
+        if router is not None:
+            self._loaded_routers |= {router.id}
+        self._changed.notify_all()
+
+    def drop_routers(self, routers: Iterable[int]) -> None:
+        self._loaded_routers -= frozenset(routers)
+
+    def info(self, record: Record) -> AdapterInfo:
+        entry = self._roster.adapters.get(record.spec.name)
+        reason = entry.unrouted_reason if entry is not None else None
+        return record.info(unrouted_reason=reason, total_gate_mass=self._total_gate_mass)
+
+    @property
+    def has_leases(self) -> bool:
+        return not self._leases.is_empty
+
+
+def _residents(records: Iterable[Record]) -> tuple[ResidentAdapter, ...]:
+    return tuple(resident for record in records if (resident := record.resident) is not None)
