@@ -29,6 +29,7 @@ test: $(VENV)/.testing
 
 lint: $(VENV)/.testing
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 bench: $(VENV)/.serving

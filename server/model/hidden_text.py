@@ -31,8 +31,7 @@ class HiddenText:
 
     def __init__(self, control: ControlTexts, messages: Sequence[dict[str, Any]]) -> None:
         self._control = control
-        used = {character for text in _strings(messages) for character in text if character >= "\ue000"}
-        self._free = (chr(code) for codes in _PRIVATE_USE for code in codes if chr(code) not in used)
+        self._free = _unused_characters(messages)
         self._stand_in_of: dict[str, str] = {}
         self.messages: list[dict[str, Any]] = _map_strings(list(messages), self._hide)
         """The chat, safe to give to a template."""
@@ -65,6 +64,12 @@ class HiddenText:
                 raise InvalidRequestError("messages use every private-use character of Unicode", param="messages")
             self._stand_in_of[text] = stand_in
         return self._stand_in_of[text]
+
+
+def _unused_characters(messages: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Private-use characters that occur in no message; reads the messages when the first one is taken."""
+    used = set("".join(_strings(messages)))
+    yield from (chr(code) for codes in _PRIVATE_USE for code in codes if chr(code) not in used)
 
 
 def _any_of(texts: Sequence[str]) -> str:
