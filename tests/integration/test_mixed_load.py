@@ -112,9 +112,9 @@ def assert_everything_is_returned(server: RunningServer) -> None:
     """Blocks, leases and inbox go back to zero; the last releases may trail the answers by a moment."""
     engine, registry = server.services.engine, server.services.registry
     deadline_s = time.monotonic() + 10
-    while time.monotonic() < deadline_s and (engine.num_running or engine.num_waiting or registry.num_leases):
+    while time.monotonic() < deadline_s and (engine.num_running or engine.num_waiting or registry.has_leases):
         time.sleep(0.05)
-    assert (engine.num_running, engine.num_waiting, registry.num_leases) == (0, 0, 0)
+    assert (engine.num_running, engine.num_waiting, registry.has_leases) == (0, 0, False)
     assert "lora_mixer_kv_cache_usage_ratio 0.0" in server.get("/metrics").text
     names = {adapter["name"] for adapter in server.get("/v1/adapters").json()["data"]}
     assert names == set(NAMES)
