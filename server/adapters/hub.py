@@ -12,8 +12,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 
-from server.adapters.hub_errors import CLIENT_ERRORS, download_error
+from server.adapters.hub_errors import download_error
 from server.adapters.lockfile import LockEntry
 from server.adapters.peft_config import CONFIG_NAME, MAX_CONFIG_BYTES
 from server.adapters.sources import COMMIT_PATTERN, ResolvedSource, checked_subfolder
@@ -23,6 +24,16 @@ from server.errors import AdapterDownloadError, AdapterRefusedError, RefusalReas
 
 Progress = Callable[[int, int], object]
 """Called with (bytes done, bytes in all). May raise to abandon the download."""
+
+
+CLIENT_ERRORS: tuple[type[Exception], ...] = (
+    HfHubHTTPError.__bases__[0],  # HTTPError of the HTTP library the client is built on: timeouts, connection errors
+    OSError,  # most of the client's own, and the cache's
+    ValueError,  # bad ids, and answers that are not JSON
+    TypeError,  # answers that are not the JSON expected
+    KeyError,
+)
+"""What a call into huggingface_hub may raise; everything else is a bug of ours."""
 
 
 def ignore_progress(_done: int, _total: int) -> None:

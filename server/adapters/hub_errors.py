@@ -1,39 +1,14 @@
-"""huggingface_hub's exceptions -> AdapterDownloadError with words that help. Says nothing that a token could hide in:
-texts of the client may quote signed URLs, so only its exception types and status codes are used.
+"""huggingface_hub's exceptions -> AdapterDownloadError with words that help.
+
+Goes by class names and status codes: only `hub` imports the client, and its texts may quote signed URLs, so no part of
+them is repeated.
 """
 
 import errno
 from collections.abc import Iterator
 
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    FileMetadataError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 from server.config import AdapterSpec
 from server.errors import AdapterDownloadError
-
-TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
-"""`HTTPError` of the HTTP library that the installed client is built on (httpx or its successor): the root of its
-timeouts and connection errors, without importing that library."""
-
-CLIENT_ERRORS: tuple[type[Exception], ...] = (
-    TRANSPORT_ERROR,
-    HFValidationError,
-    EntryNotFoundError,
-    OSError,
-    ValueError,  # an answer that is not JSON, or not the JSON expected
-    TypeError,
-    KeyError,
-)
-"""What a call into huggingface_hub may raise; everything else is a bug of ours."""
 
 
 def download_error(error: BaseException, spec: AdapterSpec) -> AdapterDownloadError:
@@ -44,41 +19,51 @@ def download_error(error: BaseException, spec: AdapterSpec) -> AdapterDownloadEr
 
 def _explain(error: BaseException, spec: AdapterSpec) -> tuple[str, str]:
     repository, revision = repr(spec.source), repr(spec.revision or "main")
+    by_name = {
+        "OfflineModeIsEnabled": (
+            f"{repository} is not in adapters.lock and the local cache, and HF_HUB_OFFLINE is set",
+            "start once with network access and keep both",
+        ),
+        "GatedRepoError": (
+            f"{repository} is gated",
+            "accept its terms on the Hub and set HF_TOKEN to a token with access",
+        ),
+        "RepositoryNotFoundError": (
+            f"the Hub has no {repository}, or it is private",
+            "check the name, or set HF_TOKEN",
+        ),
+        "RevisionNotFoundError": (
+            f"{repository} has no revision {revision}",
+            "check the branch, tag or 40-digit commit",
+        ),
+        "RemoteEntryNotFoundError": (f"{repository} lost a file at {revision} while it was downloaded", "try again"),
+        "HFValidationError": (f"{repository} is not a Hub id", "use org/name"),
+        "FileMetadataError": (f"the answer about {repository} was not the Hub's", "check HF_ENDPOINT and proxies"),
+    }
     for link in _chain(error):
-        match link:
-            case OfflineModeIsEnabled():
-                problem = f"{repository} is not in adapters.lock and the local cache, and HF_HUB_OFFLINE is set"
-                return problem, "start once with network access and keep both"
-            case GatedRepoError():
-                return f"{repository} is gated", "accept its terms on the Hub and set HF_TOKEN to a token with access"
-            case RepositoryNotFoundError():
-                return f"the Hub has no {repository}, or it is private", "check the name, or set HF_TOKEN"
-            case RevisionNotFoundError():
-                return f"{repository} has no revision {revision}", "check the branch, tag or 40-digit commit"
-            case HfHubHTTPError():
-                return _explain_status(link.response.status_code, repository)
-            case LocalEntryNotFoundError():
-                continue  # the cause tells more
-            case EntryNotFoundError():
-                return f"{repository} lost a file at {revision} while it was downloaded", "try again"
-            case HFValidationError():
-                return f"{repository} is not a Hub id", "use org/name"
-            case FileMetadataError():
-                return f"the answer about {repository} was not the Hub's", "check HF_ENDPOINT and proxies"
+        # In order of the class hierarchy: a gated repository is also one that is not found.
+        for kind in type(link).__mro__:
+            if kind.__name__ in by_name:
+                return by_name[kind.__name__]
+        if isinstance(status := getattr(getattr(link, "response", None), "status_code", None), int):
+            return _explain_status(status, repository)
+    return _explain_local(error, repository)
+
+
+def _explain_local(error: BaseException, repository: str) -> tuple[str, str]:
+    """What went wrong without an answer of the Hub."""
+    names = [type(link).__name__ for link in _chain(error)]
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk that holds the Hub cache is full", "free space, or move the cache with HF_HOME"
     if isinstance(error, OSError) and error.errno is not None:
         return f"the Hub cache cannot be used ({error.strerror})", "check its folder, or move it with HF_HOME"
-    if any("Timeout" in type(link).__name__ for link in _chain(error)):
+    if any("Timeout" in name for name in names):
         return f"the Hub did not answer in time for {repository}", "try again, or raise HF_HUB_DOWNLOAD_TIMEOUT"
     if isinstance(error, OSError) and "Consistency check" in str(error):
         return f"a file of {repository} arrived with the wrong length", "try again"
     if isinstance(error, ValueError | TypeError | KeyError):
         return f"the answer about {repository} was not the Hub's", "check HF_ENDPOINT and proxies"
-    return (
-        f"the Hub could not be reached for {repository} ({type(error).__name__})",
-        "check the network, or HF_ENDPOINT",
-    )
+    return f"the Hub could not be reached for {repository} ({names[-1]})", "check the network, or HF_ENDPOINT"
 
 
 def _explain_status(status: int, repository: str) -> tuple[str, str]:

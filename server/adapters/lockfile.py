@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from server.adapters.peft_config import CONFIG_NAME
 from server.adapters.sources import COMMIT_PATTERN
 from server.adapters.strict_json import StrictJsonError, parse_object
+from server.adapters.validation import WEIGHTS_NAME
 from server.config import AdapterSpec
 from server.errors import ConfigError
 
@@ -143,6 +145,7 @@ def _is_sound(record: dict[str, Any]) -> bool:
         and _matches(COMMIT_PATTERN, record["commit"])
         and _matches(_SHA256_PATTERN, record["digest"])
         and isinstance(files, dict)
+        and set(files) == {CONFIG_NAME, WEIGHTS_NAME}
         and all(_matches(_SHA256_PATTERN, sha256) for sha256 in files.values())
     )
 

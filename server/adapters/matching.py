@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from server.adapters.patterns import Budget, Pattern, PatternBudgetError
+from server.adapters.patterns import STEPS_PER_NAME, Budget, Pattern, PatternBudgetError
 from server.adapters.peft_config import CONFIG_NAME, PeftConfig
 from server.errors import RefusalReason
 
@@ -28,7 +28,7 @@ def match_targets(
     config: PeftConfig, projections: Sequence[str]
 ) -> tuple[dict[str, TargetSettings], list[RefusalReason]]:
     """Projection name -> settings for every projection that PEFT would adapt, and reasons to refuse the config."""
-    matcher = _Matcher(config)
+    matcher = _Matcher(config, Budget(STEPS_PER_NAME * len(projections)))
     try:
         settings = {name: matcher.settings(name) for name in projections if matcher.is_target(name)}
     except PatternBudgetError as error:
@@ -55,9 +55,9 @@ _Value = TypeVar("_Value")
 class _Matcher:
     """The config with its name lists as sets, and the pattern budget of this adapter."""
 
-    def __init__(self, config: PeftConfig) -> None:
+    def __init__(self, config: PeftConfig, budget: Budget) -> None:
         self._config = config
-        self._budget = Budget()
+        self._budget = budget
         self._targets = _as_set(config.target_modules)
         self._excluded = _as_set(config.exclude_modules)
 

@@ -19,8 +19,8 @@ from server.adapters.pattern_syntax import (
     parse,
 )
 
-MAX_STEPS = 2_000_000
-"""Steps that all patterns of one adapter may take together, about two seconds; real ones stay below 5 % of it."""
+STEPS_PER_NAME = 10_000
+"""Steps that all patterns of one adapter may take per module name, about 6 ms; the costliest public ones take 800."""
 
 
 class PatternBudgetError(ValueError):
@@ -30,7 +30,7 @@ class PatternBudgetError(ValueError):
 class Budget:
     """Steps left for the patterns of one adapter."""
 
-    def __init__(self, steps: int = MAX_STEPS) -> None:
+    def __init__(self, steps: int) -> None:
         self.steps = steps
 
     def spend(self, steps: int = 1) -> None:

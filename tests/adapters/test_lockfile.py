@@ -12,7 +12,8 @@ from server.config import AdapterSpec
 from server.errors import ConfigError
 
 KEY = LockKey("org/name", "main", None)
-ENTRY = LockEntry("a" * 40, {"adapter_config.json": "b" * 64}, "c" * 64)
+FILES = {"adapter_config.json": "b" * 64, "adapter_model.safetensors": "e" * 64}
+ENTRY = LockEntry("a" * 40, FILES, "c" * 64)
 
 
 @pytest.fixture
@@ -87,9 +88,22 @@ SOUND: dict[str, Any] = {
     "revision": None,
     "subfolder": None,
     "commit": "a" * 40,
-    "files": {"adapter_config.json": "b" * 64},
+    "files": FILES,
     "digest": "c" * 64,
 }
+
+
+DAMAGE: list[dict[str, Any]] = [
+    {"commit": "main"},
+    {"digest": "x" * 64},
+    {"files": ["a"]},
+    {"files": {"a": "b"}},
+    {"files": {}},
+    {"files": {"adapter_config.json": "b" * 64}},
+    {"revision": 1},
+    {"source": None},
+    {"extra": 1},
+]
 
 
 @pytest.mark.parametrize(
@@ -104,18 +118,7 @@ SOUND: dict[str, Any] = {
         json.dumps({"version": 1, "adapters": {}}),
         json.dumps({"version": 1, "adapters": [], "more": 1}),
         json.dumps({"version": 1, "adapters": [SOUND, SOUND]}),
-        *(
-            json.dumps({"version": 1, "adapters": [{**SOUND, **change}]})
-            for change in (
-                {"commit": "main"},
-                {"digest": "x" * 64},
-                {"files": ["a"]},
-                {"files": {"a": "b"}},
-                {"revision": 1},
-                {"source": None},
-                {"extra": 1},
-            )
-        ),
+        *(json.dumps({"version": 1, "adapters": [{**SOUND, **change}]}) for change in DAMAGE),
     ],
 )
 def test_damage_is_an_error_that_names_the_file_and_never_overwritten(path: Path, content: str) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.adapters.pattern_syntax import PatternSyntaxError
-from server.adapters.patterns import Budget, Pattern, PatternBudgetError
+from server.adapters.patterns import STEPS_PER_NAME, Budget, Pattern, PatternBudgetError
 
 NAMES = [
     "model.layers.0.self_attn.q_proj",
@@ -46,9 +46,9 @@ REAL_PATTERNS = [
 @pytest.mark.parametrize("pattern", REAL_PATTERNS)
 def test_real_patterns_match_as_python_does(pattern: str) -> None:
     for name in NAMES:
-        assert Pattern(pattern).fullmatch(name, Budget()) is bool(re.fullmatch(pattern, name)), name
+        assert Pattern(pattern).fullmatch(name, Budget(STEPS_PER_NAME)) is bool(re.fullmatch(pattern, name)), name
         expected = bool(re.match(rf"(.*\.)?({pattern})$", name))
-        assert Pattern(pattern).matches_suffix(name, Budget()) is expected, name
+        assert Pattern(pattern).matches_suffix(name, Budget(STEPS_PER_NAME)) is expected, name
 
 
 ATOMS = st.sampled_from(
@@ -73,8 +73,10 @@ PATTERNS = st.recursive(
 
 @given(PATTERNS, st.text("ab_0.", max_size=6))
 def test_any_accepted_pattern_matches_as_python_does(pattern: str, name: str) -> None:
-    assert Pattern(pattern).fullmatch(name, Budget()) is bool(re.fullmatch(pattern, name))
-    assert Pattern(pattern).matches_suffix(name, Budget()) is bool(re.match(rf"(.*\.)?({pattern})$", name))
+    assert Pattern(pattern).fullmatch(name, Budget(STEPS_PER_NAME)) is bool(re.fullmatch(pattern, name))
+    assert Pattern(pattern).matches_suffix(name, Budget(STEPS_PER_NAME)) is bool(
+        re.match(rf"(.*\.)?({pattern})$", name)
+    )
 
 
 @given(st.text("ab.*+?{}()[]|\\d^$-,1=!:P<>#", max_size=12))
@@ -85,7 +87,7 @@ def test_any_text_is_refused_or_matches_as_python_does(text: str) -> None:
         return
     if "[[" in text or "--" in text or "||" in text or re.search(r"\[.*\[", text):
         return  # Python warns about these as possible future set operations
-    assert pattern.fullmatch("ab.a1", Budget()) is bool(re.fullmatch(text, "ab.a1"))
+    assert pattern.fullmatch("ab.a1", Budget(STEPS_PER_NAME)) is bool(re.fullmatch(text, "ab.a1"))
 
 
 @pytest.mark.parametrize(
@@ -122,8 +124,8 @@ def test_unsupported_syntax_is_refused_by_name(pattern: str, problem: str) -> No
 )
 def test_patterns_that_stall_python_end_quickly(pattern: str) -> None:
     start = time.perf_counter()
+    budget = Budget(100 * STEPS_PER_NAME)
     name = "a" * 60 + "!"
-    budget = Budget()
     Pattern(pattern).fullmatch(name, budget)
     Pattern(pattern).matches_suffix(name, budget)
     assert time.perf_counter() - start < 2.0
