@@ -173,7 +173,7 @@ def _watch(client: AdapterClient, info: Any, timeout_s: float, *, is_quiet: bool
 
 def _state_of(info: Mapping[str, Any]) -> str:
     progress = info.get("progress")
-    is_measured = info.get("state") in PENDING_STATES and isinstance(progress, int | float)
+    is_measured = info.get("state") == "DOWNLOADING" and isinstance(progress, int | float)
     return f"{info.get('state')}{f' {100 * progress:.0f}%' if is_measured else ''}"  # type: ignore[operator]
 
 

@@ -114,7 +114,7 @@ class TestAgainstTheRealApp:
     def test_add_sends_every_field(self, harness: Harness, url: str, capsys: pytest.CaptureFixture[str]) -> None:
         argv = ["adapters", "add", "new", "org/new", "--revision", "main", "--subfolder", "a", "--not-routed"]
         assert cli.main([*argv, "--description", "A new one.", "--no-wait", "--url", url]) == 0
-        assert capsys.readouterr().out == "new: DOWNLOADING\n"
+        assert capsys.readouterr().out.startswith("new: DOWNLOADING")
         spec = harness.registry.registered[0]
         assert spec.model_dump() == {
             "name": "new",

@@ -79,7 +79,7 @@ class TestAgainstAStub:
         stub.script["GET", "/v1/adapters/new"] = [
             (200, {"name": "new", "state": "DOWNLOADING", "progress": 0.0}),
             (200, {"name": "new", "state": "DOWNLOADING", "progress": 0.5}),
-            (200, {"name": "new", "state": "VALIDATING", "progress": None}),
+            (200, {"name": "new", "state": "VALIDATING", "progress": 1.0}),
             (200, {"name": "new", "state": "READY", "progress": 1.0, "routed": True}),
         ]
         assert self.add(stub) == 0
