@@ -20,6 +20,7 @@ from server.adapters.records import AdapterInfo, AdapterState, Record
 from server.adapters.residency import CancelledLoadError, Residency
 from server.adapters.roster import AUTO_MODEL, BASE_ALIAS, Roster
 from server.adapters.router_swap import load_checked_artefact, router_facts
+from server.adapters.sources import place
 from server.adapters.state import RegistryState
 from server.adapters.weights import AdapterLimits
 from server.config import AdapterSpec, ServerSettings
@@ -124,7 +125,7 @@ class AdapterRegistry:
             state, known = record.state, record.adapter
         if state is AdapterState.READY and known is not None:
             self._refuse_other_content(spec, record.spec, known.digest, known.revision)
-        elif not state.is_loading or spec != record.spec:
+        elif not state.is_loading or not self._asks_for_the_same(spec, record.spec, commit=None):
             raise AdapterConflictError(f"adapter {spec.name!r} is {state}; wait until that has ended", param="name")
         return self.get(spec.name)
 
@@ -252,7 +253,7 @@ class AdapterRegistry:
 
     def _refuse_other_content(self, spec: AdapterSpec, known: AdapterSpec, digest: str, revision: str | None) -> None:
         """Raises AdapterConflictError unless `spec` means the very adapter that is READY under its name."""
-        is_same = spec in (known, known.model_copy(update={"revision": revision}))
+        is_same = self._asks_for_the_same(spec, known, revision)
         if is_same and revision is None:  # a local folder may have changed since
             try:
                 is_same = self.loader.load(spec).digest == digest
@@ -260,8 +261,19 @@ class AdapterRegistry:
                 message = f"adapter {spec.name!r} is READY, but its source can no longer be loaded: {error.message}"
                 raise AdapterConflictError(message, param="name") from error
         if not is_same:
-            message = f"the name {spec.name!r} is taken by other content (digest {digest[:12]}); retire it first"
+            message = (
+                f"the name {spec.name!r} is taken by other content or settings (source {known.source!r}, "
+                f"routed {known.routed}, digest {digest[:12]}); retire it first"
+            )
             raise AdapterConflictError(message, param="name")
+
+    def _asks_for_the_same(self, spec: AdapterSpec, known: AdapterSpec, commit: str | None) -> bool:
+        """Same place, revision (or the commit it resolved to) and settings; no description agrees with any."""
+        root = self.loader.root
+        is_same_revision = spec.revision == known.revision or (commit is not None and spec.revision == commit)
+        is_same_place = place(spec, root) == place(known, root)
+        is_same_setting = spec.routed == known.routed and spec.description in ("", known.description)
+        return is_same_place and is_same_revision and is_same_setting
 
     def _forget_source(self, record: Record) -> None:
         """Drop a retired source's lock, so that it resolves anew, unless another registration stands on it."""

@@ -52,6 +52,12 @@ def local_folder(spec: AdapterSpec, root: Path) -> Path | None:
     return inner
 
 
+def place(spec: AdapterSpec, root: Path) -> tuple[str, str | None]:
+    """What two specs of the same files share, however they spell it. Raises InvalidRequestError as `local_folder`."""
+    folder = local_folder(spec, root)
+    return (spec.source, checked_subfolder(spec.subfolder)) if folder is None else (str(folder), None)
+
+
 def checked_subfolder(subfolder: str | None) -> str | None:
     """A relative path without `..`, or None. Raises InvalidRequestError."""
     if not subfolder:

@@ -151,10 +151,11 @@ def test_other_adapters_rows_stay_bit_identical(registry: AdapterRegistry, route
     assert torch.equal(after.b[:, :2], before.b[:, :2])
 
 
-def test_registering_equal_content_again_gives_the_same_adapter(registry: AdapterRegistry) -> None:
-    add(registry, "a")
+def test_registering_equal_content_again_gives_the_same_adapter(registry: AdapterRegistry, sources: Path) -> None:
+    add(registry, "a", description="first")
     info = registry.get("a")
-    assert registry.register(local("a")) == info
+    for source, subfolder in (("./a", None), ("./b/../a", None), (str(sources), "a"), (str(sources / "a"), ".")):
+        assert registry.register(AdapterSpec(name="a", source=source, subfolder=subfolder)) == info
 
 
 def test_a_taken_name_refuses_other_content(make_registry: MakeRegistry, sources: Path, tmp_path: Path) -> None:
