@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -57,7 +58,11 @@ def test_requests_validate_and_their_routes_exist() -> None:
     from server.api.router import SwapBody
     from server.api.schemas import ChatBody
 
-    bodies = {"/v1/chat/completions": ChatBody, "/v1/adapters": RegisterBody, "/v1/router": SwapBody}
+    bodies: dict[str, type[BaseModel]] = {
+        "/v1/chat/completions": ChatBody,
+        "/v1/adapters": RegisterBody,
+        "/v1/router": SwapBody,
+    }
     calls = curl_calls()
     assert len(calls) >= 5
     for _, path, body in calls:
