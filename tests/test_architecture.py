@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+import server
+
 ROOT = Path(__file__).parents[1]
 
 MAX_LINES = 300
@@ -212,6 +214,10 @@ def test_every_dependency_has_its_argument_and_its_pin() -> None:
         pin = name.lower().replace("_", "-")
         assert f"`{name}`" in arguments, f"docs/dependencies.md does not say why {name} is here"
         assert f"\n{pin}==" in pins, f"deploy/constraints.txt does not pin {name}"
+
+
+def test_the_package_and_the_running_server_name_the_same_version() -> None:
+    assert project_file()["project"]["version"] == server.__version__
 
 
 def project_file() -> dict[str, Any]:
