@@ -1,22 +1,22 @@
 """Every error this project raises on purpose, as one tree. HTTP statuses live in `api/errors.py`, not here.
 
-    LoraMixerError
-      + ConfigError                  adapters.yaml, flags or environment are wrong
-      + ModelLoadError               the base model cannot be loaded or served
-      + InvalidRequestError          a request is malformed or out of range
-        - ContextLengthError         prompt (plus max_tokens) does not fit the context
-      + ModelNotFoundError           `model` names nothing that is served
-      + PayloadTooLargeError         request body over the limit
-      + AuthenticationError          API key missing or wrong
-      + PermissionDeniedError        the caller may not do this (admin routes, paths outside the adapter roots)
-      + OverloadedError              admission limits reached; retry later
-      + NotReadyError                starting or draining
-      + AdapterNotFoundError         no adapter of that name
-      + AdapterConflictError         the name is taken by other content, or the operation collides with another
-      + AdapterDownloadError         a Hub source could not be fetched
-      + AdapterRefusedError          an adapter cannot be served; carries every reason
-      + RouterArtefactError          a router artefact is damaged or belongs to another base, roster or format
-      + EngineError                  a step failed; the request ended with an error event
+LoraMixerError
+  + ConfigError                  adapters.yaml, flags or environment are wrong
+  + ModelLoadError               the base model cannot be loaded or served
+  + InvalidRequestError          a request is malformed or out of range
+    - ContextLengthError         prompt (plus max_tokens) does not fit the context
+  + ModelNotFoundError           `model` names nothing that is served
+  + PayloadTooLargeError         request body over the limit
+  + AuthenticationError          API key missing or wrong
+  + PermissionDeniedError        the caller may not do this (admin routes, paths outside the adapter roots)
+  + OverloadedError              admission limits reached; retry later
+  + NotReadyError                starting or draining
+  + AdapterNotFoundError         no adapter of that name
+  + AdapterConflictError         the name is taken by other content, or the operation collides with another
+  + AdapterDownloadError         a Hub source could not be fetched
+  + AdapterRefusedError          an adapter cannot be served; carries every reason
+  + RouterArtefactError          a router artefact is damaged or belongs to another base, roster or format
+  + EngineError                  a step failed; the request ended with an error event
 """
 
 from collections.abc import Sequence
