@@ -6,7 +6,7 @@ Access tokens are huggingface_hub's business (HF_TOKEN); this module neither rea
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,6 +14,9 @@ from typing import Any
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 
+from server.adapters.download_meter import DownloadMeter
+from server.adapters.download_meter import Progress as Progress
+from server.adapters.download_meter import ignore_progress as ignore_progress
 from server.adapters.hub_errors import download_error
 from server.adapters.lockfile import LockEntry
 from server.adapters.peft_config import CONFIG_NAME, MAX_CONFIG_BYTES
@@ -22,23 +25,15 @@ from server.adapters.validation import PICKLE_NAMES, WEIGHTS_NAME
 from server.config import AdapterSpec
 from server.errors import AdapterDownloadError, AdapterRefusedError, RefusalReason
 
-Progress = Callable[[int, int], object]
-"""Called with (bytes done, bytes in all). May raise to abandon the download."""
-
-
 CLIENT_ERRORS: tuple[type[Exception], ...] = (
     HfHubHTTPError.__bases__[0],  # HTTPError of the HTTP library the client is built on: timeouts, connection errors
     OSError,  # most of the client's own, and the cache's
     ValueError,  # bad ids, and answers that are not JSON
     TypeError,  # answers that are not the JSON expected
     KeyError,
+    RuntimeError,  # native code for Xet storage
 )
 """What a call into huggingface_hub may raise; everything else is a bug of ours."""
-
-
-def ignore_progress(_done: int, _total: int) -> None:
-    """Progress of callers that do not watch."""
-    return
 
 
 FILE_NAMES = (CONFIG_NAME, WEIGHTS_NAME)
@@ -121,7 +116,7 @@ class HubSource:
             raise AdapterDownloadError(f"adapter {spec.name!r}: the Hub states no commit for {spec.source!r}")
         remote = self._checked_listing(spec, wanted, info.siblings or [])
         total = sum(file.size_bytes for file in remote.values())
-        meter = _Meter(progress, total)
+        meter = DownloadMeter(progress, total)
         paths, hashes = {}, {}
         for name, file in remote.items():
             expected = locked.files.get(name) if locked is not None else file.sha256
@@ -153,7 +148,7 @@ class HubSource:
         return files
 
     def _download_file(
-        self, spec: AdapterSpec, file: _RemoteFile, commit: str, meter: "_Meter", expected_sha256: str | None
+        self, spec: AdapterSpec, file: _RemoteFile, commit: str, meter: DownloadMeter, expected_sha256: str | None
     ) -> tuple[Path, str]:
         """Fetch one file at a commit and verify it: its path and sha256. A damaged cached copy is fetched once more."""
         for is_retry in (False, True):
@@ -178,53 +173,6 @@ class HubSource:
             f"adapter {spec.name!r}: {file.path} of {spec.source!r} at {commit} {problem}; if adapters.lock is older "
             "than the repository's history, delete its entry, otherwise try again"
         )
-
-
-class _Meter:
-    """Adds up the bytes of several files. huggingface_hub reports through a class that looks like tqdm's."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress = progress
-        self._total = total
-        self._done_before = 0
-        self._done_in_file = 0
-
-    def start_file(self) -> None:
-        self._done_in_file = 0
-        self._progress(self._done_before, self._total)
-
-    def end_file(self, size_bytes: int) -> None:
-        self._done_before += size_bytes
-        self.start_file()
-
-    def advance(self, num_bytes: int) -> None:
-        """Raises AdapterDownloadError as soon as more arrives than the Hub said there is."""
-        self._done_in_file += num_bytes
-        done = self._done_before + self._done_in_file
-        if done > self._total:
-            raise AdapterDownloadError(f"the Hub sends more than the {self._total} bytes it stated")
-        self._progress(done, self._total)
-
-    def bar_class(self) -> Any:
-        meter = self
-
-        class Bar:
-            def __init__(self, *_: Any, initial: int = 0, **__: Any) -> None:
-                meter.advance(initial)
-
-            def __enter__(self) -> "Bar":
-                return self
-
-            def __exit__(self, *_: object) -> None:
-                self.close()
-
-            def update(self, num_bytes: int = 1) -> None:
-                meter.advance(num_bytes)
-
-            def close(self) -> None:
-                return None
-
-        return Bar
 
 
 def sha256_of(path: Path) -> str:

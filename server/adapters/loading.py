@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.adapters.hub import HubSource, Progress, ignore_progress
+from server.adapters.download_meter import Progress, ignore_progress
+from server.adapters.hub import HubSource
 from server.adapters.lockfile import LockEntry, Lockfile, LockKey
 from server.adapters.sources import ResolvedSource, local_folder
 from server.adapters.weights import Adapter, AdapterLimits, load_adapter
