@@ -10,6 +10,8 @@ from server.api.services import AUTO_MODEL
 from server.engine.sequence import SamplingParams, TraceLevel
 from server.errors import ContextLengthError, InvalidRequestError
 
+GREEDY_BELOW = 1e-5
+"""Temperatures below are greedy, as in vLLM: dividing logits by them leaves the range of float32."""
 PROMPTS_PER_SAMPLE_LIMIT = 64
 """One completions request may ask for `max_n` times this many sequences; see `ServerSettings.max_n`."""
 
@@ -148,7 +150,7 @@ def sampling_params(body: GenerationBody, num_prompt_tokens: int, limits: Limits
     """Parameters for one prompt. Raises ContextLengthError, and InvalidRequestError for an empty prompt."""
     trace = None if body.routing is None else TraceLevel(body.routing.trace)
     return SamplingParams(
-        temperature=body.temperature,
+        temperature=0.0 if body.temperature < GREEDY_BELOW else body.temperature,
         top_p=body.top_p,
         top_k=max(0, body.top_k),
         min_p=body.min_p,

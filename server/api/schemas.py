@@ -15,6 +15,8 @@ from server.api.values import AdapterPool, Content, LogitBias, Prompts, StopStri
 INT32 = 2**31 - 1
 MAX_MESSAGES = 2048
 MAX_STOP_TOKEN_IDS = 128
+MIN_REPETITION_PENALTY = 0.01
+"""Logits are divided by it: much less, and they leave the range of float32."""
 
 Label = Annotated[Text, Field(min_length=1, max_length=512)]
 TokenCount = Annotated[int, Field(ge=1, le=INT32)]
@@ -101,7 +103,7 @@ class GenerationBody(StrictBody):
     """Samples per prompt."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    """0 is greedy."""
+    """0 is greedy, and so is anything below 0.00001."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1, le=INT32)] = 0
     """Number of most likely tokens kept; 0 and -1 keep all."""
@@ -110,7 +112,7 @@ class GenerationBody(StrictBody):
     """Sample i of n uses seed + i."""
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=10)] = 1.0
     logit_bias: LogitBias = ()
 
     stop: StopStrings = ()

@@ -208,6 +208,14 @@ def test_every_sampling_field_reaches_the_engine(client: httpx.Client, harness: 
     assert (sequence.params.max_tokens, sequence.priority, sequence.cache_salt) == (4, -2, "tenant")
 
 
+@pytest.mark.parametrize("temperature", [0, 1e-320, 9.9e-6])
+def test_temperatures_that_float32_cannot_divide_by_are_greedy(
+    client: httpx.Client, harness: Harness, temperature: float
+) -> None:
+    ask(client, temperature=temperature)
+    assert harness.runner.seen[-1].params.temperature == 0
+
+
 def test_defaults_are_openais(client: httpx.Client, harness: Harness) -> None:
     ask(client, temperature=None, seed=None, stop=None, n=None, tools=[], response_format={"type": "text"}, store=False)
     params = harness.runner.seen[-1].params
