@@ -29,6 +29,13 @@ class ConfigField:
     treatment: Treatment
     code: str = ""
     why: str = ""
+    may_be_empty: bool = False
+    """DEFAULT_ONLY: an empty list is as good as null. Elsewhere PEFT asks `is not None`, so {} switches a field on."""
+
+    def is_unset(self, value: Any) -> bool:
+        """Whether a value means `not used` to PEFT: null, the default, or an empty list where that is the same."""
+        is_default = type(value) is type(self.default) and value == self.default
+        return value is None or is_default or (self.may_be_empty and value == [])
 
 
 def _read(name: str, default: Any) -> ConfigField:
@@ -39,8 +46,8 @@ def _no_effect(name: str, default: Any) -> ConfigField:
     return ConfigField(name, default, Treatment.NO_EFFECT)
 
 
-def _default_only(name: str, default: Any, code: str, why: str) -> ConfigField:
-    return ConfigField(name, default, Treatment.DEFAULT_ONLY, code, why)
+def _default_only(name: str, default: Any, code: str, why: str, *, may_be_empty: bool = False) -> ConfigField:
+    return ConfigField(name, default, Treatment.DEFAULT_ONLY, code, why, may_be_empty)
 
 
 _MERGE = "merge it into a base model of its own, or retrain it as plain LoRA"
@@ -75,12 +82,28 @@ LORA_CONFIG_FIELDS: tuple[ConfigField, ...] = (
     _no_effect("corda_config", None),
     _no_effect("lora_ga_config", None),
     _default_only("use_dora", False, "dora", f"DoRA rescales the base weights by a learned magnitude; {_MERGE}"),
-    _default_only("modules_to_save", None, "modules_to_save", f"it replaces whole modules of the base; {_MERGE}"),
+    _default_only(
+        "modules_to_save",
+        None,
+        "modules_to_save",
+        f"it replaces whole modules of the base; {_MERGE}",
+        may_be_empty=True,
+    ),
     _default_only("lora_bias", False, "lora_bias", f"it adds a bias to the update; {_MERGE}"),
     _default_only("trainable_token_indices", None, "added_tokens", f"it changes rows of the token embedding; {_MERGE}"),
-    _default_only("target_parameters", None, "target_parameters", f"LoRA on bare parameters is not served; {_MERGE}"),
     _default_only(
-        "layer_replication", None, "layer_replication", "it stacks the base's layers anew, which makes another base"
+        "target_parameters",
+        None,
+        "target_parameters",
+        f"LoRA on bare parameters is not served; {_MERGE}",
+        may_be_empty=True,
+    ),
+    _default_only(
+        "layer_replication",
+        None,
+        "layer_replication",
+        "it stacks the base's layers anew, which makes another base",
+        may_be_empty=True,
     ),
     _default_only("megatron_config", None, "megatron", "Megatron's parallel layers are not served"),
     _default_only("megatron_core", "megatron.core", "megatron", "Megatron's parallel layers are not served"),

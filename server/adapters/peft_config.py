@@ -45,8 +45,8 @@ class PeftConfig:
 def parse_config(content: Mapping[str, Any], *, max_rank: int) -> tuple[PeftConfig | None, list[RefusalReason]]:
     """The config and every reason to refuse it; None where values are too broken to judge the tensors by."""
     reader = _Reader(content, max_rank)
+    reader.check_kind()  # First: of another method's adapter, only its kind says what it is.
     reader.check_table()
-    reader.check_kind()
     config = reader.read()
     is_broken = any(reason.code in _BREAKING_CODES for reason in reader.reasons)
     return (None if is_broken else config), reader.reasons
@@ -72,7 +72,7 @@ class _Reader:
                 if value is not None and value is not False and value not in ("", [], {}):
                     message = f"the field {name[:100]!r} is unknown, so its effect is; this server reads PEFT 0.21"
                     self.refuse("unknown_config_field", message, name[:100])
-            elif entry.treatment is Treatment.DEFAULT_ONLY and not _is_unset(value, entry.default):
+            elif entry.treatment is Treatment.DEFAULT_ONLY and not entry.is_unset(value):
                 self.refuse(entry.code, f"{name} is set: {entry.why}", name)
 
     def check_kind(self) -> None:
@@ -214,13 +214,6 @@ class _Reader:
         except PatternSyntaxError as error:
             self.refuse("unsupported_pattern", f"the pattern {_show(text)} cannot be used: {error}", name)
             return None
-
-
-def _is_unset(value: Any, default: Any) -> bool:
-    """Whether a field stands at its default; null, false and empty all mean `not used` to PEFT."""
-    if isinstance(default, str):
-        return value is None or value == default
-    return value is None or value is False or value in ("", [], {})
 
 
 def _show(value: Any) -> str:

@@ -52,6 +52,12 @@ REFUSED_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"use_bdlora": {"nblocks": 2}}, "bdlora"),
     ({"arrow_config": {"top_k": 3}}, "arrow"),
     ({"kasa_config": {"beta": 0.1}}, "kasa"),
+    ({"kasa_config": {}}, "kasa"),  # to PEFT, an empty one is one
+    ({"arrow_config": {}}, "arrow"),
+    ({"use_bdlora": {}}, "bdlora"),
+    ({"alora_invocation_tokens": []}, "alora"),
+    ({"trainable_token_indices": []}, "added_tokens"),
+    ({"use_dora": 0}, "dora"),
     ({"ensure_weight_tying": True}, "weight_tying"),
     ({"init_lora_weights": "pissa"}, "base_changing_init"),
     ({"init_lora_weights": "pissa_niter_16"}, "base_changing_init"),
