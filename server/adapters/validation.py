@@ -111,18 +111,24 @@ def check_tensors(
 
 
 def capped(reasons: Iterable[RefusalReason]) -> list[RefusalReason]:
-    """At most `MAX_REASONS_PER_CODE` of each code, and one more that counts the rest."""
+    """At most `MAX_REASONS_PER_CODE` of each code, and one more that counts the rest; all fit to be printed."""
     kept: list[RefusalReason] = []
     counts: Counter[str] = Counter()
     for reason in reasons:
         counts[reason.code] += 1
         if counts[reason.code] <= MAX_REASONS_PER_CODE:
-            kept.append(reason)
+            kept.append(RefusalReason(reason.code, _printable(reason.message), _printable(reason.where)))
     for code, count in counts.items():
         if count > MAX_REASONS_PER_CODE:
             message = f"and {count - MAX_REASONS_PER_CODE} more of the kind {code!r}"
             kept.append(RefusalReason(code, message, WEIGHTS_NAME))
     return kept
+
+
+def _printable(text: str) -> str:
+    """`text` with line breaks, terminal controls, direction marks and lone surrogates as escapes: names in a stranger's
+    files end up in logs and on terminals."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _absent(folder: Path, name: str) -> RefusalReason:

@@ -188,6 +188,25 @@ def test_every_reason_is_reported_at_once(load: Load, folder: Path) -> None:
     assert codes(load, folder) == expected
 
 
+def test_an_adapter_of_another_method_is_first_of_all_refused_as_that(load: Load, folder: Path) -> None:
+    edit_config(folder, {"peft_type": "IA3", "feedforward_modules": ["down_proj"], "init_ia3_weights": True})
+    with pytest.raises(AdapterRefusedError) as caught:
+        load(folder)
+    assert caught.value.reasons[0].code == "unsupported_peft_type"
+
+
+def test_names_in_foreign_files_cannot_break_the_lines_or_terminals_that_show_them(load: Load, folder: Path) -> None:
+    name = "\x1b[2J\u202edekcah\nINFO served"
+    edit_config(folder, {f"\ud800{name}": 1})
+    edit_tensors(folder, _with(name, torch.ones(1)))
+    with pytest.raises(AdapterRefusedError) as caught:
+        load(folder)
+    assert str(caught.value).isprintable()
+    wheres = [reason.where for reason in caught.value.reasons]
+    assert r"adapter_config.json: \ud800\x1b[2J\u202edekcah\nINFO served" in wheres
+    assert r"adapter_model.safetensors: \x1b[2J\u202edekcah\nINFO served" in wheres
+
+
 def test_many_reasons_of_one_kind_are_counted_rather_than_listed(load: Load, folder: Path) -> None:
     edit_tensors(folder, lambda _: {f"x.{index}": torch.ones(1) for index in range(100)})
     with pytest.raises(AdapterRefusedError, match="and 92 more of the kind 'unexpected_tensor'"):
