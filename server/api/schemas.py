@@ -151,9 +151,13 @@ class GenerationBody(StrictBody):
 
 
 class ChatMessage(StrictBody):
-    """One message. `name` is refused: the chat template has no place for it, so it would be ignored."""
+    """One message. `name` is refused: the chat template has no place for it, so it would be ignored.
+
+    `type` may say what a message is anyway; lm-evaluation-harness sends `text`, OpenAI's newer API `message`.
+    """
 
     unsupported: ClassVar[Mapping[str, IsNoOp]] = {
+        "type": only("text", "message"),
         "name": never,
         "tool_calls": only([]),
         "tool_call_id": never,

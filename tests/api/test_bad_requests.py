@@ -112,6 +112,7 @@ def test_common_fields_are_refused_by_name(client: httpx.Client, path: str, fiel
         ({"messages": [{}]}, "messages[0].role", "messages[0].content is required"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "got 'tool'"),
         ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages[0].name", "is not supported"),
+        ({"messages": [{"role": "user", "content": "x", "type": "audio"}]}, "messages[0].type", "is not supported"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "must be a string or a list"),
         ({"messages": [{"role": "user", "content": []}]}, "messages[0].content", "must have 1 to 1024 parts"),
         (

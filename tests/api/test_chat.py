@@ -92,6 +92,11 @@ def test_end_of_the_prompt_follows_the_request(
     assert rendered.endswith(ending)
 
 
+@pytest.mark.parametrize("kind", ["text", "message", None])
+def test_a_message_may_say_that_it_is_one(client: httpx.Client, kind: str | None) -> None:
+    ask(client, messages=[{"role": "user", "content": "Hi", "type": kind}])
+
+
 def test_rendering_runs_off_the_event_loop(client: httpx.Client, harness: Harness) -> None:
     ask(client)
     # The warm-up, before anybody is served, is the only text that the loop's own thread encodes.
