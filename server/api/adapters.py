@@ -66,6 +66,8 @@ class UnloadBody(StrictBody):
     """vLLM's body of POST /v1/unload_lora_adapter."""
 
     lora_name: AdapterName
+    lora_int_id: Annotated[int, Field(ge=0)] | None = None
+    """vLLM's own number of the adapter; the name is enough here, as it is there."""
 
 
 @router.get("/v1/adapters", summary="List adapters")

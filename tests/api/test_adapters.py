@@ -222,7 +222,7 @@ def test_vllms_load_and_unload(client: httpx.Client, harness: Harness) -> None:
     response = client.post("/v1/load_lora_adapter", json={"lora_name": "new", "lora_path": "org/new"})
     assert (response.status_code, response.text) == (200, "Success: LoRA adapter 'new' added successfully.")
     assert harness.registry.get("new").state == "READY"
-    response = client.post("/v1/unload_lora_adapter", json={"lora_name": "new"})
+    response = client.post("/v1/unload_lora_adapter", json={"lora_name": "new", "lora_int_id": 3})
     assert (response.status_code, response.text) == (200, "Success: LoRA adapter 'new' removed successfully.")
     assert client.post("/v1/unload_lora_adapter", json={"lora_name": "nobody"}).status_code == 404
 
