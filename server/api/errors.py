@@ -101,9 +101,11 @@ def json_response(content: object, status: int = 200, headers: Mapping[str, str]
     return Response(encode_json(content), status_code=status, headers=headers, media_type="application/json")
 
 
-def error_response(scope: Scope, error: errors.LoraMixerError) -> Response:
-    """The answer to a request that failed with `error`; logs it and counts it."""
+def error_response(scope: Scope, error: errors.LoraMixerError, status: int | None = None) -> Response:
+    """The answer to a request that failed with `error`; logs it and counts it. `status` overrides the table's."""
     kind = kind_of(error)
+    if status is not None:
+        kind = kind._replace(status=status)
     details = error.message if kind.status == 500 else ""
     logger.log(
         logging.ERROR if kind.status == 500 else logging.INFO,
@@ -160,11 +162,13 @@ def _headers_of(error: errors.LoraMixerError) -> dict[str, str]:
 
 def _http_error_response(request: Request, error: HTTPException) -> Response:
     """The framework's own errors: no such route, wrong method, a body that it could not parse."""
-    what = f"{request.method} {request.url.path}"
+    if error.status_code == 400:
+        unparsed = "The request body could not be parsed as JSON."
+        return error_response(request.scope, errors.InvalidRequestError(unparsed, code="invalid_json"))
+    what = f"{request.method} {request.url.path[:200]}"
     messages = {
         404: (f"No such route: {what}. GET /openapi.json lists what is served.", "route_not_found"),
         405: (f"{what} is not allowed; see the Allow header.", "method_not_allowed"),
-        400: ("The request body could not be parsed as JSON.", "invalid_json"),
     }
     message, code = messages.get(error.status_code, (str(error.detail), None))
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": code}

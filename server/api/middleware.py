@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import envelope_of, error_response, json_response, unexpected_error_response
+from server.api.errors import error_response, unexpected_error_response
 from server.errors import InvalidRequestError, PayloadTooLargeError
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class BodyGate:
             return
         headers = Headers(scope=scope)
         if not _is_json(headers.get("content-type", "")):
-            await _unsupported_media_type(headers)(scope, receive, send)
+            await _unsupported_media_type(scope, headers)(scope, receive, send)
             return
         declared = headers.get("content-length", "")
         try:
@@ -141,10 +141,10 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-def _unsupported_media_type(headers: Headers) -> Response:
+def _unsupported_media_type(scope: Scope, headers: Headers) -> Response:
     found = headers.get("content-type", "none")[:80]
     error = InvalidRequestError(f"Bodies must be JSON: send 'Content-Type: application/json', not {found!r}.")
-    return json_response(envelope_of(error), 415)
+    return error_response(scope, error, 415)
 
 
 def _is_json(content_type: str) -> bool:

@@ -4,8 +4,10 @@ import httpx
 import pytest
 
 from tests.api.envelope import refusal
+from tests.api.fakes import Harness
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+JSON = "application/json"
 
 
 @pytest.mark.parametrize(
@@ -46,6 +48,17 @@ def test_bodies_that_are_not_json_are_415(client: httpx.Client, content_type: st
     assert "application/json" in refusal(response, 415)["message"]
 
 
+def test_bodies_that_cannot_be_read_are_counted_as_rejections(client: httpx.Client, harness: Harness) -> None:
+    def count() -> float:
+        labels = {"reason": "invalid_request"}
+        return harness.metrics.registry.get_sample_value("lora_mixer_requests_rejected_total", labels) or 0
+
+    before = count()
+    for content, content_type in ((b"{", JSON), (b'"\xff"', JSON), (b"[" * 100_000, JSON), (b"{}", "text/plain")):
+        client.post(CHAT, content=content, headers={"Content-Type": content_type})
+    assert count() == before + 4
+
+
 def test_json_with_a_charset_is_accepted(client: httpx.Client) -> None:
     headers = {"Content-Type": "application/json; charset=utf-8"}
     content = b'{"model": "auto", "prompt": "x", "max_tokens": 1}'
@@ -58,3 +71,7 @@ def test_unknown_route_and_wrong_method_have_envelopes(client: httpx.Client) -> 
     response = client.get(CHAT)
     assert refusal(response, 405)["code"] == "method_not_allowed"
     assert response.headers["allow"] == "POST"
+
+
+def test_an_absurd_path_is_not_echoed_whole(client: httpx.Client) -> None:
+    assert len(refusal(client.get("/" + "a" * 5000), 404)["message"]) < 400
