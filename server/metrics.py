@@ -7,7 +7,8 @@ words from fixed sets, so no client can create series. Called from the engine th
 import time
 from bisect import bisect_left
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from threading import Lock
 from typing import Protocol
 
@@ -160,7 +161,7 @@ class Metrics:
             "requests", "Finished choices (n choices of one request count n times)", ("model", "finish_reason")
         )
         self._rejected = counter("requests_rejected", "Requests refused, by error code", ("reason",))
-        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens computed")
+        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens, computed or from the prefix cache")
         self._generation_tokens = counter("generation_tokens", "Tokens generated")
         self._cached_tokens = counter("prefix_cache_hit_tokens", "Prompt tokens taken from the prefix cache")
         self._preemptions = counter("preemptions", "Sequences that lost their K/V blocks to others for a while")
@@ -187,6 +188,7 @@ class Metrics:
             "Entropy of a routed token's gate share over adapters, in nats",
             ENTROPY_BUCKETS_NATS,
         )
+        self._is_paused = False
         self.usage = AdapterUsage()
         self._state = _ScrapedState(self.usage)
         registry.register(self._entropy)
@@ -204,11 +206,23 @@ class Metrics:
         self._state.num_running, self._state.num_waiting = num_running, num_waiting
         self._state.adapters, self._state.max_adapters = adapters, max_adapters
 
+    @contextmanager
+    def without_steps(self) -> Iterator[None]:
+        """Steps inside are not counted: those of the warm-up, which no client asked for."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+
     def observe_step(self, stats: StepStats, slot_names: Mapping[int, str]) -> None:
         """Count one engine step; on the engine thread, so kept to a few microseconds."""
+        if self._is_paused:
+            return
         self._step_s.observe(stats.step_s)
         self._kv_usage.set(stats.kv_usage_ratio)
-        self._prompt_tokens.inc(stats.num_prompt_tokens)
+        # Both, as vLLM counts them: cached tokens are then a share of the prompt's, and requests' own usage adds up.
+        self._prompt_tokens.inc(stats.num_prompt_tokens + stats.num_cached_tokens)
         self._generation_tokens.inc(stats.num_generated_tokens)
         self._cached_tokens.inc(stats.num_cached_tokens)
         self._preemptions.inc(stats.num_preempted)

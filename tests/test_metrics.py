@@ -30,7 +30,7 @@ def test_one_step_feeds_every_engine_metric() -> None:
     metrics = Metrics()
     metrics.observe_step(STEP, {1: "gsm8k", 2: "mbpp"})
     metrics.observe_step(STEP, {1: "gsm8k", 2: "mbpp"})
-    assert value(metrics, "prompt_tokens_total") == 200
+    assert value(metrics, "prompt_tokens_total") == 2 * (100 + 32)
     assert value(metrics, "generation_tokens_total") == 10
     assert value(metrics, "prefix_cache_hit_tokens_total") == 64
     assert value(metrics, "preemptions_total") == 2

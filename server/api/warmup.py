@@ -17,7 +17,8 @@ async def warm_up(services: Services) -> None:
     """Serve one token of the base model, then mark the server ready; if that fails, say why in /ready."""
     services.lifecycle.mark_not_ready("warming up")
     try:
-        await _first_token(services)
+        with services.metrics.without_steps():
+            await _first_token(services)
     except LoraMixerError as error:
         logger.error("warm-up failed, the server stays unready: %s", error.message)
         services.lifecycle.mark_not_ready("warm-up failed; see the server's log")

@@ -57,6 +57,19 @@ def test_metrics_are_prometheus_text(client: httpx.Client) -> None:
     assert "lora_mixer_running_requests 0.0" in response.text
 
 
+def test_token_counters_add_up_to_what_answers_report() -> None:
+    harness = Harness()
+    with harness.serve() as client:
+        body = {"model": "auto", "prompt": "x" * 40, "max_tokens": 3, "ignore_eos": True}
+        usages = [client.post("/v1/completions", json=body).json()["usage"] for _ in range(3)]
+    value = harness.metrics.registry.get_sample_value
+    assert usages[1]["prompt_tokens_details"]["cached_tokens"] == 32
+    assert value("lora_mixer_prompt_tokens_total") == sum(usage["prompt_tokens"] for usage in usages)
+    assert value("lora_mixer_generation_tokens_total") == sum(usage["completion_tokens"] for usage in usages)
+    cached = sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in usages)
+    assert value("lora_mixer_prefix_cache_hit_tokens_total") == cached
+
+
 def test_metrics_never_take_labels_from_clients(client: httpx.Client) -> None:
     client.post("/v1/completions", json={"model": "made-up-model", "prompt": "x"})
     client.post("/v1/completions", json={"model": "auto", "prompt": "x", "adapters": ["made-up-adapter"]})
