@@ -18,12 +18,12 @@ from server.api.services import services_of
 from server.config import Secrets
 from server.errors import AuthenticationError, PermissionDeniedError
 
-PROTECTED_PREFIX = "/v1/"
+PROTECTED_PREFIXES = ("/v1/", "/tokenize", "/detokenize")
 PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip")
 
 
 class ApiKeyGate:
-    """ASGI middleware: with API keys configured, every /v1 route needs one, before its body is read.
+    """ASGI middleware: with API keys configured, routes below PROTECTED_PREFIXES need one, before a body is read.
 
     The admin key opens every route as well.
     """
@@ -34,7 +34,7 @@ class ApiKeyGate:
         self._hashes = _hashes((*secrets.api_keys, *([secrets.admin_key] if secrets.admin_key else [])))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith(PROTECTED_PREFIX) and not self._is_open:
+        if scope["type"] == "http" and scope["path"].startswith(PROTECTED_PREFIXES) and not self._is_open:
             headers = Headers(scope=scope)
             if not _matches_any(_presented_keys(headers), self._hashes):
                 await error_response(scope, _missing_key("an API key"))(scope, receive, send)

@@ -24,12 +24,17 @@ async def list_models(services: InjectedServices) -> Response:
 @router.get("/v1/models/{model_id:path}", summary="One model")
 async def get_model(model_id: str, services: InjectedServices) -> Response:
     """404 `model_not_found` for anything that is not served."""
+    return json_response(served_model(services, model_id))
+
+
+def served_model(services: Services, model_id: str) -> dict[str, Any]:
+    """The model object of `model_id`. Raises ModelNotFoundError."""
     model = served_models(services).get(model_id)
     if model is None:
         raise ModelNotFoundError(
             f"The model {model_id[:200]!r} does not exist; GET /v1/models lists them.", param="model"
         )
-    return json_response(model)
+    return model
 
 
 def served_models(services: Services) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """From a body to prompts: rendering and tokenizing off the event loop, then fitting them into the context."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from server.api.generation import Prompt
@@ -27,19 +27,28 @@ def limits_of(services: Services) -> Limits:
 
 async def chat_prompt(services: Services, body: ChatBody) -> Prompt:
     """Render the messages with the model's chat template. Raises InvalidRequestError if the template refuses them."""
-    adds_generation_prompt = body.add_generation_prompt
-    if adds_generation_prompt is None:
-        adds_generation_prompt = not body.continue_final_message
+    token_ids = await chat_token_ids(services, body.messages, body.add_generation_prompt, body.continue_final_message)
+    return Prompt(tuple(token_ids), sampling_params(body, len(token_ids), limits_of(services)))
+
+
+async def chat_token_ids(
+    services: Services,
+    messages: Sequence[ChatMessage],
+    add_generation_prompt: bool | None,
+    continue_final_message: bool,
+) -> list[int]:
+    """The messages through the chat template. Raises InvalidRequestError if the template refuses them."""
 
     def render() -> list[int]:
         return services.tokenizer.render_chat(
-            [_template_message(message) for message in body.messages],
-            add_generation_prompt=adds_generation_prompt,
-            continue_final_message=body.continue_final_message,
+            [_template_message(message) for message in messages],
+            add_generation_prompt=not continue_final_message
+            if add_generation_prompt is None
+            else add_generation_prompt,
+            continue_final_message=continue_final_message,
         )
 
-    token_ids = await on_tokenizer_threads(services, render)
-    return Prompt(tuple(token_ids), sampling_params(body, len(token_ids), limits_of(services)))
+    return await on_tokenizer_threads(services, render)
 
 
 async def completion_prompts(services: Services, body: CompletionBody) -> list[Prompt]:

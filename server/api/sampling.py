@@ -3,9 +3,10 @@
 Ranges of single fields are already checked (`api/schemas.py`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from server.api.schemas import ChatBody, CompletionBody, GenerationBody
+from server.api.schemas import ChatBody, ChatMessage, CompletionBody, GenerationBody
 from server.api.services import AUTO_MODEL
 from server.engine.sequence import SamplingParams, TraceLevel
 from server.errors import ContextLengthError, InvalidRequestError
@@ -38,6 +39,10 @@ def check_body(body: GenerationBody, limits: Limits) -> None:
     problems = _common_problems(body, limits)
     problems += _chat_problems(body, limits) if isinstance(body, ChatBody) else []
     problems += _completion_problems(body, limits) if isinstance(body, CompletionBody) else []
+    _raise_any(problems)
+
+
+def _raise_any(problems: Sequence[_Problem]) -> None:
     if problems:
         message = "; ".join(f"{problem.param} {problem.reason}" for problem in problems)
         raise InvalidRequestError(message, param=problems[0].param)
@@ -95,18 +100,24 @@ def _chat_problems(body: ChatBody, limits: Limits) -> list[_Problem]:
             "top_logprobs",
             f"must be at most {limits.max_logprobs}, got {body.top_logprobs}",
         ),
-        (
-            body.continue_final_message and body.add_generation_prompt is True,
-            "continue_final_message",
-            "and add_generation_prompt exclude each other",
-        ),
-        (
-            body.continue_final_message and body.messages[-1].role != "assistant",
-            "continue_final_message",
-            "needs the last message to be the assistant's",
-        ),
     ]
-    return [_Problem(param, reason) for is_wrong, param, reason in checks if is_wrong]
+    problems = [_Problem(param, reason) for is_wrong, param, reason in checks if is_wrong]
+    if body.continue_final_message:
+        problems += _continuation_problems(body.messages, body.add_generation_prompt)
+    return problems
+
+
+def check_continuation(messages: Sequence[ChatMessage], add_generation_prompt: bool | None) -> None:
+    """Raise InvalidRequestError if `continue_final_message` cannot be had together with these."""
+    _raise_any(_continuation_problems(messages, add_generation_prompt))
+
+
+def _continuation_problems(messages: Sequence[ChatMessage], add_generation_prompt: bool | None) -> list[_Problem]:
+    checks = [
+        (add_generation_prompt is True, "and add_generation_prompt exclude each other"),
+        (messages[-1].role != "assistant", "needs the last message to be the assistant's"),
+    ]
+    return [_Problem("continue_final_message", reason) for is_wrong, reason in checks if is_wrong]
 
 
 def _completion_problems(body: CompletionBody, limits: Limits) -> list[_Problem]:

@@ -61,6 +61,16 @@ def _parse_prompt(entry: Any, index: int) -> PromptInput:
 def _token_ids(ids: list[Any], where: str) -> list[int]:
     if not ids:
         raise problem(f"must not hold an empty list of token ids{where}")
+    return _checked_ids(ids, where)
+
+
+def _parse_token_ids(value: Any) -> list[int]:
+    if not isinstance(value, list):
+        raise problem("must be a list of token ids")
+    return _checked_ids(value, "")
+
+
+def _checked_ids(ids: list[Any], where: str) -> list[int]:
     for position, token_id in enumerate(ids):
         if type(token_id) is not int or not 0 <= token_id < TOKEN_ID_LIMIT:
             raise problem(f"must hold non-negative integers as token ids{where}; the one at {position} is not")
@@ -144,6 +154,7 @@ Prompts = Annotated[
     list[PromptInput],
     PlainValidator(_parse_prompts, json_schema_input_type=Text | list[Text] | list[int] | list[list[int]]),
 ]
+TokenIds = Annotated[list[int], PlainValidator(_parse_token_ids, json_schema_input_type=list[int])]
 Content = Annotated[str, PlainValidator(_parse_content, json_schema_input_type=Text | list[Mapping[str, Text]])]
 AdapterPool = Annotated[
     list[str] | dict[str, float],

@@ -47,6 +47,8 @@ def test_v1_routes_need_an_api_key(guarded: httpx.Client, headers: Any) -> None:
         guarded.get("/v1/adapters", headers=headers),
         guarded.get("/v1/no-such-route", headers=headers),
         guarded.post("/v1/completions", content=b"not json", headers=headers),
+        guarded.post("/tokenize", json={"prompt": "x"}, headers=headers),
+        guarded.post("/detokenize", json={"tokens": [1]}, headers=headers),
     ):
         assert response.status_code == 401
         assert response.json()["error"]["code"] == "invalid_api_key"

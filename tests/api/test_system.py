@@ -104,7 +104,7 @@ def test_openapi_describes_every_route_and_field(client: httpx.Client) -> None:
     assert document["paths"].keys() >= {
         "/health", "/ready", "/metrics", "/v1/models", "/v1/models/{model_id}", "/v1/chat/completions",
         "/v1/completions", "/v1/adapters", "/v1/adapters/{name}", "/v1/load_lora_adapter",
-        "/v1/unload_lora_adapter", "/v1/router",
+        "/v1/unload_lora_adapter", "/v1/router", "/tokenize", "/detokenize",
     }  # fmt: skip
     chat = document["components"]["schemas"]["ChatBody"]
     assert chat["required"] == ["model", "messages"]
