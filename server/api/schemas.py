@@ -50,6 +50,14 @@ UNSUPPORTED_EVERYWHERE: Mapping[str, IsNoOp] = {
     "allowed_token_ids": never,
     "truncate_prompt_tokens": never,
     "spaces_between_special_tokens": only(True),
+    "detokenize": only(True),
+    "return_tokens_as_token_ids": only(False),
+    "logits_processors": only([]),
+    "mm_processor_kwargs": only({}),
+    "vllm_xargs": only({}),
+    "kv_transfer_params": never,
+    "prompt_embeds": never,
+    "request_id": never,
 }
 """Fields of OpenAI and vLLM that we do not serve, with the values that ask for nothing."""
 
@@ -57,7 +65,7 @@ UNSUPPORTED_IN_CHAT: Mapping[str, IsNoOp] = {
     **UNSUPPORTED_EVERYWHERE,
     "tools": only([]),
     "tool_choice": only("none"),
-    "parallel_tool_calls": never,
+    "parallel_tool_calls": only(True, False),  # says nothing without tools
     "functions": only([]),
     "function_call": only("none"),
     "audio": never,
@@ -71,6 +79,7 @@ UNSUPPORTED_IN_CHAT: Mapping[str, IsNoOp] = {
     "chat_template_kwargs": only({}),
     "documents": only([]),
     "echo": only(False),
+    "add_special_tokens": only(False),
 }
 
 

@@ -221,6 +221,18 @@ def test_temperatures_that_float32_cannot_divide_by_are_greedy(
     assert harness.runner.seen[-1].params.temperature == 0
 
 
+def test_values_of_unsupported_fields_that_ask_for_nothing_are_accepted(client: httpx.Client) -> None:
+    no_ops: dict[str, Any] = {
+        "detokenize": True, "return_tokens_as_token_ids": False, "logits_processors": [], "mm_processor_kwargs": {},
+        "vllm_xargs": {}, "kv_transfer_params": None, "prompt_embeds": None, "request_id": None,
+        "parallel_tool_calls": False, "echo": False, "add_special_tokens": False, "truncate_prompt_tokens": None,
+    }  # fmt: skip
+    ask(client, **no_ops)
+    for field in ("detokenize", "return_tokens_as_token_ids", "add_special_tokens"):
+        response = client.post(PATH, json=body(**{field: not no_ops[field]}))
+        assert response.json()["error"]["code"] == "unsupported_field"
+
+
 def test_defaults_are_openais(client: httpx.Client, harness: Harness) -> None:
     ask(client, temperature=None, seed=None, stop=None, n=None, tools=[], response_format={"type": "text"}, store=False)
     params = harness.runner.seen[-1].params
