@@ -149,7 +149,6 @@ def test_common_fields_are_refused_by_name(client: httpx.Client, path: str, fiel
         ),
         ({"tools": [{"type": "function"}]}, "tools", "is not supported by this server"),
         ({"tool_choice": "auto"}, "tool_choice", "is not supported"),
-        ({"parallel_tool_calls": True}, "parallel_tool_calls", "is not supported"),
         ({"functions": [{}]}, "functions", "is not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "is not supported"),
         ({"store": True}, "store", "is not supported"),
