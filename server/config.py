@@ -150,13 +150,24 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lora-mixer"
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML forbids repeated keys, yet PyYAML lets the last one win: half of such a file would be ignored in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.MarkedYAMLError(problem=f"the key {key[1]!r} appears twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: Path, overrides: dict[str, Any] | None = None) -> ServerConfig:
     """Read and validate adapters.yaml; `overrides` are `server` settings from flags (None values are skipped).
 
     Raises ConfigError that lists every problem with its place in the file, an unknown key with its nearest known one.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except OSError as error:
         raise ConfigError(
             f"cannot read {path}: {error.strerror}. Pass --config with the path of an adapters.yaml."
@@ -176,8 +187,9 @@ def parse_config(
     if "root" in content:
         raise ConfigError(f"{origin}: unknown key 'root'")
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
-    if given:
-        content["server"] = {**(content.get("server") or {}), **given}
+    settings = content.get("server") or {}
+    if given and isinstance(settings, dict):  # What is no mapping is reported below.
+        content["server"] = {**settings, **given}
     content = {key: value for key, value in content.items() if value is not None}
     try:
         config = ServerConfig.model_validate({**content, "root": root})
@@ -192,10 +204,11 @@ def _refuse_duplicates(config: ServerConfig, origin: str) -> None:
     names = [spec.name for spec in config.adapters]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{origin}: adapters listed more than once: {', '.join(repeated)}")
-    reserved = {"auto", "base", config.base_model.name}
-    if shadowing := sorted(reserved.intersection(names)):
+    reserved = {"auto", "base", config.base_model.name.lower()}
+    if shadowing := sorted(name for name in names if name.lower() in reserved):
         raise ConfigError(
-            f"{origin}: adapter names must not be 'auto', 'base' or the base model's: {', '.join(shadowing)}"
+            f"{origin}: adapter names must not be 'auto', 'base' or the base model's, in any case: "
+            f"{', '.join(shadowing)}"
         )
 
 

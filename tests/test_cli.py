@@ -225,3 +225,28 @@ def test_defaults_of_an_empty_file_are_the_settings_own(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml")
     (tmp_path / "b.yaml").write_text("adapters: []\nserver:\n")
     assert config_from(parse("serve", "--config", str(tmp_path / "b.yaml"))) == ServerConfig(root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("base_model: {name: a/b}\nrouter: null\nbase_model: {source: c/d}\n", "'base_model' appears twice"),
+        ("server: {max_n: 1, port: 2, max_n: 3}\n", "'max_n' appears twice"),
+        ("server: 5\n", "server: Input should be a valid dictionary"),
+        ("adapters: [{name: AUTO, source: a/b}]\n", "in any case: AUTO"),
+    ],
+)
+def test_a_file_that_contradicts_itself_or_takes_a_reserved_name_is_refused(
+    text: str, problem: str, tmp_path: Path
+) -> None:
+    (tmp_path / "adapters.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=problem):
+        load_config(tmp_path / "adapters.yaml", {"port": 1})
+
+
+def test_yaml_anchors_and_merges_still_work(tmp_path: Path) -> None:
+    (tmp_path / "adapters.yaml").write_text(
+        "adapters:\n- &one {name: a, source: x/y, routed: false}\n- {<<: *one, name: b}\n"
+    )
+    first, second = load_config(tmp_path / "adapters.yaml").adapters
+    assert (second.name, second.source, second.routed) == ("b", first.source, first.routed)
