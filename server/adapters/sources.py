@@ -35,10 +35,19 @@ def local_folder(spec: AdapterSpec, root: Path) -> Path | None:
     """
     if not spec.source or "\0" in spec.source:
         raise InvalidRequestError(f"adapter {spec.name!r}: the source is not a path or Hub id", param="source")
-    path = Path(spec.source).expanduser()
-    is_local = (root / path).is_dir() or re.fullmatch(HUB_ID_PATTERN, spec.source) is None
     subfolder = checked_subfolder(spec.subfolder)
-    if not is_local:
+    try:
+        return _local_folder(spec, subfolder, root)
+    except (OSError, RuntimeError) as error:  # A name too long, a loop of links, the home of nobody.
+        problem = error.strerror if isinstance(error, OSError) else error
+        message = f"adapter {spec.name!r}: the source {spec.source[:200]!r} is not a usable path: {problem}"
+        raise InvalidRequestError(message, param="source") from error
+
+
+def _local_folder(spec: AdapterSpec, subfolder: str | None, root: Path) -> Path | None:
+    """As `local_folder`; also raises OSError and RuntimeError."""
+    path = Path(spec.source).expanduser()
+    if not (root / path).is_dir() and re.fullmatch(HUB_ID_PATTERN, spec.source) is not None:
         return None
     if spec.revision is not None:
         message = f"adapter {spec.name!r}: revision is for Hub sources; {spec.source!r} is a local folder"

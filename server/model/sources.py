@@ -52,7 +52,11 @@ Source = HubSource | FolderSource | GgufSource
 
 def locate(config: BaseModelConfig, root: Path) -> Source:
     """Decide what `config.source` is; relative paths start at `root`. Raises ModelLoadError."""
-    source = _locate(config.source, config.revision, root)
+    try:
+        source = _locate(config.source, config.revision, root)
+    except (OSError, RuntimeError, ValueError) as error:  # A name too long, a home of nobody, nulls.
+        message = f"base_model.source {config.source[:200]!r} is not a usable path: {error}"
+        raise ModelLoadError(message, param="base_model.source") from error
     if config.revision is not None and not isinstance(source, HubSource):
         raise ModelLoadError(
             f"base_model.revision is {config.revision!r}, but {config.source!r} is not on the Hub and has no "

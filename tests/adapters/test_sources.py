@@ -47,3 +47,10 @@ def test_a_revision_of_a_folder_and_an_empty_source_are_refused(tmp_path: Path) 
     for source in ("", "a\0b"):
         with pytest.raises(InvalidRequestError, match="not a path or Hub id"):
             local_folder(spec(source), tmp_path)
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "~nobody-of-that-name/adapter", "./loop/inner"])
+def test_paths_that_the_system_refuses_are_refused_by_us(source: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InvalidRequestError, match=r"adapter 'a': the source .* is not a usable path"):
+        local_folder(spec(source), tmp_path)

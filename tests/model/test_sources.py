@@ -114,3 +114,9 @@ def test_weights_of_a_known_package_with_another_digest_are_refused(tmp_path: Pa
     assert sha256_of(path) == hashlib.sha256(b"replaced").hexdigest()
     with pytest.raises(ModelLoadError, match=r"expected abc.*'p' are damaged or were replaced"):
         verified_sha256(GgufSource(path, "abc", "p"))
+
+
+@pytest.mark.parametrize("source", ["x" * 5000, "~nobody-of-that-name/model"])
+def test_a_path_that_the_system_refuses_is_named(tmp_path: Path, source: str) -> None:
+    with pytest.raises(ModelLoadError, match=r"base_model\.source .* is not a usable path"):
+        located(source, tmp_path)
