@@ -17,6 +17,9 @@ _IMPLEMENTATIONS = {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "
 """Values of `*_implementation` keys that name code inside transformers. Anything else may be a Hub repository of
 kernels, which transformers downloads and runs (CVE-2026-4372)."""
 
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+"""How architectures call their number of decoder layers."""
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -80,6 +83,8 @@ def _unservable(config: dict[str, Any]) -> Iterator[str]:
     model_type = config.get("model_type")
     causal_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) if isinstance(model_type, str) else None
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list):
+        architectures = [architectures]
     if causal_class is None:
         yield f"config.json, key 'model_type': transformers knows no causal language model of type {model_type!r}"
     elif architectures and causal_class not in architectures:
@@ -87,6 +92,9 @@ def _unservable(config: dict[str, Any]) -> Iterator[str]:
             f"config.json, key 'architectures': {', '.join(map(str, architectures))} is not the causal language model "
             f"of type {model_type!r}, {causal_class}"
         )
+    for key in _LAYER_COUNTS:
+        if isinstance(count := config.get(key), int) and count < 1:
+            yield f"config.json, key {key!r}: a model of {count} layers has nothing to serve or to adapt"
     if config.get("is_encoder_decoder"):
         yield "config.json, key 'is_encoder_decoder': encoder-decoder models are not served, only decoders"
     if quantization := config.get("quantization_config"):
@@ -102,8 +110,11 @@ def _missing_files(folder: Path) -> Iterator[str]:
         yield f"no tokenizer files ({', '.join(_TOKENIZER_FILES)})"
     index = folder / WEIGHTS_INDEX
     if index.exists():
-        shards = set(_read_json(index).get("weight_map", {}).values())
-        if outside := sorted(shard for shard in shards if Path(shard).name != shard):
+        weight_map = _read_json(index).get("weight_map")
+        shards = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+        if not shards:
+            yield f"{WEIGHTS_INDEX} has no weight_map of tensors to files; fetch it again"
+        elif outside := sorted(shard for shard in shards if Path(shard).name != shard):
             yield f"{WEIGHTS_INDEX} names files outside the folder: {', '.join(outside)}"
         elif missing := sorted(shard for shard in shards if not (folder / shard).exists()):
             yield f"{WEIGHTS_INDEX} names files that are missing: {', '.join(missing)}; fetch them again"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from server.config import BaseModelConfig
@@ -141,7 +140,9 @@ def _load_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> Pre
         model.eval().requires_grad_(False)
         torch.nn.Module.to(model, device)  # the override's decorator hides its signature from type checkers
         return model
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except ModelLoadError:
+        raise
+    except Exception as error:  # The files are foreign content, and every architecture fails in its own way.
         raise ModelLoadError(
             f"the base model in {folder} cannot be loaded: {type(error).__name__}: {error}. If its files are damaged, "
             "delete the folder and start again."
@@ -165,9 +166,17 @@ def _refuse_incomplete(folder: Path, report: dict[str, Any]) -> None:
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: ChatTokenizer) -> frozenset[int]:
-    """Generation config, else config; and always the tokenizer's, which is what a chat template ends turns with."""
+    """Generation config, else config; and always the tokenizer's, which is what a chat template ends turns with.
+
+    Raises ModelLoadError for what is no number: such a stop would never match, and answers would not end.
+    """
     configured = getattr(model.generation_config, "eos_token_id", None)
     if configured is None:
         configured = getattr(model.config.get_text_config(), "eos_token_id", None)
-    ids = set(configured) if isinstance(configured, list | tuple) else {configured}
-    return frozenset(token_id for token_id in {*ids, tokenizer.eos_token_id} if token_id is not None)
+    ids = configured if isinstance(configured, list | tuple) else [configured]
+    known = [token_id for token_id in (*ids, tokenizer.eos_token_id) if token_id is not None]
+    if wrong := [token_id for token_id in known if not isinstance(token_id, int)]:
+        raise ModelLoadError(
+            f"the base model's eos_token_id holds {wrong[0]!r}, which is no token id; correct generation_config.json"
+        )
+    return frozenset(known)

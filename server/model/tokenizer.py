@@ -52,7 +52,7 @@ class ChatTokenizer:
         """Load the tokenizer files of a model folder. Raises ModelLoadError."""
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        except Exception as error:  # Foreign files; config.json is read and validated here as well.
             raise ModelLoadError(
                 f"the tokenizer in {folder} cannot be loaded: {type(error).__name__}: {error}"
             ) from error

@@ -80,6 +80,30 @@ def test_a_checkpoint_of_another_shape_is_refused(model_folder: Path) -> None:
         load(model_folder)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": "64"},
+        {"num_hidden_layers": 2.5},
+        {"num_attention_heads": 5},
+        {"max_position_embeddings": None},
+        {"rope_scaling": [1]},
+        {"hidden_act": "none of ours"},
+    ],
+    ids=str,
+)
+def test_a_malformed_config_is_refused_with_the_cause(changes: dict[str, Any], model_folder: Path) -> None:
+    edit(model_folder / "config.json", **changes)
+    with pytest.raises(ModelLoadError, match=r"in .* cannot be loaded: \w+Error: "):
+        load(model_folder)
+
+
+def test_an_end_of_sequence_id_that_is_no_number_is_refused(model_folder: Path) -> None:
+    edit(model_folder / "generation_config.json", eos_token_id=[2, "</s>"])
+    with pytest.raises(ModelLoadError, match="eos_token_id holds '</s>'"):
+        load(model_folder)
+
+
 def test_damaged_weights_are_refused_by_name(model_folder: Path) -> None:
     (model_folder / "model.safetensors").write_bytes(b"\x00" * 64)
     with pytest.raises(ModelLoadError, match=r"cannot be loaded: .*delete the folder"):
