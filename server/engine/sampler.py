@@ -117,7 +117,10 @@ def _adjust(logits: Tensor, rows: list[Sequence]) -> Tensor:
 
 def _draw(logits: Tensor, best: Tensor, rows: list[Sequence]) -> Tensor:
     """Tokens (S,) drawn for rows with a temperature. `logits` (S, V) is overwritten, `best` (S,) holds its maxima."""
-    weights = ops.to_weights(logits, best, _column([sequence.params.temperature for sequence in rows], logits))
+    # A temperature that float32 rounds to 0 would make the best token's 0 / 0 not a number.
+    tiny = torch.finfo(torch.float32).tiny
+    temperatures = _column([max(sequence.params.temperature, tiny) for sequence in rows], logits)
+    weights = ops.to_weights(logits, best, temperatures)
     _filter(weights, rows)
     uniforms = [sequence.rng.random() for sequence in rows]
     return ops.draw(weights, torch.tensor(uniforms, dtype=torch.float64, device=logits.device))

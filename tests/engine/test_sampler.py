@@ -85,7 +85,7 @@ def test_no_rows_sample_nothing() -> None:
 # Temperatures
 
 
-@pytest.mark.parametrize("temperature", [1e-45, 1e-10, 0.01])
+@pytest.mark.parametrize("temperature", [1e-320, 1e-45, 1e-10, 0.01])
 def test_a_tiny_temperature_is_greedy_and_overflows_nothing(temperature: float) -> None:
     logits = random_logits(3, scale=20.0)
     drawn = sample(logits, [sequence(i, temperature=temperature) for i in range(3)])
