@@ -88,7 +88,7 @@ class HubSource:
         try:
             return self._download(spec, wanted, revision, locked, progress)
         except CLIENT_ERRORS as error:
-            raise download_error(error, spec) from error
+            raise download_error(error, spec, None if locked is None else locked.commit) from error
 
     def _from_cache(self, spec: AdapterSpec, wanted: Mapping[str, str], commit: str) -> ResolvedSource | None:
         """Both files of a commit if huggingface_hub's cache has them."""

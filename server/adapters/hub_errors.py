@@ -11,14 +11,14 @@ from server.config import AdapterSpec
 from server.errors import AdapterDownloadError
 
 
-def download_error(error: BaseException, spec: AdapterSpec) -> AdapterDownloadError:
-    """The error to report for `spec`; raise it `from` the original."""
-    problem, advice = _explain(error, spec)
+def download_error(error: BaseException, spec: AdapterSpec, locked_commit: str | None = None) -> AdapterDownloadError:
+    """The error to report for `spec`, asked for at `locked_commit` if there is one; raise it `from` the original."""
+    problem, advice = _explain(error, spec, locked_commit)
     return AdapterDownloadError(f"adapter {spec.name!r}: {problem}; {advice}", param="source")
 
 
-def _explain(error: BaseException, spec: AdapterSpec) -> tuple[str, str]:
-    repository, revision = repr(spec.source), repr(spec.revision or "main")
+def _explain(error: BaseException, spec: AdapterSpec, locked_commit: str | None) -> tuple[str, str]:
+    repository, revision = repr(spec.source), repr(locked_commit or spec.revision or "main")
     by_name = {
         "OfflineModeIsEnabled": (
             f"{repository} is not in adapters.lock and the local cache, and HF_HUB_OFFLINE is set",
@@ -30,11 +30,13 @@ def _explain(error: BaseException, spec: AdapterSpec) -> tuple[str, str]:
         ),
         "RepositoryNotFoundError": (
             f"the Hub has no {repository}, or it is private",
-            "check the name, or set HF_TOKEN",
+            "there is no such folder here either; check the name, or set HF_TOKEN",
         ),
         "RevisionNotFoundError": (
             f"{repository} has no revision {revision}",
-            "check the branch, tag or 40-digit commit",
+            "check the branch, tag or 40-digit commit"
+            if locked_commit is None
+            else "adapters.lock demands it: delete its entry to resolve the source anew",
         ),
         "RemoteEntryNotFoundError": (f"{repository} lost a file at {revision} while it was downloaded", "try again"),
         "HFValidationError": (f"{repository} is not a Hub id", "use org/name"),

@@ -97,6 +97,12 @@ def test_a_locked_commit_wins_over_a_branch_that_moved(hub: FakeHub, source: Hub
     assert (resolved.folder / "adapter_config.json").read_bytes() == b'{"r": 4}'
 
 
+def test_a_locked_commit_that_is_gone_is_named_with_the_lock(hub: FakeHub, source: HubSource) -> None:
+    hub.push("org/name", FILES)
+    with pytest.raises(AdapterDownloadError, match=rf"no revision '{'e' * 40}'; adapters\.lock demands it"):
+        source.fetch(SPEC, locked=lock(FILES, "e" * 40))
+
+
 def test_a_locked_and_cached_source_needs_no_network(hub: FakeHub, source: HubSource) -> None:
     commit = hub.push("org/name", FILES)
     first = source.fetch(SPEC)
