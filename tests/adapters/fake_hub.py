@@ -1,4 +1,4 @@
-"""A small Hub on loopback: what huggingface_hub's own client needs of huggingface.co, and faults on demand.
+"""A small Hub on loopback: what huggingface_hub's own client needs of the real one, and faults on demand.
 
 Serves the model info route with file sizes and LFS hashes, and the resolve route with HEAD, GET and ranges; large files
 redirect to another host name, as the real Hub's do to its CDN. Commits are immutable, branches move.
