@@ -182,18 +182,15 @@ def _load_adapters(registry: AdapterRegistry, config: ServerConfig) -> None:
     """Register every configured adapter, wait for all, then install the router over those that are ready."""
     for spec in config.adapters:
         registry.register(spec)
-    failed = 0
-    for spec in config.adapters:
-        info = registry.wait(spec.name)
-        if info.state is AdapterState.FAILED:
-            failed += 1
-            logger.error("adapter %s is not served: %s", spec.name, info.reason)
+    # The registry has logged why one failed, and /v1/adapters keeps saying so.
+    failed = sum(registry.wait(spec.name).state is AdapterState.FAILED for spec in config.adapters)
     if config.router_folder is not None:
         registry.swap_router(config.router_folder)
     for info in registry.list():
         if info.state is AdapterState.READY and not info.routed:
             logger.warning("adapter %s is served by name only: %s", info.name, info.reason)
-    logger.info("%d adapters ready, %d failed", len(config.adapters) - failed, failed)
+    level = logging.ERROR if failed else logging.INFO
+    logger.log(level, "%d adapters ready, %d failed", len(config.adapters) - failed, failed)
 
 
 def _max_model_len(settings: ServerSettings, model_limit: int, num_blocks: int) -> int:

@@ -13,11 +13,12 @@ from pydantic import Field
 from starlette.responses import PlainTextResponse, Response
 
 from server.adapters.records import AdapterInfo, AdapterState
+from server.adapters.roster import AUTO_MODEL
 from server.api.auth import AdminOnly
 from server.api.errors import ERROR_RESPONSES, json_response
 from server.api.fields import IsNoOp, StrictBody, Text, only
 from server.api.paths import checked_source
-from server.api.services import AUTO_MODEL, InjectedServices, Services
+from server.api.services import InjectedServices, Services
 from server.config import ADAPTER_NAME_PATTERN, AdapterSpec
 from server.errors import AdapterDownloadError, AdapterRefusedError, InvalidRequestError, LoraMixerError
 

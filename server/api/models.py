@@ -6,8 +6,9 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from server.adapters.records import AdapterState
+from server.adapters.roster import AUTO_MODEL
 from server.api.errors import ERROR_RESPONSES, json_response
-from server.api.services import AUTO_MODEL, InjectedServices, Services
+from server.api.services import InjectedServices, Services
 from server.errors import ModelNotFoundError
 
 OWNER = "lora-mixer"

@@ -6,8 +6,8 @@ Ranges of single fields are already checked (`api/schemas.py`).
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from server.adapters.roster import AUTO_MODEL
 from server.api.schemas import ChatBody, ChatMessage, CompletionBody, GenerationBody
-from server.api.services import AUTO_MODEL
 from server.engine.sequence import SamplingParams, TraceLevel
 from server.errors import ContextLengthError, InvalidRequestError
 

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from server.engine.async_engine import AsyncEngine
     from server.model.tokenizer import ChatTokenizer
 
-AUTO_MODEL = "auto"
-"""The `model` that routes."""
-
 
 class Lifecycle:
     """Starting, ready or draining. Changed on the event loop only."""

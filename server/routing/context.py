@@ -92,13 +92,19 @@ class GateBatch:
         self.bank = bank
         self._fixed = fixed  # (T, E) float32
         self._groups = groups
+        self._is_per_layer = all(group.generation.granularity == "layer" for group in groups)
+        self._layer = -1
+        self._layer_gates = fixed
 
     def gates(self, info: ProjectionInfo, tokens: Tensor) -> Tensor:
-        """See `RoutingBatch`."""
+        """See `RoutingBatch`. Where every router is per layer, the sum is made once per layer, not per projection."""
+        if not self._groups or (self._is_per_layer and info.layer == self._layer):
+            return self._layer_gates
         gates = self._fixed
         for group in self._groups:
             if (routed := group.gates(info, tokens)) is not None:
                 gates = gates + routed
+        self._layer, self._layer_gates = info.layer, gates
         return gates
 
     @property

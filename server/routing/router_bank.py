@@ -32,12 +32,8 @@ class RouterGeneration:
     row_digest_of_slot: Mapping[int, str] = field(default_factory=dict)
 
     def key(self, info: ProjectionInfo) -> str:
-        """Which gate decides for this projection."""
+        """Which gate decides for this projection; where `rows` lacks it, routed tokens stay on the base."""
         return gate_key(self.granularity, info)
-
-    def covers(self, info: ProjectionInfo) -> bool:
-        """Whether a gate decides for this projection; where none does, routed tokens stay on the base."""
-        return self.key(info) in self.rows
 
 
 def check_base(artefact: RouterArtefact, *, base_model: str, hidden_size: int, num_layers: int) -> None:

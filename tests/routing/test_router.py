@@ -141,7 +141,7 @@ def test_generations_come_and_go_without_touching_each_other() -> None:
     assert bank.generations[2] is second
 
 
-def test_a_layer_router_covers_every_projection_of_its_layers() -> None:
+def test_a_layer_router_has_a_gate_for_every_projection_of_its_layers() -> None:
     generation = RouterBank(num_slots=4, device=torch.device("cpu")).stage(1, make_artefact(), {"d1": 1})
-    assert generation.covers(ProjectionInfo("layers.1.mlp.up_proj", 16, 32, 1, False))
-    assert not generation.covers(ProjectionInfo("layers.2.mlp.up_proj", 16, 32, 2, False))
+    assert generation.key(ProjectionInfo("layers.1.mlp.up_proj", 16, 32, 1, False)) in generation.rows
+    assert generation.key(ProjectionInfo("layers.2.mlp.up_proj", 16, 32, 2, False)) not in generation.rows
