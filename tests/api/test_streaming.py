@@ -4,7 +4,7 @@ import asyncio
 import json
 import socket
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 import httpx
@@ -100,9 +100,10 @@ def test_client_that_leaves_while_waiting_frees_its_place() -> None:
     with harness.serve() as client:
         harness.runner.step_s = 0.02
         endless = {**BODY, "model": BASE_NAME, "n": 16, "ignore_eos": True, "max_tokens": 400}
-        with raw_request(client, CHAT, endless), raw_request(client, CHAT, {**BODY, "model": "mbpp"}):
-            wait_until_running(harness, num_waiting=1)
-            assert harness.metrics.usage.names()[1] == ["mbpp"]
+        with raw_request(client, CHAT, endless):
+            wait_until(lambda: harness.engine.num_running == 16)  # Every seat is taken before the next one comes.
+            with raw_request(client, CHAT, {**BODY, "model": "mbpp"}):
+                wait_until(lambda: harness.metrics.usage.names()[1] == ["mbpp"])
         harness.settle(timeout_s=3.0)
         assert harness.metrics.usage.names() == ([], [])
 
@@ -182,9 +183,13 @@ def read_until(connection: socket.socket, wanted: bytes) -> None:
         received += connection.recv(4096)
 
 
-def wait_until_running(harness: Harness, num_waiting: int = 0) -> None:
+def wait_until_running(harness: Harness) -> None:
+    wait_until(lambda: harness.engine.num_running > 0)
+
+
+def wait_until(has_happened: Callable[[], bool]) -> None:
     for _ in ticks():
-        if harness.engine.num_running and harness.engine.num_waiting >= num_waiting:
+        if has_happened():
             return
 
 
