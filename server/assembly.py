@@ -16,16 +16,15 @@ from server.adapters.records import AdapterState
 from server.adapters.registry import AdapterRegistry
 from server.adapters.roster import Roster
 from server.api.services import Services
-from server.config import Secrets, ServerConfig, ServerSettings, cache_folder
+from server.backend import Backend, build_backend
+from server.config import Secrets, ServerConfig, cache_folder
 from server.engine.async_engine import AsyncEngine
 from server.engine.block_pool import BlockPool
 from server.engine.engine import Engine
 from server.engine.model_runner import ModelRunner
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import StepStats
-from server.errors import ConfigError
 from server.metrics import Metrics
-from server.model.attention import PagedAttention, attach_paged_attention
 from server.model.loader import LoadedModel, load_base_model
 from server.routing.attach import RoutedModel, attach_routing
 from server.routing.router import load_artefact
@@ -45,13 +44,15 @@ class ModelParts:
 
     loaded: LoadedModel
     routed: RoutedModel
-    attention: PagedAttention
-    num_blocks: int
-    max_model_len: int
+    backend: Backend
+
+    @property
+    def max_model_len(self) -> int:
+        return self.backend.max_model_len
 
 
 def build_model(config: ServerConfig) -> ModelParts:
-    """Load the base model, attach routing and paged attention, allocate the K/V cache.
+    """Load the base model, attach routing, and put a graph with its K/V cache around it.
 
     Raises ModelLoadError or ConfigError.
     """
@@ -61,20 +62,17 @@ def build_model(config: ServerConfig) -> ModelParts:
     started_s = time.monotonic()
     loaded = load_base_model(config.base_model, device=settings.device, cache_folder=cache_folder(), root=config.root)
     routed = attach_routing(loaded.model, num_slots=settings.max_adapters + 1)
-    attention = attach_paged_attention(loaded.model)
-    dtype, device = routed.bank.dtype, routed.bank.device
-    num_blocks = settings.kv_cache_mib * 2**20 // attention.bytes_per_block(settings.block_size, dtype)
-    max_model_len = _max_model_len(settings, loaded.max_model_len, num_blocks)
-    attention.allocate(num_blocks=num_blocks, block_size=settings.block_size, dtype=dtype, device=device)
+    backend = build_backend(routed, settings, loaded.max_model_len)
     logger.info(
-        "base model %s in %s on %s, %d tokens of K/V cache, loaded in %.1f s",
+        "base model %s in %s on %s (%s backend), %d tokens of K/V cache, loaded in %.1f s",
         loaded.name,
         config.base_model.dtype,
-        device,
-        (num_blocks - 1) * settings.block_size,
+        routed.bank.device,
+        backend.name,
+        (backend.num_blocks - 1) * settings.block_size,
         time.monotonic() - started_s,
     )
-    return ModelParts(loaded, routed, attention, num_blocks, max_model_len)
+    return ModelParts(loaded, routed, backend)
 
 
 def build_engine(config: ServerConfig, parts: ModelParts) -> Engine:
@@ -86,10 +84,8 @@ def build_engine(config: ServerConfig, parts: ModelParts) -> Engine:
         max_model_len=parts.max_model_len,
         prefix_caching=settings.prefix_caching,
     )
-    pool = BlockPool(parts.num_blocks, settings.block_size)
-    device = parts.routed.bank.device
-    runner = ModelRunner(parts.routed, parts.attention, block_size=settings.block_size, device=device)
-    return Engine(Scheduler(limits, pool), runner)
+    pool = BlockPool(parts.backend.num_blocks, settings.block_size)
+    return Engine(Scheduler(limits, pool), ModelRunner(parts.backend.graph, block_size=settings.block_size))
 
 
 def build_services(config: ServerConfig, secrets: Secrets) -> Services:
@@ -191,20 +187,3 @@ def _load_adapters(registry: AdapterRegistry, config: ServerConfig) -> None:
             logger.warning("adapter %s is served by name only: %s", info.name, info.reason)
     level = logging.ERROR if failed else logging.INFO
     logger.log(level, "%d adapters ready, %d failed", len(config.adapters) - failed, failed)
-
-
-def _max_model_len(settings: ServerSettings, model_limit: int, num_blocks: int) -> int:
-    """Longest sequence in tokens; the block 0 of the cache is scratch."""
-    capacity = (num_blocks - 1) * settings.block_size
-    if capacity < 2:
-        raise ConfigError(f"kv_cache_mib {settings.kv_cache_mib} holds {max(0, capacity)} tokens; raise it")
-    wanted = settings.max_model_len
-    if wanted is None:
-        return min(model_limit, capacity)
-    if wanted > model_limit:
-        raise ConfigError(f"max_model_len {wanted} is above the model's own limit of {model_limit} tokens; lower it")
-    if wanted > capacity:
-        raise ConfigError(
-            f"max_model_len {wanted} does not fit the K/V cache of {capacity} tokens; raise kv_cache_mib or lower it"
-        )
-    return wanted

@@ -57,7 +57,10 @@ class ServerSettings(_Frozen):
     device: str = "cpu"
     """Torch device of model, cache and bank: `cpu`, `cuda` or `cuda:N`."""
     num_threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads torch computes with; null leaves torch's own choice."""
+    """CPU threads that compute a step; null takes one per core."""
+    backend: Literal["auto", "native", "torch"] = "auto"
+    """What computes: `native` is the compiled decoder of the Llama family on CPUs, `torch` transformers' own graph,
+    `auto` the native one where it can serve the model."""
     max_model_len: Annotated[int, Field(ge=2)] | None = None
     """Longest prompt plus output, in tokens; null takes the model's own limit, cut to what the K/V cache holds."""
     max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None

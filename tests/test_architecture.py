@@ -22,11 +22,12 @@ LAYERS = {
     "config": {"errors"},
     "model": {"config", "errors"},
     "routing": {"config", "errors"},
-    "engine": {"model", "routing", "config", "errors"},
+    "native": {"routing", "config", "errors"},
+    "engine": {"native", "model", "routing", "config", "errors"},
     "adapters": {"model", "routing", "config", "errors"},
-    "metrics": {"adapters", "engine", "model", "routing", "config", "errors"},
-    "api": {"metrics", "adapters", "engine", "model", "routing", "config", "errors"},
-    "app": {"api", "metrics", "adapters", "engine", "model", "routing", "config", "errors"},
+    "metrics": {"adapters", "engine", "native", "model", "routing", "config", "errors"},
+    "api": {"metrics", "adapters", "engine", "native", "model", "routing", "config", "errors"},
+    "app": {"api", "metrics", "adapters", "engine", "native", "model", "routing", "config", "errors"},
 }
 """Part of `server` -> parts it may import besides itself. Parts not named here stand at the top and import any."""
 

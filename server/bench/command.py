@@ -30,6 +30,7 @@ T = TypeVar("T")
 ENGINE_SETTINGS = (
     "device",
     "num_threads",
+    "backend",
     "max_model_len",
     "kv_cache_mib",
     "block_size",

@@ -1,4 +1,4 @@
-"""From a scheduled batch to the tensors of one step: packed tokens, cache slots, block tables and plans.
+"""From the layout of a step to its tensors for the torch graph: packed tokens, cache slots, block tables and plans.
 
 Shapes are padded to buckets, so that few ever run. Knows sequences and blocks; runs no model.
 """
@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from server.engine.sequence import ScheduledBatch, ScheduledSequence
+from server.engine.layout import StepLayout
+from server.engine.sequence import ScheduledSequence
 from server.model.attention import AttentionBatch, PrefillRow
 from server.model.kv_cache import SCRATCH_BLOCK
-from server.routing.policy import BASE_PLAN, GatePlan
+from server.routing.policy import BASE_PLAN
 
 TOKEN_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 """Packed batches are padded to one of these sizes, then to multiples of 64, so that few shapes ever run."""
@@ -22,58 +23,31 @@ CONTEXT_BUCKET_TOKENS = 64
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """The tensors of one step. Decode rows come first, then prefill rows, then padding."""
+    """The tensors of one step: the tokens of a layout, then padding."""
 
-    rows: tuple[ScheduledSequence, ...]
-    order: tuple[int, ...]
-    """Index into the scheduled batch of each entry of `rows`."""
     input_ids: Tensor  # (1, T)
     positions: Tensor  # (1, T)
     attention: AttentionBatch
-    plans: tuple[GatePlan, ...]
-    """Distinct plans, the base plan of padding included."""
     plan_of_token: Tensor  # (T,)
-    starts: tuple[int, ...]
-    """First token of each row."""
-    num_tokens: int
-    """Real tokens, padding left out."""
 
 
 class BatchPacker:
-    """Builds a `PackedBatch` from a `ScheduledBatch`."""
+    """Builds a `PackedBatch` from a `StepLayout`."""
 
     def __init__(self, *, block_size: int, device: torch.device) -> None:
         self._block_size = block_size
         self._device = device
 
-    def pack(self, batch: ScheduledBatch) -> PackedBatch:
+    def pack(self, layout: StepLayout) -> PackedBatch:
         """Tensors of one step."""
-        order = tuple(sorted(range(len(batch.rows)), key=lambda i: batch.rows[i].num_tokens > 1))
-        rows = tuple(batch.rows[i] for i in order)
-        num_tokens = batch.num_tokens
-        padding = pad_tokens(num_tokens) - num_tokens
-        ids: list[int] = []
-        positions: list[int] = []
-        starts: list[int] = []
-        for row in rows:
-            begin = row.sequence.num_computed_tokens
-            starts.append(len(ids))
-            ids += row.sequence.tokens_between(begin, begin + row.num_tokens)
-            positions += range(begin, begin + row.num_tokens)
-        plans = tuple(dict.fromkeys([row.sequence.plan for row in rows] + [BASE_PLAN]))
-        index = {plan: i for i, plan in enumerate(plans)}
-        counts = torch.tensor([*(row.num_tokens for row in rows), padding])
-        plan_rows = torch.tensor([*(index[row.sequence.plan] for row in rows), index[BASE_PLAN]])
+        padding = pad_tokens(layout.num_tokens) - layout.num_tokens
+        counts = torch.tensor([*(row.num_tokens for row in layout.rows), padding])
+        plan_rows = torch.tensor([*layout.plan_of_row, layout.plans.index(BASE_PLAN)])
         return PackedBatch(
-            rows=rows,
-            order=order,
-            input_ids=self._tensor(ids + [0] * padding)[None],
-            positions=self._tensor(positions + [0] * padding)[None],
-            attention=self._attention_batch(rows, starts, padding),
-            plans=plans,
+            input_ids=self._tensor(layout.token_ids() + [0] * padding)[None],
+            positions=self._tensor(layout.positions() + [0] * padding)[None],
+            attention=self._attention_batch(layout.rows, layout.starts, padding),
             plan_of_token=plan_rows.repeat_interleave(counts).to(self._device),
-            starts=tuple(starts),
-            num_tokens=num_tokens,
         )
 
     def _attention_batch(self, rows: List[ScheduledSequence], starts: List[int], padding: int) -> AttentionBatch:

@@ -4,9 +4,9 @@ Staging a change (`with_adapter`, `without_slots`) is pure and may run on any th
 belongs to the thread that runs the model. Knows slots, not names, leases or requests.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -58,20 +58,29 @@ class ProjectionBank:
         return sum(rank for _, rank in self.slots)
 
 
+class Packed(Protocol):
+    """One adapter in the layout of a native step."""
+
+    pointer: int
+    num_bytes: int
+
+
 @dataclass(frozen=True, eq=False)
 class BankSnapshot:
-    """What the layers read during one step."""
+    """What the layers read during one step: concatenated tensors, or one packed adapter a slot for a native step."""
 
     projections: Mapping[str, ProjectionBank] = field(default_factory=dict)
+    packed: Mapping[int, Packed] = field(default_factory=dict)
 
     @property
     def slots(self) -> frozenset[int]:
-        return frozenset(slot for bank in self.projections.values() for slot, _ in bank.slots)
+        return frozenset(slot for bank in self.projections.values() for slot, _ in bank.slots) | self.packed.keys()
 
     @property
     def num_bytes(self) -> int:
         tensors = (tensor for bank in self.projections.values() for tensor in (bank.a, bank.b))
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        packed = sum(adapter.num_bytes for adapter in self.packed.values())
+        return packed + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class LoraBank:
@@ -82,6 +91,8 @@ class LoraBank:
         self.dtype = dtype
         self.device = device
         self.snapshot = BankSnapshot()
+        self.pack: Callable[[Mapping[str, LoraWeights]], Packed] | None = None
+        """Set before the first adapter comes: adapters are packed one by one for a native step, not concatenated."""
 
     def with_adapter(self, slot: int, weights: Mapping[str, LoraWeights]) -> BankSnapshot:
         """Current snapshot plus one adapter; rows of the others are copied bit for bit.
@@ -92,6 +103,8 @@ class LoraBank:
             raise ValueError(f"slot {slot} is outside 1..{self.num_slots - 1}")
         if slot in self.snapshot.slots:
             raise ValueError(f"slot {slot} is in use")
+        if self.pack is not None:
+            return BankSnapshot(packed={**self.snapshot.packed, slot: self.pack(weights)})
         projections = dict(self.snapshot.projections)
         for name, lora in weights.items():
             projections[name] = self._extend(projections.get(name), slot, lora)
@@ -100,6 +113,7 @@ class LoraBank:
     def without_slots(self, slots: Iterable[int]) -> BankSnapshot:
         """Current snapshot less the rows of `slots`; projections left empty disappear."""
         removed = frozenset(slots)
+        packed = {slot: adapter for slot, adapter in self.snapshot.packed.items() if slot not in removed}
         projections = {}
         for name, bank in self.snapshot.projections.items():
             if removed.isdisjoint(slot for slot, _ in bank.slots):
@@ -107,7 +121,7 @@ class LoraBank:
             elif kept := [entry for entry in bank.slots if entry[0] not in removed]:
                 rows = torch.isin(bank.owner, torch.tensor([slot for slot, _ in kept], device=self.device))
                 projections[name] = self._assemble(bank.a[rows], bank.b[:, rows], tuple(kept))
-        return BankSnapshot(projections)
+        return BankSnapshot(projections, packed)
 
     def publish(self, snapshot: BankSnapshot) -> None:
         """Make `snapshot` current. Only between two steps, on the thread that runs the model."""

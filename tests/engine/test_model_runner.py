@@ -11,6 +11,7 @@ from torch import nn
 from server.engine.model_runner import ModelRunner
 from server.engine.packing import pad_tokens
 from server.engine.sequence import SamplingParams, ScheduledBatch, ScheduledSequence, Sequence, TraceLevel
+from server.engine.torch_graph import TorchGraph
 from server.errors import ModelLoadError
 from server.model.attention import PagedAttention, attach_paged_attention
 from server.routing.attach import RoutedModel, attach_routing
@@ -55,7 +56,8 @@ def make_setup(model: nn.Module) -> Setup:
             for name, info in routed.projections.items()
         }
         routed.bank.publish(routed.bank.with_adapter(slot, weights))
-    return Setup(ModelRunner(routed, attention, block_size=BLOCK_SIZE, device=CPU), routed, attention)
+    graph = TorchGraph(routed, attention, block_size=BLOCK_SIZE, device=CPU)
+    return Setup(ModelRunner(graph, block_size=BLOCK_SIZE), routed, attention)
 
 
 def make_sequence(first_block: int, prompt: list[int] = PROMPT, plan: GatePlan = BASE_PLAN, **params: Any) -> Sequence:

@@ -1,6 +1,7 @@
 """Scheduling must not show: alone = batched = chunked = preempted = served from the prefix cache, with real attention.
 
-A tiny Llama with three adapters and a router, driven through scheduler, block pool and runner; fp32, equal tokens.
+A tiny Llama with three adapters and a router, driven through scheduler, block pool and runner. Equal tokens: on the
+torch graph in float32, on the native step in float32 and in bfloat16, where its sums never depend on the batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,33 +12,40 @@ import torch
 
 from server.engine.block_pool import BlockPool
 from server.engine.engine import Engine
+from server.engine.graph import Graph
 from server.engine.model_runner import ModelRunner
+from server.engine.native_graph import NativeGraph
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import FinishReason, SamplingParams
 from server.engine.sequence import Sequence as EngineSequence
+from server.engine.torch_graph import TorchGraph
 from server.model.attention import attach_paged_attention
+from server.native.model import NativeModel, why_not
 from server.routing.attach import RoutedModel, attach_routing
-from server.routing.bank import LoraWeights
+from server.routing.bank import BankSnapshot, LoraWeights
 from server.routing.policy import BASE_PLAN, GatePlan, Policy, fixed_plan, routed_plan
 from server.routing.router import ArtefactAdapter, Granularity, RouterArtefact, gate_key
 
-BLOCK_SIZE = 4
 DIGESTS = {1: "d1", 2: "d2", 3: "d3"}
 NUM_NEW = 14
+
+
+def adapter_weights(routed: RoutedModel, slot: int) -> dict[str, LoraWeights]:
+    generator = torch.Generator().manual_seed(slot)
+    return {
+        name: LoraWeights(
+            torch.randn(3 + slot, info.d_in, generator=generator) * 0.3,
+            torch.randn(info.d_out, 3 + slot, generator=generator) * 0.3,
+        )
+        for name, info in routed.projections.items()
+    }
 
 
 def make_routed(model: Any, granularity: Granularity) -> RoutedModel:
     routed = attach_routing(model, num_slots=5)
     generator = torch.Generator().manual_seed(1)
     for slot in DIGESTS:
-        weights = {
-            name: LoraWeights(
-                torch.randn(3 + slot, info.d_in, generator=generator) * 0.3,
-                torch.randn(info.d_out, 3 + slot, generator=generator) * 0.3,
-            )
-            for name, info in routed.projections.items()
-        }
-        routed.bank.publish(routed.bank.with_adapter(slot, weights))
+        routed.bank.publish(routed.bank.with_adapter(slot, adapter_weights(routed, slot)))
     rows = {}
     for info in routed.projections.values():
         key = gate_key(granularity, info)
@@ -49,15 +57,36 @@ def make_routed(model: Any, granularity: Granularity) -> RoutedModel:
     return routed
 
 
+BACKENDS = [("torch", torch.float32), ("native", torch.float32), ("native", torch.bfloat16)]
+
+
 class Rig:
     """One model; every `run` gets a fresh scheduler and pool over it."""
 
-    def __init__(self, model: Any, granularity: Granularity) -> None:
-        self.routed = make_routed(model, granularity)
-        attention = attach_paged_attention(model)
-        device = torch.device("cpu")
-        attention.allocate(num_blocks=200, block_size=BLOCK_SIZE, dtype=torch.float32, device=device)
-        self.runner = ModelRunner(self.routed, attention, block_size=BLOCK_SIZE, device=device)
+    def __init__(
+        self, model: Any, granularity: Granularity, backend: str = "torch", dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.routed = make_routed(model.to(dtype), granularity)
+        graph: Graph
+        if backend == "native":
+            self.block_size, num_blocks = 16, 200
+            if reason := why_not(model, block_size=self.block_size):
+                pytest.skip(reason)
+            native = NativeModel(
+                self.routed, block_size=self.block_size, num_blocks=num_blocks, max_positions=128, num_threads=2
+            )
+            adapters = self.routed.bank
+            packed = {slot: native.pack_adapter(adapter_weights(self.routed, slot)) for slot in DIGESTS}
+            adapters.pack = native.pack_adapter
+            adapters.publish(BankSnapshot(packed=packed))
+            graph = NativeGraph(native, self.routed)
+        else:
+            self.block_size = 4
+            attention = attach_paged_attention(model)
+            device = torch.device("cpu")
+            attention.allocate(num_blocks=200, block_size=self.block_size, dtype=dtype, device=device)
+            graph = TorchGraph(self.routed, attention, block_size=self.block_size, device=device)
+        self.runner = ModelRunner(graph, block_size=self.block_size)
         row_digests = dict(self.routed.routers.generations[1].row_digest_of_slot)
         pool = {1: "d1", 3: "d3"}
         self.plans: list[GatePlan] = [
@@ -72,7 +101,7 @@ class Rig:
         limits = SchedulerLimits(
             max_num_seqs=16, max_num_batched_tokens=max_num_batched_tokens, max_model_len=128, prefix_caching=True
         )
-        return Engine(Scheduler(limits, BlockPool(num_blocks, BLOCK_SIZE)), self.runner)
+        return Engine(Scheduler(limits, BlockPool(num_blocks, self.block_size)), self.runner)
 
     def sequences(self) -> list[EngineSequence]:
         """Ten requests: every plan twice, once on a prompt that begins as the other's does."""
@@ -108,8 +137,11 @@ def run(engine: Engine, sequences: Sequence[EngineSequence]) -> tuple[dict[int, 
 
 
 @pytest.mark.parametrize("granularity", ["layer", "projection"])
-def test_scheduling_never_changes_tokens(tiny_llama: Callable[..., Any], granularity: Granularity) -> None:
-    rig = Rig(tiny_llama(), granularity)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+def test_scheduling_never_changes_tokens(
+    tiny_llama: Callable[..., Any], granularity: Granularity, backend: str, dtype: torch.dtype
+) -> None:
+    rig = Rig(tiny_llama(), granularity, backend, dtype)
     alone: dict[int, list[int]] = {}
     for sequence in rig.sequences():
         alone |= run(rig.engine(), [sequence])[0]
@@ -121,19 +153,24 @@ def test_scheduling_never_changes_tokens(tiny_llama: Callable[..., Any], granula
     chunked, _, _ = run(rig.engine(max_num_batched_tokens=17), rig.sequences())
     assert chunked == alone
 
-    preempted, num_preempted, _ = run(rig.engine(num_blocks=36), rig.sequences())
+    preempted, num_preempted, _ = run(rig.engine(num_blocks=144 // rig.block_size), rig.sequences())
     assert num_preempted > 0
     assert preempted == alone
 
     engine = rig.engine()
     run(engine, rig.sequences())
     cached, _, num_cached = run(engine, rig.sequences())
-    assert num_cached >= 10 * 20, "every prompt of 22 tokens or more has five full blocks in the cache"
+    full = 20 // rig.block_size * rig.block_size
+    assert num_cached >= 10 * full, "every prompt of 22 tokens or more has its full blocks in the cache"
     assert cached == alone
 
 
-def test_the_cache_is_shared_by_routed_requests_and_by_nobody_else(tiny_llama: Callable[..., Any]) -> None:
-    rig = Rig(tiny_llama(), "layer")
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_the_cache_is_shared_by_routed_requests_and_by_nobody_else(
+    tiny_llama: Callable[..., Any], backend: str
+) -> None:
+    rig = Rig(tiny_llama(), "layer", backend)
+    full = 20 // rig.block_size * rig.block_size
     prompt = list(range(10, 34))
     params = SamplingParams(temperature=0.0, max_tokens=1)
 
@@ -143,13 +180,16 @@ def test_the_cache_is_shared_by_routed_requests_and_by_nobody_else(tiny_llama: C
     engine = rig.engine()
     run(engine, [request(0, rig.plans[1])])
     hits = [run(engine, [request(1 + index, plan)])[2] for index, plan in enumerate(rig.plans)]
-    assert hits == [0, 20, 0, 0, 0], "only the request with the same effective gates may read the blocks"
+    assert hits == [0, full, 0, 0, 0], "only the request with the same effective gates may read the blocks"
     assert run(engine, [request(20, rig.plans[1], salt="tenant")])[2] == 0
-    assert run(engine, [request(21, rig.plans[1], salt="tenant")])[2] == 20
+    assert run(engine, [request(21, rig.plans[1], salt="tenant")])[2] == full
 
 
-def test_registering_another_adapter_keeps_the_cache_and_the_tokens(tiny_llama: Callable[..., Any]) -> None:
-    rig = Rig(tiny_llama(), "layer")
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
+def test_registering_another_adapter_keeps_the_cache_and_the_tokens(
+    tiny_llama: Callable[..., Any], backend: str, dtype: torch.dtype
+) -> None:
+    rig = Rig(tiny_llama(), "layer", backend, dtype)
     engine = rig.engine()
     before, _, _ = run(engine, rig.sequences())
     info = next(iter(rig.routed.projections.values()))
@@ -157,4 +197,4 @@ def test_registering_another_adapter_keeps_the_cache_and_the_tokens(tiny_llama: 
     rig.routed.bank.publish(rig.routed.bank.with_adapter(4, newcomer))
     after, _, num_cached = run(engine, rig.sequences())
     assert after == before
-    assert num_cached >= 10 * 20
+    assert num_cached >= 10 * (20 // rig.block_size * rig.block_size)

@@ -1,0 +1,49 @@
+"""The seam between the runner and what computes a step: the torch graph of any architecture, or the native step.
+
+Knows no sampling and no queues.
+"""
+
+from collections.abc import Sequence as List
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from server.engine.layout import StepLayout
+
+
+class StepGates(Protocol):
+    """Gates of a step that routed or pinned anything, for metrics and traces."""
+
+    @property
+    def share(self) -> Tensor:
+        """(T, E) float32: each token's gate weights, for routed tokens averaged over the gated layers."""
+        ...
+
+    def layer_gates(self, generation: int | None) -> list[Tensor]:
+        """Collected gates (T, E) per gated layer of one router generation; empty for fixed policies."""
+        ...
+
+
+class GraphOutput(NamedTuple):
+    """What a graph computed. Tensors are valid until its next step."""
+
+    logits: Tensor
+    """(P, V) float32 at the positions asked for."""
+    gates: StepGates | None
+    """None when no token of the step had gates."""
+    greatest: tuple[Tensor, Tensor] | None = None
+    """Greatest logit (P,) float32, NaN if any is, and its lowest token (P,) int64; None if nobody looked."""
+
+
+class Graph(Protocol):
+    """Computes one step over packed tokens and its K/V cache."""
+
+    num_layers: int
+
+    def forward(self, layout: StepLayout, positions: List[int], *, collect_layers: bool) -> GraphOutput:
+        """Logits at the packed `positions`; `collect_layers` keeps every layer's gates."""
+        ...
+
+    def clear(self, blocks: List[int]) -> None:
+        """Zero cache blocks, so that non-finite content cannot leak to their next owner."""
+        ...

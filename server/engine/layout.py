@@ -1,0 +1,58 @@
+"""The order of a step's tokens: rows behind one another, and which plan each follows. Plain lists, no tensors."""
+
+from dataclasses import dataclass
+
+from server.engine.sequence import ScheduledBatch, ScheduledSequence
+from server.routing.policy import BASE_PLAN, GatePlan
+
+
+@dataclass(frozen=True, eq=False)
+class StepLayout:
+    """Packed rows of a scheduled batch: decode rows first, then prefill rows."""
+
+    rows: tuple[ScheduledSequence, ...]
+    order: tuple[int, ...]
+    """Index into the scheduled batch of each entry of `rows`."""
+    starts: tuple[int, ...]
+    """First token of each row."""
+    num_tokens: int
+    plans: tuple[GatePlan, ...]
+    """Distinct plans; the base plan is always among them."""
+    plan_of_row: tuple[int, ...]
+    """Index into `plans` of each row."""
+
+    def token_ids(self) -> list[int]:
+        """(T,) tokens to compute."""
+        ids: list[int] = []
+        for row in self.rows:
+            begin = row.sequence.num_computed_tokens
+            ids += row.sequence.tokens_between(begin, begin + row.num_tokens)
+        return ids
+
+    def positions(self) -> list[int]:
+        """(T,) position of each token in its sequence."""
+        positions: list[int] = []
+        for row in self.rows:
+            begin = row.sequence.num_computed_tokens
+            positions += range(begin, begin + row.num_tokens)
+        return positions
+
+
+def lay_out(batch: ScheduledBatch) -> StepLayout:
+    """The layout of one step."""
+    order = tuple(sorted(range(len(batch.rows)), key=lambda i: batch.rows[i].num_tokens > 1))
+    rows = tuple(batch.rows[i] for i in order)
+    starts, total = [], 0
+    for row in rows:
+        starts.append(total)
+        total += row.num_tokens
+    plans = tuple(dict.fromkeys([row.sequence.plan for row in rows] + [BASE_PLAN]))
+    index = {plan: i for i, plan in enumerate(plans)}
+    return StepLayout(
+        rows=rows,
+        order=order,
+        starts=tuple(starts),
+        num_tokens=total,
+        plans=plans,
+        plan_of_row=tuple(index[row.sequence.plan] for row in rows),
+    )

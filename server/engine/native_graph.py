@@ -1,0 +1,200 @@
+"""A step on the native decoder: turns a layout and its plans into the structs of the C interface.
+
+Knows sequences, plans and routers; the maths and the K/V cache are in `server.native`. Arrays handed to C live as long
+as the call; what does not change from step to step is built once.
+"""
+
+import ctypes
+from collections.abc import Sequence as List
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from server.engine.graph import GraphOutput
+from server.engine.layout import StepLayout
+from server.native.library import NUM_PROJECTIONS, Plan, Router, Step
+from server.native.model import NativeModel
+from server.routing.attach import RoutedModel
+from server.routing.bank import BankSnapshot
+from server.routing.policy import GatePlan
+from server.routing.router import gate_key
+from server.routing.router_bank import RouterGeneration
+
+MAX_KEPT_PLANS = 1024
+"""Plans whose C form is kept; requests with weights of their own would otherwise pile up."""
+
+
+class NativeGates:
+    """Gates that the native step wrote; see `StepGates`."""
+
+    def __init__(self, share: Tensor, layers: dict[int, Tensor]) -> None:
+        self.share = share
+        """(T, E) float32."""
+        self._layers = layers
+
+    def layer_gates(self, generation: int | None) -> list[Tensor]:
+        """See `StepGates`."""
+        return [] if generation is None else list(self._layers.get(generation, ()))
+
+
+class NativeGraph:
+    """See `Graph`. Logits are a view of one buffer that the next step overwrites."""
+
+    def __init__(self, native: NativeModel, routed: RoutedModel) -> None:
+        self.num_layers = native.num_layers
+        self._native = native
+        self._routed = routed
+        self._logits = torch.empty(0)
+        self._plans: dict[GatePlan, _PlanArrays] = {}
+        self._routers: dict[int, _RouterArrays] = {}
+        self._snapshot: BankSnapshot | None = None
+        self._adapters: Any = None
+
+    def forward(
+        self, layout: StepLayout, positions: List[int], *, collect_layers: bool, inputs: Tensor | None = None
+    ) -> GraphOutput:
+        """See `Graph`. `inputs` (layers, T, hidden) float32, if given, takes every layer's attention input."""
+        num_tokens, num_slots = layout.num_tokens, self._routed.num_slots
+        counts = [row.num_tokens for row in layout.rows]
+        tables = self._block_tables(layout)
+        arrays = {
+            "token_ids": _ints(layout.token_ids()),
+            "positions": _ints(layout.positions()),
+            "plan_of_token": np.repeat(_ints(layout.plan_of_row), counts),
+            "first_token": _ints([*layout.starts, num_tokens]),
+            "block_tables": tables,
+            "logit_positions": _ints(positions),
+            "greatest": np.empty(len(positions), np.float32),
+            "greatest_id": np.empty(len(positions), np.int32),
+        }
+        logits = self._logits_buffer(len(positions))
+        has_gates = any(plan.slots for plan in layout.plans)
+        share = torch.zeros(num_tokens, num_slots) if has_gates else None
+        routers, router_index, layers = self._lay_out_routers(layout, collect_layers)
+        plans = (Plan * len(layout.plans))(*(self._plan(plan, router_index) for plan in layout.plans))
+        step = Step(
+            num_tokens=num_tokens,
+            num_sequences=len(layout.rows),
+            num_plans=len(layout.plans),
+            num_routers=len(router_index),
+            num_slots=num_slots,
+            num_logits=len(positions),
+            max_blocks=tables.shape[1],
+            plans=ctypes.addressof(plans),
+            routers=ctypes.addressof(routers),
+            adapters=ctypes.addressof(self._adapter_table()),
+            logits=logits.data_ptr(),
+            share=None if share is None else share.data_ptr(),
+            inputs=None if inputs is None else inputs.data_ptr(),
+            **{name: array.ctypes.data for name, array in arrays.items()},
+        )
+        self._native.run(step)
+        greatest = torch.from_numpy(arrays["greatest"]), torch.from_numpy(arrays["greatest_id"]).long()
+        return GraphOutput(logits, None if share is None else NativeGates(share, layers), greatest)
+
+    def clear(self, blocks: List[int]) -> None:
+        """See `Graph`."""
+        self._native.clear(list(blocks))
+
+    def _block_tables(self, layout: StepLayout) -> Any:
+        size = self._native.block_size
+        widths = [-(-(row.sequence.num_computed_tokens + row.num_tokens) // size) for row in layout.rows]
+        tables = np.zeros((len(widths), max(widths)), np.int32)
+        for index, (row, width) in enumerate(zip(layout.rows, widths, strict=True)):
+            tables[index, :width] = row.sequence.block_table[:width]
+        return tables
+
+    def _logits_buffer(self, rows: int) -> Tensor:
+        if self._logits.shape[0] < rows:
+            self._logits = torch.empty(rows, self._native.vocab_size)
+        return self._logits[:rows]
+
+    def _adapter_table(self) -> Any:
+        """Pointers by slot of the current bank; slots without an adapter are null."""
+        snapshot = self._routed.bank.snapshot
+        if snapshot is not self._snapshot:
+            table = (ctypes.c_void_p * self._routed.num_slots)()
+            for slot, adapter in snapshot.packed.items():
+                table[slot] = adapter.pointer
+            self._snapshot, self._adapters = snapshot, table
+        return self._adapters
+
+    def _plan(self, plan: GatePlan, router_index: dict[int, int]) -> Plan:
+        if plan not in self._plans:
+            if len(self._plans) >= MAX_KEPT_PLANS:
+                self._plans.clear()
+            self._plans[plan] = _PlanArrays(plan)
+        router = -1 if plan.router_generation is None else router_index[plan.router_generation]
+        return self._plans[plan].struct(router)
+
+    def _lay_out_routers(
+        self, layout: StepLayout, collect_layers: bool
+    ) -> tuple[Any, dict[int, int], dict[int, Tensor]]:
+        """Structs of the step's routers, their index by generation, and where their gates are to be collected."""
+        wanted = sorted({p.router_generation for p in layout.plans if p.router_generation is not None})
+        structs = (Router * max(1, len(wanted)))()
+        layers: dict[int, Tensor] = {}
+        for index, id_ in enumerate(wanted):
+            generation = self._routed.routers.generations[id_]
+            known = self._routers.get(id_)
+            if known is None or known.generation is not generation:
+                live = self._routed.routers.generations
+                self._routers = {key: value for key, value in self._routers.items() if key in live}
+                known = self._routers[id_] = _RouterArrays(generation, self._routed, self._native)
+            if collect_layers:
+                layers[id_] = torch.zeros(known.num_gates, layout.num_tokens, self._routed.num_slots)
+            structs[index] = known.struct(layers.get(id_))
+        return structs, {id_: index for index, id_ in enumerate(wanted)}, layers
+
+
+class _PlanArrays:
+    """A plan's slots and weights as C arrays."""
+
+    def __init__(self, plan: GatePlan) -> None:
+        pairs = plan.weights or tuple((slot, 0.0) for slot in plan.allowed_slots)
+        self._slots = _ints([slot for slot, _ in pairs])
+        self._weights = np.array([weight for _, weight in pairs], np.float32)
+        self._top_k = plan.top_k
+
+    def struct(self, router: int) -> Plan:
+        return Plan(router, self._top_k, len(self._slots), self._slots.ctypes.data, self._weights.ctypes.data)
+
+
+class _RouterArrays:
+    """Pointers to a generation's gate rows, by layer and projection."""
+
+    def __init__(self, generation: RouterGeneration, routed: RoutedModel, native: NativeModel) -> None:
+        self.generation = generation
+        self._num_slots = routed.num_slots
+        count = len(native.projections)
+        self._rows, self._biases = (ctypes.c_void_p * count)(), (ctypes.c_void_p * count)()
+        self._gate_index = np.full(count, -1, np.int32)
+        self.num_gates = 0
+        for index, name in enumerate(native.projections):
+            key = gate_key(generation.granularity, routed.projections[name])
+            if key not in generation.rows or (generation.granularity == "layer" and index % NUM_PROJECTIONS):
+                continue
+            rows = generation.rows[key]
+            assert rows.is_contiguous()
+            assert rows.dtype is torch.float32
+            self._rows[index] = rows.data_ptr()
+            self._gate_index[index] = self.num_gates
+            self.num_gates += 1
+
+    def struct(self, layer_gates: Tensor | None) -> Router:
+        return Router(
+            is_per_layer=self.generation.granularity == "layer",
+            num_gates=self.num_gates,
+            temperature=self.generation.temperature,
+            num_slots=self._num_slots,
+            rows=ctypes.addressof(self._rows),
+            biases=ctypes.addressof(self._biases),
+            layer_gates=None if layer_gates is None else layer_gates.data_ptr(),
+            gate_index=self._gate_index.ctypes.data,
+        )
+
+
+def _ints(values: List[int]) -> Any:
+    return np.array(values, np.int32)

@@ -1,0 +1,210 @@
+"""A base model packed for the native step, with its K/V cache and packed adapters. Knows no requests and no plans."""
+
+import ctypes
+import logging
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from server.errors import ModelLoadError
+from server.native.library import NUM_PROJECTIONS, Shape, Step, libraries
+from server.routing.attach import RoutedModel
+from server.routing.bank import LoraWeights
+
+logger = logging.getLogger(__name__)
+
+PROJECTIONS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+"""Projections of a decoder layer in the order of the C interface."""
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+"""The Llama family: RMSNorm, rotary positions, grouped attention, SwiGLU; biases optional."""
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+TOKENS_PER_VECTOR = 16
+"""Block sizes are multiples of this: keys of 16 tokens lie side by side."""
+
+
+def why_not(model: nn.Module, *, block_size: int) -> str | None:
+    """Why the native step cannot serve this model with blocks of this size; None if it can."""
+    config: Any = model.config
+    parameter = next(model.parameters())
+    if type(model).__name__ not in ARCHITECTURES:
+        return f"{type(model).__name__} is not of the Llama family"
+    if parameter.device.type != "cpu" or parameter.dtype not in DTYPES:
+        return f"it computes on CPUs in float32 or bfloat16, not on {parameter.device.type} in {parameter.dtype}"
+    if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
+        return "the model uses a sliding window"
+    if config.hidden_act != "silu":
+        return f"the model's activation is {config.hidden_act}, not silu"
+    if _head_dim(config) % TOKENS_PER_VECTOR:
+        return f"heads of {_head_dim(config)} are not a multiple of {TOKENS_PER_VECTOR} wide"
+    if block_size % TOKENS_PER_VECTOR:
+        return f"block_size {block_size} is not a multiple of {TOKENS_PER_VECTOR}"
+    cosine, sine = _rotary(model, 2)
+    half = cosine.shape[1] // 2
+    if cosine.shape[1] != _head_dim(config) or not all(torch.equal(t[:, :half], t[:, half:]) for t in (cosine, sine)):
+        return "the model's rotary encoding is not Llama's"
+    if not libraries():
+        return "no compiled library fits this CPU (it needs AVX-512, and a C++ compiler at installation)"
+    return None
+
+
+def bytes_per_block(model: nn.Module, block_size: int) -> int:
+    """Memory of one block of the K/V cache over all layers, in bytes."""
+    config: Any = model.config
+    width = 2 * config.num_key_value_heads * _head_dim(config) * next(model.parameters()).dtype.itemsize
+    return int(config.num_hidden_layers * block_size * width)
+
+
+class PackedAdapter:
+    """One adapter in the layout of the native step; its memory is freed with the last reference."""
+
+    def __init__(self, owner: "NativeModel", pointer: int, num_bytes: int) -> None:
+        self.pointer = pointer
+        self.num_bytes = num_bytes
+        # The owner stays alive as long as its adapters: freeing needs it.
+        weakref.finalize(self, _free_adapter, owner, pointer).atexit = False
+
+
+class NativeModel:
+    """Packs the weights of `routed.model`, which must pass `why_not`; the torch weights are no longer needed then.
+
+    `library` is the best one for this CPU unless given.
+    """
+
+    def __init__(
+        self,
+        routed: RoutedModel,
+        *,
+        block_size: int,
+        num_blocks: int,
+        max_positions: int,
+        num_threads: int,
+        library: ctypes.CDLL | None = None,
+    ) -> None:
+        model: Any = routed.model
+        config = model.config
+        self.block_size = block_size
+        self.num_layers: int = config.num_hidden_layers
+        self.vocab_size: int = config.vocab_size
+        self.hidden_size: int = config.hidden_size
+        self.projections = [f"model.layers.{layer}.{name}" for layer in range(self.num_layers) for name in PROJECTIONS]
+        """Module path of every projection, by layer and in the order of the C interface."""
+        self._d = {name: (info.d_in, info.d_out) for name, info in routed.projections.items()}
+        self._dtype = next(model.parameters()).dtype
+        library = self._library = library or libraries()[0]
+        embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
+        shape = Shape(
+            hidden=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=_head_dim(config),
+            intermediate=config.intermediate_size,
+            vocab=config.vocab_size,
+            block_size=block_size,
+            max_positions=max_positions,
+            is_tied=embedding.data_ptr() == head.data_ptr(),
+            norm_eps=config.rms_norm_eps,
+            attention_scale=model.model.layers[0].self_attn.scaling,
+        )
+        pointer = ctypes.c_void_p()
+        self._check(library.lm_engine_new(shape, DTYPES[self._dtype], num_threads, pointer))
+        self._engine = pointer
+        # Not at exit: the engine thread may still be in a step then, and the memory goes with the process anyway.
+        weakref.finalize(self, library.lm_engine_free, pointer).atexit = False
+        self._pack(model, max_positions)
+        # Zeros, not empty memory: masked positions still enter products, and NaN times zero is NaN. The padding at the
+        # end is never used; vectors that start at the last values may read into it.
+        self._tile = block_size * _head_dim(config)
+        self._cache_shape = (self.num_layers, num_blocks, config.num_key_value_heads * 2 * self._tile)
+        num_values = self._cache_shape[0] * self._cache_shape[1] * self._cache_shape[2]
+        self._cache = torch.zeros(num_values + 64, dtype=self._dtype)
+        self._check(library.lm_set_cache(self._engine, self._cache.data_ptr(), num_blocks))
+
+    def run(self, step: Step) -> None:
+        """Compute one step; see `lm::Step`. Not thread-safe."""
+        self._check(self._library.lm_run(self._engine, step))
+
+    def clear(self, blocks: list[int]) -> None:
+        """Zero the given cache blocks in every layer."""
+        num_values = self._cache.numel() - 64
+        self._cache[:num_values].view(self._cache_shape)[:, blocks] = 0
+
+    def pack_adapter(self, weights: Mapping[str, LoraWeights]) -> PackedAdapter:
+        """An adapter's weights (by module path) in the compute dtype. Safe on any thread."""
+        count = len(self.projections)
+        ranks = (ctypes.c_int32 * count)()
+        a, b = (ctypes.c_void_p * count)(), (ctypes.c_void_p * count)()
+        alive, num_bytes = [], 0
+        for index, name in enumerate(self.projections):
+            lora = weights.get(name)
+            if lora is None:
+                continue
+            # Through the compute dtype first, as the torch bank rounds.
+            pair = [x.to(self._dtype).float().contiguous() for x in (lora.A, lora.B)]
+            alive += pair
+            ranks[index] = lora.A.shape[0]
+            a[index], b[index] = (x.data_ptr() for x in pair)
+            num_bytes += sum(x.numel() for x in pair) * self._dtype.itemsize
+        pointer = ctypes.c_void_p()
+        self._check(self._library.lm_adapter_new(self._engine, ranks, a, b, pointer))
+        assert pointer.value is not None
+        return PackedAdapter(self, pointer.value, num_bytes)
+
+    def _pack(self, model: Any, max_positions: int) -> None:
+        set_linear, set_norm = self._library.lm_set_linear, self._library.lm_set_norm
+        for index, name in enumerate(self.projections):
+            module = model.get_submodule(name)
+            bias = None if module.bias is None else module.bias.float().contiguous()
+            weight = module.weight.contiguous()
+            place = divmod(index, NUM_PROJECTIONS)
+            self._check(set_linear(self._engine, *place, weight.data_ptr(), None if bias is None else bias.data_ptr()))
+        norms = {(-1, 0): model.model.norm}
+        for number, layer in enumerate(model.model.layers):
+            norms |= {(number, 0): layer.input_layernorm, (number, 1): layer.post_attention_layernorm}
+        for place, norm in norms.items():
+            scale = norm.weight.float().contiguous()
+            self._check(set_norm(self._engine, *place, scale.data_ptr()))
+        head, embedding = model.lm_head.weight.contiguous(), model.model.embed_tokens.weight.contiguous()
+        self._check(self._library.lm_set_head(self._engine, head.data_ptr(), embedding.data_ptr()))
+        cosine, sine = (table[:, : table.shape[1] // 2].contiguous() for table in _rotary(model, max_positions))
+        self._check(self._library.lm_set_rotary(self._engine, cosine.data_ptr(), sine.data_ptr()))
+
+    @staticmethod
+    def _check(error: bytes | None) -> None:
+        if error is not None:
+            raise ModelLoadError(f"the native step failed: {error.decode()}; server.backend: torch runs without it")
+
+
+def release_weights(model: nn.Module) -> None:
+    """Free a model's torch weights; what remains are shapes, names and dtype. Its forward cannot run afterwards."""
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
+
+
+def _free_adapter(owner: NativeModel, pointer: int) -> None:
+    owner._library.lm_adapter_free(owner._engine, pointer)
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _rotary(model: Any, num_positions: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (num_positions, head_dim) float32 of the model's own rotary embedding."""
+    with torch.inference_mode():
+        positions = torch.arange(num_positions)[None]
+        cosine, sine = model.model.rotary_emb(torch.zeros(1, dtype=torch.float32), positions)
+    return cosine[0].float(), sine[0].float()

@@ -1,0 +1,329 @@
+// One step of a Llama-family decoder: tokens in, logits and gates out. All threads of the team run `work` together and
+// meet at barriers between phases; inside a phase they take panels or rows from a shared counter.
+#pragma once
+
+#include "lora.h"
+
+namespace lm {
+
+template <class T>
+class Forward : public LoraStage<T> {
+  public:
+    using LoraStage<T>::LoraStage;
+
+    void run(const Step& step) {
+        this->begin(step);
+        list_attention_tasks();
+        team_.run([this](int id) { work(id); });
+    }
+
+  private:
+    using Own = Scratch<T>;
+    using Stage<T>::model_;
+    using Stage<T>::shape_;
+    using Stage<T>::cache_;
+    using Stage<T>::team_;
+    using Stage<T>::step_;
+    using Stage<T>::scratch_;
+    using Stage<T>::residual_;
+    using Stage<T>::qkv_;
+    using Stage<T>::normed_;
+    using Stage<T>::query_;
+    using Stage<T>::attended_;
+    using Stage<T>::activated_;
+    using Stage<T>::kRowsAtOnce;
+    using Stage<T>::take;
+    using Stage<T>::rows;
+    using Stage<T>::panels;
+    using Stage<T>::depth;
+    using Stage<T>::norm;
+    using Stage<T>::normed_row;
+    using LoraStage<T>::route;
+    using LoraStage<T>::lora_down;
+    using LoraStage<T>::lora_up;
+    using LoraStage<T>::has_gates_;
+    using LoraStage<T>::has_projection_router_;
+
+    // Queries of one sequence that one thread computes together: tokens x heads that share a K/V head.
+    struct AttentionTask {
+        int32_t sequence, kv_head, first_head, num_heads, first_token, num_tokens;
+    };
+
+    void work(int id) {
+        Own& own = scratch_[id];
+        const Step& step = *step_;
+        rows(own, step.num_tokens, [&](int64_t t) {
+            model_.embed(step.token_ids[t], residual_.get() + t * shape_.hidden);
+        });
+        for (int layer = 0; layer < shape_.layers; ++layer) {
+            const Layer<T>& weights = model_.layers[layer];
+            rows(own, step.num_tokens, [&](int64_t t) {
+                norm(residual_.get() + t * shape_.hidden, weights.attention_norm, normed_row(t));
+                if (step.inputs) this->copy_input(layer, t);
+                route(layer, kAttentionIn, normed_row(t), t);
+            });
+            lora_down(own, layer, kAttentionIn, normed_.get(), depth(kQ));
+            panels(own, weights.qkv, [&](int64_t first, int64_t count) { project_qkv(own, layer, first, count); });
+            rows(own, step.num_tokens, [&](int64_t t) { rotate_and_cache(layer, t); });
+            take(own, static_cast<int64_t>(tasks_.size()), 1, [&](int64_t first, int64_t) { attend(own, layer, tasks_[first]); });
+            if (has_projection_router_)
+                rows(own, step.num_tokens, [&](int64_t t) {
+                    route(layer, kAttentionOut, attended_.get() + t * depth(kO), t);
+                });
+            lora_down(own, layer, kAttentionOut, attended_.get(), depth(kO));
+            panels(own, weights.o, [&](int64_t first, int64_t count) {
+                project_to_residual(own, layer, kAttentionOut, weights.o, attended_.get(), first, count);
+            });
+            rows(own, step.num_tokens, [&](int64_t t) {
+                norm(residual_.get() + t * shape_.hidden, weights.mlp_norm, normed_row(t));
+                if (has_projection_router_) route(layer, kMlpIn, normed_row(t), t);
+            });
+            lora_down(own, layer, kMlpIn, normed_.get(), depth(kQ));
+            panels(own, weights.gate, [&](int64_t first, int64_t count) { project_gate_up(own, layer, first, count); });
+            if (has_projection_router_)
+                rows(own, step.num_tokens, [&](int64_t t) {
+                    route(layer, kMlpOut, activated_.get() + t * depth(kDown), t);
+                });
+            lora_down(own, layer, kMlpOut, activated_.get(), depth(kDown));
+            panels(own, weights.down, [&](int64_t first, int64_t count) {
+                project_to_residual(own, layer, kMlpOut, weights.down, activated_.get(), first, count);
+            });
+        }
+        if (step.share && id == 0) this->finish_share();
+        rows(own, step.num_logits, [&](int64_t i) {
+            norm(residual_.get() + int64_t{step.logit_positions[i]} * shape_.hidden, model_.final_norm, normed_row(i));
+        });
+        if (step.num_logits)
+            panels(own, model_.head, [&](int64_t first, int64_t count) { project_logits(own, first, count); });
+        if (id == 0) join_greatest();
+    }
+
+    // ---- attention ---------------------------------------------------------------------------------------------
+
+    void list_attention_tasks() {
+        tasks_.clear();
+        sequence_of_.resize(step_->num_tokens);
+        const int32_t group = shape_.heads / shape_.kv_heads;
+        const int32_t heads_at_once = std::min<int32_t>(group, kTileRows);
+        const int32_t tokens_at_once = kTileRows / heads_at_once;
+        for (int32_t s = 0; s < step_->num_sequences; ++s) {
+            const int32_t stop = step_->first_token[s + 1];
+            for (int32_t t = step_->first_token[s]; t < stop; ++t) sequence_of_[t] = s;
+            for (int32_t head = 0; head < shape_.kv_heads; ++head)
+                for (int32_t h = 0; h < group; h += heads_at_once)
+                    for (int32_t t = step_->first_token[s]; t < stop; t += tokens_at_once)
+                        tasks_.push_back({s, head, head * group + h, std::min(heads_at_once, group - h), t,
+                                          std::min(tokens_at_once, stop - t)});
+        }
+    }
+
+    const int32_t* blocks_of(int32_t sequence) const {
+        return step_->block_tables + int64_t{sequence} * step_->max_blocks;
+    }
+
+    // Rotary position encoding (Su et al., arXiv 2104.09864) in the half-split form of Llama, and the cache's new rows.
+    void rotate_and_cache(int layer, int64_t t) {
+        const int64_t dim = shape_.head_dim, half = dim / 2, position = step_->positions[t];
+        const float* cosine = &model_.cosine[position * half];
+        const float* sine = &model_.sine[position * half];
+        float* row = qkv_.get() + t * shape_.qkv_width();
+        for (int64_t head = 0; head < shape_.heads + shape_.kv_heads; ++head) {
+            float* x = row + head * dim;
+            for (int64_t d = 0; d < half; ++d) {
+                const float low = x[d], high = x[d + half];
+                x[d] = low * cosine[d] - high * sine[d];
+                x[d + half] = high * cosine[d] + low * sine[d];
+            }
+        }
+        T* query = query_.get() + t * shape_.d_out(kQ);
+        for (int64_t d = 0; d < shape_.d_out(kQ); d += kVec) store16(query + d, load16(row + d));
+        constexpr int KP = Lane<T>::KP;
+        const int64_t size = shape_.block_size, offset = position % size;
+        const int64_t block = blocks_of(sequence_of_[t])[position / size];
+        for (int head = 0; head < shape_.kv_heads; ++head) {
+            const float* key = row + shape_.column(kK) + head * dim;
+            const float* value = row + shape_.column(kV) + head * dim;
+            T* keys = cache_.keys(layer, block, head);
+            T* values = cache_.values(layer, block, head) + offset / KP * dim * KP;
+            for (int64_t d = 0; d < dim; ++d) {
+                from_float(key[d], keys + (d / KP * size + offset) * KP + d % KP);
+                from_float(value[d], values + d * KP + offset % KP);
+            }
+        }
+    }
+
+    void attend(Own& own, int layer, const AttentionTask& task) {
+        const T* queries[kTileRows];
+        T* out[kTileRows];
+        int32_t positions[kTileRows];
+        int count = 0;
+        for (int32_t t = task.first_token; t < task.first_token + task.num_tokens; ++t)
+            for (int32_t h = task.first_head; h < task.first_head + task.num_heads; ++h) {
+                queries[count] = query_.get() + t * shape_.d_out(kQ) + int64_t{h} * shape_.head_dim;
+                out[count] = attended_.get() + t * depth(kO) + int64_t{h} * shape_.head_dim;
+                positions[count++] = step_->positions[t];
+            }
+        Attention<T>::run(shape_, cache_, layer, task.kv_head, blocks_of(task.sequence), queries, positions, count, out,
+                          own.tile);
+    }
+
+    // ---- projections -------------------------------------------------------------------------------------------
+
+    // Base product plus updates of the projections whose columns lie in panels [first, first + count), in float32, for
+    // kRowsAtOnce tokens at a time; `finish(begin, rows, results, ldc)` takes them on.
+    template <class Finish>
+    void project(Own& own, int layer, Group group, const Packed<T>& weight, const T* input, int64_t lda, int64_t first,
+                 int64_t count, Finish finish) {
+        const int64_t ldc = count * kPanel;
+        for (int64_t begin = 0; begin < step_->num_tokens; begin += kRowsAtOnce) {
+            const int64_t now = std::min<int64_t>(kRowsAtOnce, step_->num_tokens - begin);
+            float* results = own.columns.get();
+            multiply_panels(input + begin * lda, lda, now, weight, first, count, results, ldc);
+            if (has_gates_ && own.hidden_size > 0) update(own, layer, group, first, count, begin, now, results, ldc);
+            finish(begin, now, results, ldc);
+        }
+    }
+
+    // q, k and v stand side by side in one matrix whose panels may straddle them; B has panels of its own.
+    void update(Own& own, int layer, Group group, int64_t first, int64_t count, int64_t begin, int64_t num_rows,
+                float* results, int64_t ldc) {
+        for (int i = 0; i < group.count; ++i) {
+            const int projection = group.first + i;
+            const int64_t column = shape_.column(projection), stop = column + shape_.d_out(projection);
+            const int64_t from = std::max(column, first * kPanel), to = std::min(stop, (first + count) * kPanel);
+            if (from < to)
+                lora_up(own, layer, group, i, from - column, to - from, begin, num_rows, results + from - first * kPanel, ldc);
+        }
+    }
+
+    void project_qkv(Own& own, int layer, int64_t first, int64_t count) {
+        const int64_t width = shape_.qkv_width();
+        const int64_t begin_column = first * kPanel, columns = std::min(width - begin_column, count * kPanel);
+        project(own, layer, kAttentionIn, model_.layers[layer].qkv, normed_.get(), depth(kQ), first, count,
+                [&](int64_t begin, int64_t now, const float* results, int64_t ldc) {
+                    for (int64_t r = 0; r < now; ++r)
+                        std::copy_n(results + r * ldc, columns, qkv_.get() + (begin + r) * width + begin_column);
+                });
+        for (int projection : {kQ, kK, kV}) add_bias(layer, projection, begin_column, columns);
+    }
+
+    void add_bias(int layer, int projection, int64_t begin_column, int64_t columns) {
+        const std::vector<float>& bias = model_.layers[layer].bias[projection];
+        if (bias.empty()) return;
+        const int64_t column = shape_.column(projection);
+        const int64_t from = std::max(column, begin_column);
+        const int64_t to = std::min<int64_t>(column + bias.size(), begin_column + columns);
+        for (int64_t t = 0; t < step_->num_tokens; ++t)
+            for (int64_t c = from; c < to; ++c) qkv_.get()[t * shape_.qkv_width() + c] += bias[c - column];
+    }
+
+    void project_to_residual(Own& own, int layer, Group group, const Packed<T>& weight, const T* input, int64_t first,
+                             int64_t count) {
+        const std::vector<float>& bias = model_.layers[layer].bias[group.first];
+        const int64_t begin_column = first * kPanel;
+        const int64_t columns = std::min<int64_t>(shape_.hidden - begin_column, count * kPanel);
+        project(own, layer, group, weight, input, depth(group.first), first, count,
+                [&](int64_t begin, int64_t now, const float* results, int64_t ldc) {
+                    for (int64_t r = 0; r < now; ++r) {
+                        float* out = residual_.get() + (begin + r) * shape_.hidden + begin_column;
+                        for (int64_t c = 0; c < columns; ++c) out[c] += results[r * ldc + c];
+                        if (!bias.empty())
+                            for (int64_t c = 0; c < columns; ++c) out[c] += bias[begin_column + c];
+                    }
+                });
+    }
+
+    // silu(gate) * up for one panel of each at a time: both results are at hand before they leave the caches.
+    void project_gate_up(Own& own, int layer, int64_t first, int64_t count) {
+        const Layer<T>& weights = model_.layers[layer];
+        const T* input = normed_.get();
+        const int64_t lda = depth(kQ);
+        for (int64_t panel = first; panel < first + count; ++panel) {
+            const int64_t begin_column = panel * kPanel;
+            const int64_t columns = std::min<int64_t>(shape_.intermediate - begin_column, kPanel);
+            for (int64_t begin = 0; begin < step_->num_tokens; begin += kRowsAtOnce) {
+                const int64_t now = std::min<int64_t>(kRowsAtOnce, step_->num_tokens - begin);
+                float* gate = own.columns.get();
+                multiply_panels(input + begin * lda, lda, now, weights.gate, panel, 1, gate, 2 * kPanel);
+                multiply_panels(input + begin * lda, lda, now, weights.up, panel, 1, gate + kPanel, 2 * kPanel);
+                if (has_gates_ && own.hidden_size > 0)
+                    for (int i = 0; i < 2; ++i)
+                        lora_up(own, layer, kMlpIn, i, begin_column, columns, begin, now, gate + i * kPanel, 2 * kPanel);
+                for (int64_t r = 0; r < now; ++r)
+                    activate(layer, gate + r * 2 * kPanel, begin_column, columns,
+                             activated_.get() + (begin + r) * depth(kDown) + begin_column);
+            }
+        }
+    }
+
+    void activate(int layer, float* gate_up, int64_t begin_column, int64_t columns, T* out) const {
+        for (int i = 0; i < 2; ++i)
+            if (const auto& bias = model_.layers[layer].bias[kGate + i]; !bias.empty())
+                for (int64_t c = 0; c < columns; ++c) gate_up[i * kPanel + c] += bias[begin_column + c];
+        alignas(kCacheLine) T values[kPanel];
+        for (int v = 0; v < kPanel; v += kVec) {
+            const __m512 x = load16(gate_up + v);
+            // x * sigmoid(x) with an exponential that cannot overflow; NaN goes through.
+            const __m512 e = exp16(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(x)));
+            const __m512 one = _mm512_set1_ps(1.0f);
+            const __mmask16 is_negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
+            const __m512 numerator = _mm512_mask_mov_ps(one, is_negative, e);
+            const __m512 silu = _mm512_mul_ps(x, _mm512_div_ps(numerator, _mm512_add_ps(one, e)));
+            store16(values + v, _mm512_mul_ps(silu, load16(gate_up + kPanel + v)));
+        }
+        std::memcpy(static_cast<void*>(out), values, columns * sizeof(T));
+    }
+
+    void project_logits(Own& own, int64_t first, int64_t count) {
+        const int64_t begin_column = first * kPanel;
+        const int64_t columns = std::min<int64_t>(shape_.vocab - begin_column, count * kPanel);
+        for (int64_t begin = 0; begin < step_->num_logits; begin += kRowsAtOnce) {
+            const int64_t now = std::min<int64_t>(kRowsAtOnce, step_->num_logits - begin);
+            float* results = own.columns.get();
+            multiply_panels(normed_row(begin), depth(kQ), now, model_.head, first, count, results, count * kPanel);
+            for (int64_t r = 0; r < now; ++r) {
+                const float* row = results + r * count * kPanel;
+                std::copy_n(row, columns, step_->logits + (begin + r) * shape_.vocab + begin_column);
+                find_greatest(row, columns, begin_column, own.greatest[begin + r], own.greatest_id[begin + r]);
+            }
+        }
+    }
+
+    static void find_greatest(const float* row, int64_t columns, int64_t begin_column, float& greatest, int32_t& id) {
+        __m512 tops = _mm512_set1_ps(kMinusInf);
+        __mmask16 is_nan = 0;
+        for (int64_t c = 0; c < columns; c += kVec) {
+            const __mmask16 inside = columns - c >= kVec ? 0xffff : static_cast<__mmask16>((1u << (columns - c)) - 1);
+            const __m512 x = _mm512_maskz_loadu_ps(inside, row + c);
+            tops = _mm512_mask_max_ps(tops, inside, tops, x);
+            is_nan |= _mm512_mask_cmp_ps_mask(inside, x, x, _CMP_UNORD_Q);
+        }
+        if (is_nan) greatest = NAN;
+        const float top = _mm512_reduce_max_ps(tops);
+        if (!(top > greatest)) return;  // also once it is not a number
+        greatest = top;
+        id = static_cast<int32_t>(begin_column + (std::find(row, row + columns, top) - row));
+    }
+
+    void join_greatest() const {
+        for (int32_t i = 0; i < step_->num_logits; ++i) {
+            float greatest = kMinusInf;
+            int32_t id = 0;
+            for (const Own& own : scratch_) {
+                const float value = own.greatest[i];
+                const bool is_better = value > greatest || (value == greatest && own.greatest_id[i] < id);
+                if (!is_better && !std::isnan(value)) continue;
+                greatest = value;
+                id = own.greatest_id[i];
+                if (std::isnan(value)) break;
+            }
+            step_->greatest[i] = greatest;
+            step_->greatest_id[i] = id;
+        }
+    }
+
+    std::vector<AttentionTask> tasks_;
+    std::vector<int32_t> sequence_of_;
+};
+
+}  // namespace lm

@@ -1,0 +1,165 @@
+// Products with weights that are packed once: C (M, N) = A (M, K) W^T, W (N, K).
+//
+// Packed layout: panels of 32 output columns; a panel is K / KP steps of 32 lanes. A panel is what a thread reads from
+// memory in one go, once per step for all tokens.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+#include "lanes.h"
+
+namespace lm {
+
+constexpr int kPanel = 32;       // columns of a panel
+constexpr int kTileRows = 12;    // rows whose sums are kept in registers: 12 x 2 vectors, and 3 for operands
+constexpr int kDepthUnit = 32;   // K is padded to whole tiles of the matrix unit
+
+struct FreeDeleter {
+    void operator()(void* memory) const { std::free(memory); }
+};
+
+// Zeroed memory on cache lines.
+template <class T>
+class Buffer {
+  public:
+    Buffer() = default;
+    explicit Buffer(int64_t count) { resize(count); }
+
+    // Grow to `count` values; contents are lost (and zero) when it grows.
+    void resize(int64_t count) {
+        if (count <= size_) return;
+        const size_t bytes = round_up(count * static_cast<int64_t>(sizeof(T)), kCacheLine);
+        memory_.reset(static_cast<T*>(std::aligned_alloc(kCacheLine, bytes)));
+        if (!memory_) throw std::bad_alloc();
+        std::memset(static_cast<void*>(memory_.get()), 0, bytes);
+        size_ = count;
+    }
+
+    T* get() { return memory_.get(); }
+    const T* get() const { return memory_.get(); }
+    int64_t size() const { return size_; }
+    explicit operator bool() const { return size_ > 0; }
+
+  private:
+    std::unique_ptr<T, FreeDeleter> memory_;
+    int64_t size_ = 0;
+};
+
+// A packed weight matrix. `width` is the columns of a panel: 32, or 16 for the narrow A matrices of adapters.
+template <class T>
+struct Packed {
+    int64_t num_columns = 0;   // N
+    int64_t depth = 0;         // K, padding left out
+    int64_t steps = 0;         // padded K / KP
+    int width = kPanel;
+    Buffer<T> data;
+
+    void allocate(int64_t n, int64_t k, int panel_width, int64_t depth_unit) {
+        num_columns = n;
+        depth = k;
+        width = panel_width;
+        steps = round_up(k, depth_unit) / Lane<T>::KP;
+        data.resize(round_up(n, width) * steps * Lane<T>::KP);
+    }
+
+    int64_t num_panels() const { return (num_columns + width - 1) / width; }
+    const T* panel(int64_t index) const { return data.get() + index * width * steps * Lane<T>::KP; }
+    T* at(int64_t column, int64_t k) {
+        constexpr int KP = Lane<T>::KP;
+        T* panel_start = data.get() + column / width * width * steps * KP;
+        return panel_start + (k / KP * width + column % width) * KP + k % KP;
+    }
+
+    // Columns [first, first + n) from row-major `weight` (n, depth), whose rows are `stride` values apart.
+    template <class S>
+    void fill(int64_t first, int64_t n, const S* weight, int64_t stride) {
+        for (int64_t column = 0; column < n; ++column)
+            for (int64_t k = 0; k < depth; ++k)
+                from_float(to_float(weight[column * stride + k]), at(first + column, k));
+    }
+
+    float value(int64_t column, int64_t k) const { return to_float(*const_cast<Packed*>(this)->at(column, k)); }
+};
+
+// C (MR, 16 NV) (+)= A (MR, K) times NV columns of vectors; vector v of step k lies at right[v] + k * step_bytes.
+template <class T, int MR, int NV>
+inline __attribute__((always_inline)) void multiply_tile(const T* a, int64_t lda, const char* const* right,
+                                                         int64_t step_bytes, int64_t steps, float* c, int64_t ldc,
+                                                         bool accumulate) {
+    __m512 sums[MR][NV];
+    for (int m = 0; m < MR; ++m)
+        for (int v = 0; v < NV; ++v)
+            sums[m][v] = accumulate ? _mm512_loadu_ps(c + m * ldc + v * kVec) : _mm512_setzero_ps();
+    const char* columns[NV];
+    for (int v = 0; v < NV; ++v) columns[v] = right[v];
+    const char* rows[MR];
+    for (int m = 0; m < MR; ++m) rows[m] = reinterpret_cast<const char*>(a + m * lda);
+    for (int64_t k = 0; k < steps; ++k) {
+        __m512i w[NV];
+        for (int v = 0; v < NV; ++v) {
+            w[v] = _mm512_loadu_si512(columns[v] + k * step_bytes);
+            _mm_prefetch(columns[v] + k * step_bytes + 2048, _MM_HINT_T0);
+        }
+#pragma GCC unroll 12
+        for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) sums[m][v] = Lane<T>::multiply_add(sums[m][v], rows[m] + k * 4, w[v]);
+        }
+    }
+    for (int m = 0; m < MR; ++m)
+        for (int v = 0; v < NV; ++v) _mm512_storeu_ps(c + m * ldc + v * kVec, sums[m][v]);
+}
+
+template <class T, int NV>
+void multiply_rows(int64_t rows, const T* a, int64_t lda, const char* const* right, int64_t step_bytes, int64_t steps,
+                   float* c, int64_t ldc, bool accumulate) {
+#define LM_ROWS(MR)                                                                              \
+    case MR:                                                                                     \
+        if constexpr (MR * NV <= 24)                                                             \
+            multiply_tile<T, MR, NV>(a, lda, right, step_bytes, steps, c, ldc, accumulate);      \
+        break;
+    switch (rows) {
+        LM_ROWS(1) LM_ROWS(2) LM_ROWS(3) LM_ROWS(4) LM_ROWS(5) LM_ROWS(6)
+        LM_ROWS(7) LM_ROWS(8) LM_ROWS(9) LM_ROWS(10) LM_ROWS(11) LM_ROWS(12)
+    }
+#undef LM_ROWS
+}
+
+// C (rows, width * count) = A times `count` neighbouring panels from `first`; ldc counts float32 values.
+template <class T>
+void multiply_panels(const T* a, int64_t lda, int64_t rows, const Packed<T>& weight, int64_t first, int64_t count,
+                     float* c, int64_t ldc) {
+    const int64_t step_bytes = weight.width * 4;
+    const int vectors = weight.width / kVec;
+    const char* right[8];
+    int64_t done = 0;
+    while (done < count) {
+        // Few rows leave registers free: take several panels at once, so that enough sums are under way.
+        int64_t now = 1;
+        if (rows <= 2) now = std::min<int64_t>(count - done, 8 / vectors);
+        else if (rows <= 6) now = std::min<int64_t>(count - done, 4 / vectors);
+        if (now * vectors == 6) now = 2;
+        for (int64_t p = 0; p < now; ++p)
+            for (int v = 0; v < vectors; ++v)
+                right[p * vectors + v] =
+                    reinterpret_cast<const char*>(weight.panel(first + done + p)) + v * kVec * 4;
+        for (int64_t row = 0; row < rows; row += kTileRows) {
+            const int64_t now_rows = std::min<int64_t>(kTileRows, rows - row);
+            const T* left = a + row * lda;
+            float* out = c + row * ldc + done * weight.width;
+            switch (now * vectors) {
+                case 1: multiply_rows<T, 1>(now_rows, left, lda, right, step_bytes, weight.steps, out, ldc, false); break;
+                case 2: multiply_rows<T, 2>(now_rows, left, lda, right, step_bytes, weight.steps, out, ldc, false); break;
+                case 3: multiply_rows<T, 3>(now_rows, left, lda, right, step_bytes, weight.steps, out, ldc, false); break;
+                case 4: multiply_rows<T, 4>(now_rows, left, lda, right, step_bytes, weight.steps, out, ldc, false); break;
+                case 8: multiply_rows<T, 8>(now_rows, left, lda, right, step_bytes, weight.steps, out, ldc, false); break;
+                default: __builtin_unreachable();
+            }
+        }
+        done += now;
+    }
+}
+
+}  // namespace lm

@@ -1,0 +1,117 @@
+// Vectors of 16 "lanes" of 4 bytes: the unit that every kernel here counts in.
+//
+// A lane holds KP consecutive values along the summed dimension: two bfloat16 or one float32. Weights, keys and values
+// are stored as rows of lanes, so one inner loop serves both types: broadcast a lane of the left side, multiply it with
+// 16 lanes of the right side, add into 16 float32 sums. Every sum runs over its lanes one after another in a fixed
+// order, whatever else is computed beside it; that is why a token's numbers never depend on its batch.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace lm {
+
+constexpr int kVec = 16;                 // lanes of one vector register
+constexpr int kCacheLine = 64;           // bytes
+constexpr float kMinusInf = -INFINITY;
+
+struct Bf16 {
+    uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(Bf16 x) {
+    const uint32_t wide = static_cast<uint32_t>(x.bits) << 16;
+    float result;
+    std::memcpy(&result, &wide, sizeof result);
+    return result;
+}
+
+inline void from_float(float x, float* out) { *out = x; }
+inline void from_float(float x, Bf16* out) {
+    // Round to nearest, ties to even; NaN stays NaN.
+    uint32_t wide;
+    std::memcpy(&wide, &x, sizeof wide);
+    if ((wide & 0x7fffffffu) > 0x7f800000u) {
+        out->bits = static_cast<uint16_t>((wide >> 16) | 0x40u);
+        return;
+    }
+    wide += 0x7fffu + ((wide >> 16) & 1u);
+    out->bits = static_cast<uint16_t>(wide >> 16);
+}
+
+inline __m512 load16(const float* x) { return _mm512_loadu_ps(x); }
+inline __m512 load16(const Bf16* x) {
+    const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+}
+
+inline void store16(float* out, __m512 x) { _mm512_storeu_ps(out, x); }
+inline void store16(Bf16* out, __m512 x) {
+    // The integer form of `from_float`: unlike vcvtneps2bf16 it does not flush subnormal numbers, so that vector and
+    // scalar code round alike.
+    const __m512i wide = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(wide, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(wide, odd), _mm512_set1_epi32(0x7fff));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __m512i quiet = _mm512_or_si512(wide, _mm512_set1_epi32(0x400000));
+    const __m512i bits = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, is_nan, quiet), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(bits));
+}
+
+// One lane of type T, its arithmetic, and how many values it holds.
+template <class T>
+struct Lane;
+
+template <>
+struct Lane<float> {
+    static constexpr int KP = 1;
+    static inline __m512 multiply_add(__m512 sum, const void* left, __m512i right) {
+        float a;
+        std::memcpy(&a, left, sizeof a);
+        return _mm512_fmadd_ps(_mm512_set1_ps(a), _mm512_castsi512_ps(right), sum);
+    }
+};
+
+template <>
+struct Lane<Bf16> {
+    static constexpr int KP = 2;
+    static inline __m512 multiply_add(__m512 sum, const void* left, __m512i right) {
+        int32_t a;
+        std::memcpy(&a, left, sizeof a);
+        const __m512i pair = _mm512_set1_epi32(a);
+#ifdef __AVX512BF16__
+        return _mm512_dpbf16_ps(sum, (__m512bh)pair, (__m512bh)right);
+#else
+        const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+        sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)),
+                              _mm512_castsi512_ps(_mm512_slli_epi32(right, 16)), sum);
+        return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(pair, high)),
+                               _mm512_castsi512_ps(_mm512_and_si512(right, high)), sum);
+#endif
+    }
+};
+
+// exp(x) for x <= 0 to about 1e-7 relative; 0 below -87.3. Cephes' polynomial (Moshier 1984).
+inline __m512 exp16(__m512 x) {
+    const __mmask16 is_zero = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.3f), _CMP_LT_OQ);
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)),
+                                          _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+    return _mm512_maskz_scalef_ps(_mm512_knot(is_zero), p, n);
+}
+
+constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+}  // namespace lm

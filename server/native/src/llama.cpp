@@ -1,0 +1,159 @@
+// C interface of the native step, called through ctypes. Every function is for one dtype, chosen when the engine is
+// made: 0 float32, 1 bfloat16. Functions return null or an error text that lives until the next call of the thread.
+#include <exception>
+#include <string>
+
+#include "forward.h"
+
+namespace lm {
+
+class Engine {
+  public:
+    virtual ~Engine() = default;
+    virtual void set_linear(int layer, int which, const void* weight, const float* bias) = 0;
+    virtual void set_norm(int layer, int which, const float* weight) = 0;
+    virtual void set_head(const void* head, const void* embedding) = 0;
+    virtual void set_rotary(const float* cosine, const float* sine) = 0;
+    virtual void set_cache(void* data, int64_t num_blocks) = 0;
+    virtual void* make_adapter(const int32_t* ranks, const float* const* a, const float* const* b) = 0;
+    virtual void drop_adapter(void* adapter) = 0;
+    virtual void run(const Step& step) = 0;
+};
+
+template <class T>
+class TypedEngine : public Engine {
+  public:
+    TypedEngine(const Shape& shape, int num_threads) : model_(shape), team_(num_threads) {}
+
+    void set_linear(int layer, int which, const void* weight, const float* bias) override {
+        const Shape& shape = model_.shape;
+        Layer<T>& target = model_.layers[layer];
+        const int64_t n = shape.d_out(which), k = shape.d_in(which);
+        target.matrix(which).fill(shape.column(which), n, static_cast<const T*>(weight), k);
+        if (bias) target.bias[which].assign(bias, bias + n);
+    }
+
+    void set_norm(int layer, int which, const float* weight) override {
+        std::vector<float>& target = layer < 0 ? model_.final_norm
+                                     : which   ? model_.layers[layer].mlp_norm
+                                               : model_.layers[layer].attention_norm;
+        target.assign(weight, weight + model_.shape.hidden);
+    }
+
+    void set_head(const void* head, const void* embedding) override {
+        const Shape& shape = model_.shape;
+        model_.head.fill(0, shape.vocab, static_cast<const T*>(head), shape.hidden);
+        if (!shape.is_tied)
+            std::memcpy(static_cast<void*>(model_.embedding.get()), embedding,
+                        int64_t{shape.vocab} * shape.hidden * sizeof(T));
+    }
+
+    void set_rotary(const float* cosine, const float* sine) override {
+        model_.cosine.assign(cosine, cosine + model_.cosine.size());
+        model_.sine.assign(sine, sine + model_.sine.size());
+    }
+
+    void set_cache(void* data, int64_t num_blocks) override {
+        const Shape& shape = model_.shape;
+        Cache<T> cache;
+        cache.data = static_cast<T*>(data);
+        cache.kv_heads = shape.kv_heads;
+        cache.tile = int64_t{shape.block_size} * shape.head_dim;
+        cache.layer_stride = num_blocks * shape.kv_heads * 2 * cache.tile;
+        forward_ = std::make_unique<Forward<T>>(model_, cache, team_);
+    }
+
+    void* make_adapter(const int32_t* ranks, const float* const* a, const float* const* b) override {
+        const Shape& shape = model_.shape;
+        auto adapter = std::make_unique<Adapter<T>>();
+        adapter->pairs.resize(int64_t{shape.layers} * kNumProjections);
+        for (int64_t i = 0; i < static_cast<int64_t>(adapter->pairs.size()); ++i) {
+            if (!ranks[i]) continue;
+            const int projection = static_cast<int>(i % kNumProjections);
+            const int64_t d_in = shape.d_in(projection), d_out = shape.d_out(projection);
+            LoraPair<T>& pair = adapter->pairs[i];
+            pair.rank = ranks[i];
+            pair.a.allocate(pair.rank, d_in, kVec, kDepthUnit);
+            pair.a.fill(0, pair.rank, a[i], d_in);
+            pair.b.allocate(d_out, pair.rank, kPanel, Lane<T>::KP);
+            pair.b.fill(0, d_out, b[i], pair.rank);
+        }
+        return adapter.release();
+    }
+
+    void drop_adapter(void* adapter) override { delete static_cast<Adapter<T>*>(adapter); }
+
+    void run(const Step& step) override { forward_->run(step); }
+
+  private:
+    Model<T> model_;
+    Team team_;
+    std::unique_ptr<Forward<T>> forward_;
+};
+
+thread_local std::string last_error;
+
+template <class Body>
+const char* guarded(Body body) {
+    try {
+        body();
+        return nullptr;
+    } catch (const std::exception& error) {
+        last_error = error.what();
+        return last_error.c_str();
+    }
+}
+
+}  // namespace lm
+
+extern "C" {
+
+#define LM_EXPORT __attribute__((visibility("default")))
+
+// Raised whenever a struct or a signature changes, so that a stale build is noticed instead of misread.
+LM_EXPORT int32_t lm_interface_version() { return 1; }
+
+LM_EXPORT const char* lm_engine_new(const lm::Shape* shape, int32_t dtype, int32_t num_threads, lm::Engine** out) {
+    return lm::guarded([&] {
+        if (dtype == 0)
+            *out = new lm::TypedEngine<float>(*shape, num_threads);
+        else
+            *out = new lm::TypedEngine<lm::Bf16>(*shape, num_threads);
+    });
+}
+
+LM_EXPORT void lm_engine_free(lm::Engine* engine) { delete engine; }
+
+LM_EXPORT const char* lm_set_linear(lm::Engine* engine, int32_t layer, int32_t which, const void* weight,
+                                    const float* bias) {
+    return lm::guarded([&] { engine->set_linear(layer, which, weight, bias); });
+}
+
+LM_EXPORT const char* lm_set_norm(lm::Engine* engine, int32_t layer, int32_t which, const float* weight) {
+    return lm::guarded([&] { engine->set_norm(layer, which, weight); });
+}
+
+LM_EXPORT const char* lm_set_head(lm::Engine* engine, const void* head, const void* embedding) {
+    return lm::guarded([&] { engine->set_head(head, embedding); });
+}
+
+LM_EXPORT const char* lm_set_rotary(lm::Engine* engine, const float* cosine, const float* sine) {
+    return lm::guarded([&] { engine->set_rotary(cosine, sine); });
+}
+
+LM_EXPORT const char* lm_set_cache(lm::Engine* engine, void* data, int64_t num_blocks) {
+    return lm::guarded([&] { engine->set_cache(data, num_blocks); });
+}
+
+LM_EXPORT const char* lm_adapter_new(lm::Engine* engine, const int32_t* ranks, const float* const* a,
+                                     const float* const* b, void** out) {
+    return lm::guarded([&] { *out = engine->make_adapter(ranks, a, b); });
+}
+
+LM_EXPORT void lm_adapter_free(lm::Engine* engine, void* adapter) { engine->drop_adapter(adapter); }
+
+LM_EXPORT const char* lm_run(lm::Engine* engine, const lm::Step* step) {
+    return lm::guarded([&] { engine->run(*step); });
+}
+
+}  // extern "C"

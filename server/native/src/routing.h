@@ -1,0 +1,116 @@
+// Gates: which adapters act on each token with which weight, and tokens grouped by adapter.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "model.h"
+
+namespace lm {
+
+// Gates of all tokens of a step for one projection (or one layer): up to `capacity` (slot, weight) a token, by slot.
+struct GateSet {
+    int64_t capacity = 0;
+    std::vector<int32_t> count, slot;
+    std::vector<float> weight;
+
+    void resize(int64_t tokens, int64_t per_token) {
+        capacity = per_token;
+        count.assign(tokens, 0);
+        slot.resize(tokens * per_token);
+        weight.resize(tokens * per_token);
+    }
+    void copy(int64_t token, const GateSet& from) {
+        count[token] = from.count[token];
+        std::copy_n(&from.slot[token * capacity], from.count[token], &slot[token * capacity]);
+        std::copy_n(&from.weight[token * capacity], from.count[token], &weight[token * capacity]);
+    }
+};
+
+template <class T>
+inline float dot(const T* x, const float* row, int64_t n) {
+    __m512 sum0 = _mm512_setzero_ps(), sum1 = _mm512_setzero_ps();
+    int64_t k = 0;
+    for (; k + 2 * kVec <= n; k += 2 * kVec) {
+        sum0 = _mm512_fmadd_ps(load16(x + k), _mm512_loadu_ps(row + k), sum0);
+        sum1 = _mm512_fmadd_ps(load16(x + k + kVec), _mm512_loadu_ps(row + k + kVec), sum1);
+    }
+    float total = _mm512_reduce_add_ps(_mm512_add_ps(sum0, sum1));
+    for (; k < n; ++k) total += to_float(x[k]) * row[k];
+    return total;
+}
+
+// One token's gates from router logits: mask, keep the `top_k` largest (ties to the lower slot), softmax over the kept.
+// The maths of `server.routing.ops.top_k_gates`. Writes (slot, weight) by ascending slot; returns how many.
+template <class T>
+int32_t top_k_gates(const T* x, int64_t d_in, const Router& router, int gate, const Plan& plan, int32_t* slots,
+                    float* weights) {
+    int32_t kept = 0;
+    for (int32_t i = 0; i < plan.num_slots; ++i) {
+        const int32_t slot = plan.slots[i];
+        float logit = dot(x, router.rows[gate] + slot * d_in, d_in);
+        if (router.biases[gate]) logit += router.biases[gate][slot];
+        logit /= router.temperature;
+        if (!(logit > kMinusInf)) continue;
+        // Kept ones stand by falling logit; an equal logit goes behind, for slots come in ascending order.
+        int32_t place = kept < plan.top_k ? kept : plan.top_k;
+        while (place > 0 && weights[place - 1] < logit) --place;
+        if (place >= plan.top_k) continue;
+        kept = std::min(kept + 1, plan.top_k);
+        for (int32_t j = kept - 1; j > place; --j) {
+            weights[j] = weights[j - 1];
+            slots[j] = slots[j - 1];
+        }
+        weights[place] = logit;
+        slots[place] = slot;
+    }
+    const float greatest = kept ? weights[0] : 0.0f;
+    float total = 0.0f;
+    for (int32_t j = 0; j < kept; ++j) total += weights[j] = std::exp(weights[j] - greatest);
+    for (int32_t j = 0; j < kept; ++j) weights[j] /= total;
+    for (int32_t i = 1; i < kept; ++i)  // by slot, so that updates add up in one order
+        for (int32_t j = i; j > 0 && slots[j - 1] > slots[j]; --j) {
+            std::swap(slots[j - 1], slots[j]);
+            std::swap(weights[j - 1], weights[j]);
+        }
+    return kept;
+}
+
+// Tokens by slot: slot s of `slots` owns entries first[i] .. first[i + 1] of `token` and `weight`, tokens ascending.
+struct Grouping {
+    std::vector<int32_t> slots, first, token;
+    std::vector<float> weight;
+
+    void build(const GateSet& gates, int64_t tokens, int64_t num_slots, const void* const* adapters) {
+        cursor_.assign(num_slots + 1, 0);
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int32_t i = 0; i < gates.count[t]; ++i) ++cursor_[gates.slot[t * gates.capacity + i]];
+        slots.clear();
+        first.clear();
+        int32_t total = 0;
+        for (int64_t s = 0; s < num_slots; ++s) {
+            const int32_t count = adapters[s] ? cursor_[s] : 0;
+            cursor_[s] = count ? total : -1;
+            if (!count) continue;
+            slots.push_back(static_cast<int32_t>(s));
+            first.push_back(total);
+            total += count;
+        }
+        first.push_back(total);
+        token.resize(total);
+        weight.resize(total);
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int32_t i = 0; i < gates.count[t]; ++i) {
+                int32_t& place = cursor_[gates.slot[t * gates.capacity + i]];
+                if (place < 0) continue;
+                token[place] = static_cast<int32_t>(t);
+                weight[place++] = gates.weight[t * gates.capacity + i];
+            }
+    }
+    int64_t num_entries() const { return static_cast<int64_t>(token.size()); }
+
+  private:
+    std::vector<int32_t> cursor_;
+};
+
+}  // namespace lm

@@ -1,0 +1,131 @@
+// State of a step that all phases share, and how threads divide a phase among them.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "attention.h"
+#include "routing.h"
+#include "threads.h"
+
+namespace lm {
+
+// What one thread needs for itself.
+template <class T>
+struct Scratch {
+    Grouping groupings[3];
+    int64_t hidden_first[3];  // first value of each projection's rows in rank space
+    int64_t hidden_size = 0;  // values of rank space in this phase
+    Buffer<float> columns;    // results of the panels at work
+    Buffer<float> narrow;     // (kTileRows, 32): one panel of an adapter
+    Buffer<T> gathered;       // (kTileRows, padded d_in)
+    AttentionTile<T> tile;
+    std::vector<float> greatest;      // (num_logits,) over the columns this thread computed
+    std::vector<int32_t> greatest_id;
+    unsigned phase = 0;
+};
+
+template <class T>
+class Stage {
+  public:
+    Stage(const Model<T>& model, const Cache<T>& cache, Team& team)
+        : model_(model), shape_(model.shape), cache_(cache), team_(team), scratch_(team.size()),
+          counters_(model.shape.layers * kPhases + kPhases) {
+        for (auto& own : scratch_) {
+            own.narrow.resize(kTileRows * kPanel);
+            own.gathered.resize(kTileRows * std::max(depth(kQ), std::max(depth(kO), depth(kDown))));
+            own.columns.resize(kRowsAtOnce * kPanelsAtOnce * kPanel);
+        }
+    }
+
+  protected:
+    static constexpr int kPhases = 24;              // at most, of one layer
+    static constexpr int64_t kRowsAtOnce = 192;     // rows whose results of a piece stay in the first-level caches
+    static constexpr int64_t kPanelsAtOnce = 4;     // panels in the largest piece
+
+    void begin(const Step& step) {
+        step_ = &step;
+        const int64_t tokens = step.num_tokens;
+        residual_.resize(tokens * shape_.hidden);
+        normed_.resize(std::max<int64_t>(tokens, step.num_logits) * depth(kQ));
+        qkv_.resize(tokens * shape_.qkv_width());
+        query_.resize(tokens * shape_.d_out(kQ));
+        attended_.resize(tokens * depth(kO));
+        activated_.resize(tokens * depth(kDown));
+        for (auto& counter : counters_) counter.store(0, std::memory_order_relaxed);
+        for (auto& own : scratch_) {
+            own.phase = 0;
+            own.greatest.assign(step.num_logits, kMinusInf);
+            own.greatest_id.assign(step.num_logits, 0);
+        }
+    }
+
+    // Every thread takes [first, first + count) pieces of `total` until none is left; then all meet.
+    template <class Body>
+    void take(Scratch<T>& own, int64_t total, int64_t piece, Body body) {
+        std::atomic<int32_t>& counter = counters_[own.phase++];
+        for (;;) {
+            const int64_t first = counter.fetch_add(static_cast<int32_t>(piece), std::memory_order_relaxed);
+            if (first >= total) break;
+            body(first, std::min(piece, total - first));
+        }
+        team_.barrier();
+    }
+
+    template <class Body>
+    void rows(Scratch<T>& own, int64_t total, Body body) {
+        const int64_t piece = std::max<int64_t>(1, total / (team_.size() * 4));
+        take(own, total, piece, [&](int64_t first, int64_t count) {
+            for (int64_t t = first; t < first + count; ++t) body(t);
+        });
+    }
+
+    template <class Body>
+    void panels(Scratch<T>& own, const Packed<T>& weight, Body body) {
+        // Two panels at a time keep the memory streams long; one at a time shares a small matrix evenly.
+        const int64_t total = weight.num_panels();
+        const int64_t piece = total >= 32 * team_.size() ? kPanelsAtOnce : total >= 24 * team_.size() ? 2 : 1;
+        take(own, total, piece, body);
+    }
+
+    int64_t depth(int projection) const { return round_up(shape_.d_in(projection), kDepthUnit); }
+    T* normed_row(int64_t row) { return normed_.get() + row * depth(kQ); }
+
+    // RMSNorm in float32, rounded once: the input of the next projections.
+    void norm(const float* x, const std::vector<float>& weight, T* out) const {
+        __m512 squares = _mm512_setzero_ps();
+        const int64_t n = shape_.hidden;
+        int64_t k = 0;
+        for (; k + kVec <= n; k += kVec) squares = _mm512_fmadd_ps(load16(x + k), load16(x + k), squares);
+        float total = _mm512_reduce_add_ps(squares);
+        for (int64_t j = k; j < n; ++j) total += x[j] * x[j];
+        const float scale = 1.0f / std::sqrt(total / static_cast<float>(n) + shape_.norm_eps);
+        for (k = 0; k + kVec <= n; k += kVec)
+            store16(out + k, _mm512_mul_ps(_mm512_mul_ps(load16(x + k), _mm512_set1_ps(scale)), load16(&weight[k])));
+        for (; k < n; ++k) from_float(x[k] * scale * weight[k], out + k);
+    }
+
+    // What the routers of a layer read, for calibration.
+    void copy_input(int layer, int64_t t) const {
+        float* out = step_->inputs + (int64_t{layer} * step_->num_tokens + t) * shape_.hidden;
+        const T* x = normed_.get() + t * depth(kQ);
+        for (int64_t k = 0; k < shape_.hidden; ++k) out[k] = to_float(x[k]);
+    }
+
+    const Model<T>& model_;
+    const Shape& shape_;
+    Cache<T> cache_;
+    Team& team_;
+    const Step* step_ = nullptr;
+    std::vector<Scratch<T>> scratch_;
+    std::vector<std::atomic<int32_t>> counters_;
+    Buffer<float> residual_;  // (T, hidden)
+    Buffer<float> qkv_;       // (T, qkv_width)
+    Buffer<T> normed_;        // (T, padded hidden): input of q, k, v or of gate and up
+    Buffer<T> query_;         // (T, heads * head_dim), rotated
+    Buffer<T> attended_;      // (T, padded heads * head_dim): input of o
+    Buffer<T> activated_;     // (T, padded intermediate): input of down
+};
+
+}  // namespace lm

@@ -1,0 +1,241 @@
+"""The native step, held to the torch graph and to transformers: numbers, gates, and independence of the batch."""
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from server.native.library import libraries
+from server.native.model import NativeModel, why_not
+from server.routing.attach import attach_routing
+from server.routing.policy import BASE_PLAN, GatePlan, Policy, fixed_plan, routed_plan
+from server.routing.router import Granularity
+from tests.native import rig
+
+pytestmark = pytest.mark.skipif(not libraries(), reason="no native library was built, or none fits this CPU")
+
+PROMPT = torch.randint(3, 300, (70,), generator=torch.Generator().manual_seed(5)).tolist()
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "intermediate_size": 128,
+    "vocab_size": 320,
+    "initializer_range": 0.2,
+    "max_position_embeddings": 512,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def llama(**overrides: Any) -> nn.Module:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, **overrides}))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "grouped heads": llama,
+    "one K/V head for 16": lambda: llama(num_attention_heads=16, num_key_value_heads=1, head_dim=16),
+    "as many K/V heads": lambda: llama(num_key_value_heads=4, head_dim=32),
+    "odd widths": lambda: llama(hidden_size=72, intermediate_size=100, vocab_size=333, head_dim=16),
+    "tied head": lambda: llama(tie_word_embeddings=True),
+    "biases": lambda: llama(attention_bias=True, mlp_bias=True),
+    "llama3 rope": lambda: llama(rope_parameters=LLAMA3_ROPE),
+    "mistral": lambda: transformers.MistralForCausalLM(
+        transformers.MistralConfig(**SIZES, sliding_window=None, head_dim=16)
+    ),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def ready(model: nn.Module) -> Any:
+    """Frozen, with biases that are not zero."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.2)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_equal_transformers_own(name: str) -> None:
+    """fp32: both sum the same products in another order; logits reach about 30."""
+    model = ready(MODELS[name]())
+    with torch.no_grad():
+        expected = model(torch.tensor([PROMPT])).logits[0]
+    for library in libraries():
+        found = rig.prefill(rig.native_side(model, library=library), PROMPT, [len(PROMPT)])
+        assert (found - expected).abs().max() < 1e-4 * max(1.0, float(expected.abs().max()))
+
+
+def test_bfloat16_is_nearer_to_float32_than_the_torch_graph() -> None:
+    model = ready(llama(num_hidden_layers=6))
+    rounded = copy.deepcopy(model).bfloat16()
+    with torch.no_grad():
+        exact = copy.deepcopy(rounded).float()(torch.tensor([PROMPT])).logits[0]  # the same weights in float32
+        graph = rounded(torch.tensor([PROMPT])).logits[0].float()
+    for library in libraries():
+        native = rig.prefill(rig.native_side(rounded, library=library), PROMPT, [len(PROMPT)])
+        assert (native - exact).square().mean() < (graph - exact).square().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_batches_and_threads_change_no_bit(dtype: torch.dtype) -> None:
+    model = ready(llama()).to(dtype)
+    artefact = rig.random_artefact(attach_routing(copy.deepcopy(model), num_slots=rig.NUM_SLOTS), "layer")
+    plans = plans_over({slot: f"r{slot}" for slot in range(5)})
+    for library in libraries():
+        alone, team = (rig.native_side(model, num_threads=threads, library=library) for threads in (1, 2))
+        for side in (alone, team):
+            rig.equip(side, {1: artefact})
+        for plan in plans:
+            whole = rig.prefill(alone, PROMPT, [70], plan)
+            assert torch.equal(rig.prefill(team, PROMPT, [70], plan), whole)
+            assert torch.equal(rig.prefill(team, PROMPT, [17, 1, 1, 40, 11], plan), whole)
+            assert torch.equal(rig.prefill(alone, PROMPT, [1] * 70, plan), whole)
+        mixed = [rig.make_sequence(PROMPT, 1 + 10 * index, plan) for index, plan in enumerate(plans)]
+        logits = rig.step(team, [(sequence, 70) for sequence in mixed]).logits
+        together = [logits[start : start + 70] for start in range(0, len(logits), 70)]
+        for plan, found in zip(plans, together, strict=True):
+            assert torch.equal(found, rig.prefill(alone, PROMPT, [70], plan))
+
+
+def plans_over(row_digests: dict[int, str]) -> list[GatePlan]:
+    digests = {0: "base", **{slot: f"d{slot}" for slot in rig.RANKS}}
+    pool = {1: "d1", 4: "d4"}
+    return [
+        BASE_PLAN,
+        routed_plan(digests, row_digests, 1, "", 2),
+        fixed_plan(Policy.PINNED, {3: 1.0}, digests),
+        routed_plan(pool, row_digests, 1, "", 1),
+        routed_plan(digests, row_digests, 1, "", 5),
+        fixed_plan(Policy.WEIGHTED, {1: 0.4, 2: 2.0, 4: 0.7}, digests),
+    ]
+
+
+TARGETS = {1: ["q_proj", "v_proj"], 2: ["gate_proj", "up_proj", "down_proj"], 4: ["o_proj", "k_proj"]}
+
+
+@pytest.mark.parametrize("targets", [None, TARGETS], ids=["all targets", "some targets"])
+@pytest.mark.parametrize("granularity", ["layer", "projection"])
+def test_mixed_batches_have_the_torch_graphs_logits_and_gates(
+    granularity: Granularity, targets: dict[int, list[str]] | None
+) -> None:
+    """fp32, all policies and two routers of different granularity in one batch; prompt and decoding.
+
+    Router logits reach 10 here, and three layers of roundings stand before the last.
+    """
+    model = ready(llama(head_dim=16))
+    other: Granularity = "projection" if granularity == "layer" else "layer"
+    sides = [rig.torch_side(model, 128), rig.native_side(model, 128)]
+    routers = {
+        1: rig.random_artefact(sides[0].routed, granularity, skip_layers=1, temperature=0.7),
+        2: rig.random_artefact(sides[0].routed, other, seed=2),
+    }
+    row_digests = {slot: f"r{slot}" for slot in range(5)}
+    second = routed_plan({slot: f"d{slot}" for slot in rig.RANKS}, row_digests, 2, "", 3)
+    plans = [*plans_over(row_digests), second]
+    results = []
+    for side in sides:
+        rig.equip(side, routers, targets)
+        sequences = [rig.make_sequence(PROMPT[index:], 1 + 10 * index, plan) for index, plan in enumerate(plans)]
+        outputs = [
+            rig.step(side, [(sequence, 30 + index) for index, sequence in enumerate(sequences)], collect_layers=True),
+            rig.step(side, [(sequence, 1) for sequence in sequences], collect_layers=True),
+        ]
+        results.append(outputs)
+    for expected, found in zip(*results, strict=True):
+        num_tokens = found.logits.shape[0]
+        assert (found.logits - expected.logits).abs().max() < 2e-4 * expected.logits.abs().max()
+        assert expected.gates is not None
+        assert found.gates is not None
+        torch.testing.assert_close(found.gates.share, expected.gates.share[:num_tokens], atol=1e-4, rtol=0)
+        for generation in (1, 2):
+            ours, theirs = (gates.layer_gates(generation) for gates in (found.gates, expected.gates))
+            assert len(ours) == len(theirs)
+            for left, right in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(left, right[:num_tokens], atol=1e-4, rtol=0)
+        assert found.greatest is not None
+        values, ids = found.greatest
+        assert torch.equal(values, found.logits.amax(-1))
+        assert torch.equal(ids, found.logits.argmax(-1))
+
+
+def test_ties_between_slots_go_to_the_lower_one() -> None:
+    """Equal rows give equal logits here; on the torch graph a GEMM may round equal columns differently."""
+    side = rig.native_side(ready(llama()))
+    artefact = rig.random_artefact(side.routed, "layer")
+    for rows in artefact.rows.values():
+        rows[:] = rows[:1]
+    plan = routed_plan({s: f"d{s}" for s in (2, 3, 4)}, dict.fromkeys((2, 3, 4), "r"), 1, "", 2)
+    rig.equip(side, {1: artefact})
+    gates = rig.step(side, [(rig.make_sequence(PROMPT, plan=plan), 20)]).gates
+    assert gates is not None
+    assert torch.equal(gates.share[:, 2:5], torch.tensor([[0.5, 0.5, 0.0]]).expand(20, -1))
+
+
+def test_a_row_that_is_not_finite_shows_and_spares_the_others() -> None:
+    model = ready(llama())
+    poison = 319
+    model.model.embed_tokens.weight[poison] = torch.nan
+    side = rig.native_side(model)
+    bad, good = rig.make_sequence([*PROMPT[:20], poison, 5], 1), rig.make_sequence(PROMPT[:22], 20)
+    output = rig.step(side, [(bad, 22), (good, 22)])
+    assert output.greatest is not None
+    assert output.greatest[0][20:22].isnan().all(), "the row ends in something that is not a number"
+    assert output.greatest[0][22:].isfinite().all()
+    side.graph.clear(bad.block_table)
+    reused = rig.make_sequence(PROMPT[:22], 1)
+    assert torch.equal(rig.step(side, [(reused, 22)]).logits, output.logits[22:])
+
+
+def test_what_it_cannot_serve_is_said() -> None:
+    config = transformers.GPT2Config(n_embd=64, n_head=4, n_layer=2, vocab_size=320)
+    cases = {
+        "Llama family": (transformers.GPT2LMHeadModel(config), 16),
+        "float16": (llama().half(), 16),
+        "sliding window": (transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES)), 16),
+        "gelu": (llama(hidden_act="gelu"), 16),
+        "heads of 8": (llama(head_dim=8), 16),
+        "block_size 24": (llama(), 24),
+    }
+    for words, (model, block_size) in cases.items():
+        reason = why_not(model, block_size=block_size)
+        assert reason is not None, words
+        assert words in reason
+    assert why_not(llama(), block_size=32) is None
+
+
+def test_retired_adapters_and_dropped_models_are_freed() -> None:
+    side = rig.native_side(ready(llama()))
+    rig.equip(side, {})
+    assert side.routed.bank.pack is not None
+    adapter = weakref.ref(side.routed.bank.snapshot.packed[4])
+    side.routed.bank.publish(side.routed.bank.without_slots([4]))
+    assert side.routed.bank.snapshot.slots == {1, 2, 3}
+    rig.step(side, [(rig.make_sequence(PROMPT), 5)])  # the graph lets go of the old table
+    gc.collect()
+    assert adapter() is None
+    native = weakref.ref(getattr(side.graph, "_native"))  # noqa: B009 - not part of the protocol
+    assert isinstance(native(), NativeModel)
+    del side
+    gc.collect()
+    assert native() is None
