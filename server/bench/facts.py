@@ -50,13 +50,16 @@ class OtherLoad:
     def __init__(self) -> None:
         self._start = self._sample()
 
-    def cores(self) -> float | None:
-        """Average number of cores, None where the system does not say. Below 0.1 the machine was idle otherwise."""
+    def cores(self, *, also_own_s: float = 0.0) -> float | None:
+        """Average number of cores, None where the system does not say. Below 0.1 the machine was idle otherwise.
+
+        `also_own_s` are processor seconds of children of this process, which are not others either.
+        """
         end = self._sample()
         if self._start is None or end is None or end[0] <= self._start[0]:
             return None
         wall_s, busy_s, own_s = (after - before for after, before in zip(end, self._start, strict=True))
-        return round(max(0.0, busy_s - own_s) / wall_s, 2)
+        return round(max(0.0, busy_s - own_s - also_own_s) / wall_s, 2)
 
     def _sample(self) -> tuple[float, float, float] | None:
         try:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from server.errors import LoraMixerError
 
 if TYPE_CHECKING:
     from server.adapters.registry import AdapterRegistry
+    from server.api.services import Services
 
 
 class InProcessTarget:
@@ -58,16 +59,19 @@ class InProcessTarget:
 
 
 @asynccontextmanager
-async def in_process(config: ServerConfig) -> AsyncIterator[tuple[InProcessTarget, list[str]]]:
+async def in_process(
+    config: ServerConfig, on_started: Callable[["Services"], object] = lambda _: None
+) -> AsyncIterator[tuple[InProcessTarget, list[str]]]:
     """Everything that the server runs except HTTP, started, and the digests of its adapters.
 
-    Raises what a start of the server raises.
+    `on_started` gets the parts once the engine runs, on a thread of its own. Raises what a start of the server raises.
     """
     from server.assembly import build_services
 
     services = await asyncio.to_thread(build_services, config, Secrets())
     services.engine.start()
     try:
+        await asyncio.to_thread(on_started, services)
         ready = [info for info in services.registry.list() if info.state == "READY"]
         target = InProcessTarget(
             services.engine,
