@@ -13,13 +13,15 @@ BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --constraint deploy/constraints.txt
 INPUTS := pyproject.toml deploy/constraints.txt $(wildcard server/native/src/*)
 
-.PHONY: help serve test lint bench
+.PHONY: help serve test lint bench bench-peers bench-scaling bench-serving bench-report bench-flame
 
 help:
 	@echo "make serve   set up, then serve $(CONFIG) on http://127.0.0.1:$(PORT)   (CONFIG=, PORT=, ARGS=)"
 	@echo "make test    set up, then run the tests                              (ARGS='-k name')"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   lora-mixer bench                                        (ARGS='--help')"
+	@echo "make bench-peers    vLLM, llama.cpp, PEFT, transformers and this server side by side  (ARGS='--help')"
+	@echo "make bench-scaling, bench-serving, bench-flame, bench-report: see benchmarks/README.md"
 
 serve: $(VENV)/.serving
 	@exec $(BIN)/lora-mixer serve --config $(CONFIG) --port $(PORT) $(ARGS)
@@ -35,6 +37,15 @@ lint: $(VENV)/.testing
 bench: $(VENV)/.serving
 	@exec $(BIN)/lora-mixer bench $(ARGS)
 
+bench-peers: $(VENV)/.testing
+	@exec $(BIN)/python -m benchmarks.compare $(ARGS)
+
+bench-scaling bench-serving bench-flame: bench-%: $(VENV)/.testing
+	@exec $(BIN)/python -m benchmarks.$* $(ARGS)
+
+bench-report: $(VENV)/.testing
+	@exec $(BIN)/python -m benchmarks.render $(ARGS)
+
 # Stamps: their rules run again only when an input is newer, so a second `make serve` installs nothing.
 $(VENV)/.serving: $(INPUTS)
 	@test -n "$(PYTHON)" || { echo "LoRA-Mixer needs Python 3.11 or newer, and none was found on PATH." \
@@ -46,5 +57,5 @@ $(VENV)/.serving: $(INPUTS)
 	@touch $@
 
 $(VENV)/.testing: $(VENV)/.serving
-	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --editable '.[dev,bench]'
 	@touch $@
