@@ -3,6 +3,7 @@
 Part of the composition root (`app.py` puts HTTP around the result; `lora-mixer bench` uses it without HTTP).
 """
 
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -135,6 +136,15 @@ def build_services(config: ServerConfig, secrets: Secrets) -> Services:
         vocab_size=parts.loaded.vocab_size,
         created_s=int(time.time()),
     )
+
+
+def settle() -> None:
+    """Take what is loaded out of the garbage collector's sight, for a process that keeps it until its end.
+
+    A full collection walks every object there is; between two steps that was 3 % of decoding at batch 32.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 class _EngineGate:

@@ -81,9 +81,11 @@ def run_serve(arguments: argparse.Namespace) -> int:
     configure_logging(config.server.log_level)
     # Before the model is loaded: a port that is taken should not cost half a minute to find out.
     with bound_socket(config.server) as listener:
-        from server.assembly import build_services
+        from server.assembly import build_services, settle
 
-        return serve(build_services(config, load_secrets()), listener)
+        services = build_services(config, load_secrets())
+        settle()
+        return serve(services, listener)
 
 
 def serve(services: "Services", listener: socket.socket) -> int:

@@ -66,9 +66,10 @@ async def in_process(
 
     `on_started` gets the parts once the engine runs, on a thread of its own. Raises what a start of the server raises.
     """
-    from server.assembly import build_services
+    from server.assembly import build_services, settle
 
     services = await asyncio.to_thread(build_services, config, Secrets())
+    settle()
     services.engine.start()
     try:
         await asyncio.to_thread(on_started, services)

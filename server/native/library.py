@@ -18,6 +18,7 @@ NUM_PROJECTIONS = 7
 """q, k, v, o, gate, up, down: the order of the C interface."""
 
 VARIANTS = (
+    ("_llama_amx", {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"}),
     ("_llama_avx512_bf16", {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
     ("_llama_avx512", {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
 )
@@ -83,10 +84,10 @@ def libraries() -> tuple[ctypes.CDLL, ...]:
     for name, needed in VARIANTS:
         path = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
         if needed <= features and path.is_file():
-            library = _declare(ctypes.CDLL(str(path)))
+            library = ctypes.CDLL(str(path))
             # A stale build is left alone: its structs would be misread.
-            if library.lm_interface_version() == INTERFACE_VERSION:
-                found.append(library)
+            if library.lm_interface_version() == INTERFACE_VERSION and library.lm_is_usable():
+                found.append(_declare(library))
     return tuple(found)
 
 
@@ -113,6 +114,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     engine = c_void_p
     signatures: dict[str, tuple[type | None, list[type]]] = {
         "lm_interface_version": (c_int32, []),
+        "lm_is_usable": (c_int32, []),
         "lm_engine_new": (c_char_p, [POINTER(Shape), c_int32, c_int32, POINTER(c_void_p)]),
         "lm_engine_free": (None, [engine]),
         "lm_set_linear": (c_char_p, [engine, c_int32, c_int32, c_void_p, c_void_p]),

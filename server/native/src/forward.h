@@ -50,6 +50,7 @@ class Forward : public LoraStage<T> {
     };
 
     void work(int id) {
+        const TileScope tiles;
         Own& own = scratch_[id];
         const Step& step = *step_;
         rows(own, step.num_tokens, [&](int64_t t) {
@@ -172,34 +173,34 @@ class Forward : public LoraStage<T> {
     // Base product plus updates of the projections whose columns lie in panels [first, first + count), in float32, for
     // kRowsAtOnce tokens at a time; `finish(begin, rows, results, ldc)` takes them on.
     template <class Finish>
-    void project(Own& own, int layer, Group group, const Packed<T>& weight, const T* input, int64_t lda, int64_t first,
+    void project(Own& own, Group group, const Packed<T>& weight, const T* input, int64_t lda, int64_t first,
                  int64_t count, Finish finish) {
         const int64_t ldc = count * kPanel;
         for (int64_t begin = 0; begin < step_->num_tokens; begin += kRowsAtOnce) {
             const int64_t now = std::min<int64_t>(kRowsAtOnce, step_->num_tokens - begin);
             float* results = own.columns.get();
-            multiply_panels(input + begin * lda, lda, now, weight, first, count, results, ldc);
-            if (has_gates_ && own.hidden_size > 0) update(own, layer, group, first, count, begin, now, results, ldc);
+            multiply_weight(input + begin * lda, lda, now, weight, first, count, results, ldc);
+            if (has_gates_ && own.hidden_size > 0) update(own, group, first, count, begin, now, results, ldc);
             finish(begin, now, results, ldc);
         }
     }
 
     // q, k and v stand side by side in one matrix whose panels may straddle them; B has panels of its own.
-    void update(Own& own, int layer, Group group, int64_t first, int64_t count, int64_t begin, int64_t num_rows,
+    void update(Own& own, Group group, int64_t first, int64_t count, int64_t begin, int64_t num_rows,
                 float* results, int64_t ldc) {
         for (int i = 0; i < group.count; ++i) {
             const int projection = group.first + i;
             const int64_t column = shape_.column(projection), stop = column + shape_.d_out(projection);
             const int64_t from = std::max(column, first * kPanel), to = std::min(stop, (first + count) * kPanel);
             if (from < to)
-                lora_up(own, layer, group, i, from - column, to - from, begin, num_rows, results + from - first * kPanel, ldc);
+                lora_up(own, i, from - column, to - from, begin, num_rows, results + from - first * kPanel, ldc);
         }
     }
 
     void project_qkv(Own& own, int layer, int64_t first, int64_t count) {
         const int64_t width = shape_.qkv_width();
         const int64_t begin_column = first * kPanel, columns = std::min(width - begin_column, count * kPanel);
-        project(own, layer, kAttentionIn, model_.layers[layer].qkv, normed_.get(), depth(kQ), first, count,
+        project(own, kAttentionIn, model_.layers[layer].qkv, normed_.get(), depth(kQ), first, count,
                 [&](int64_t begin, int64_t now, const float* results, int64_t ldc) {
                     for (int64_t r = 0; r < now; ++r)
                         std::copy_n(results + r * ldc, columns, qkv_.get() + (begin + r) * width + begin_column);
@@ -222,7 +223,7 @@ class Forward : public LoraStage<T> {
         const std::vector<float>& bias = model_.layers[layer].bias[group.first];
         const int64_t begin_column = first * kPanel;
         const int64_t columns = std::min<int64_t>(shape_.hidden - begin_column, count * kPanel);
-        project(own, layer, group, weight, input, depth(group.first), first, count,
+        project(own, group, weight, input, depth(group.first), first, count,
                 [&](int64_t begin, int64_t now, const float* results, int64_t ldc) {
                     for (int64_t r = 0; r < now; ++r) {
                         float* out = residual_.get() + (begin + r) * shape_.hidden + begin_column;
@@ -244,11 +245,11 @@ class Forward : public LoraStage<T> {
             for (int64_t begin = 0; begin < step_->num_tokens; begin += kRowsAtOnce) {
                 const int64_t now = std::min<int64_t>(kRowsAtOnce, step_->num_tokens - begin);
                 float* gate = own.columns.get();
-                multiply_panels(input + begin * lda, lda, now, weights.gate, panel, 1, gate, 2 * kPanel);
-                multiply_panels(input + begin * lda, lda, now, weights.up, panel, 1, gate + kPanel, 2 * kPanel);
+                multiply_weight(input + begin * lda, lda, now, weights.gate, panel, 1, gate, 2 * kPanel);
+                multiply_weight(input + begin * lda, lda, now, weights.up, panel, 1, gate + kPanel, 2 * kPanel);
                 if (has_gates_ && own.hidden_size > 0)
                     for (int i = 0; i < 2; ++i)
-                        lora_up(own, layer, kMlpIn, i, begin_column, columns, begin, now, gate + i * kPanel, 2 * kPanel);
+                        lora_up(own, i, begin_column, columns, begin, now, gate + i * kPanel, 2 * kPanel);
                 for (int64_t r = 0; r < now; ++r)
                     activate(layer, gate + r * 2 * kPanel, begin_column, columns,
                              activated_.get() + (begin + r) * depth(kDown) + begin_column);
@@ -280,7 +281,7 @@ class Forward : public LoraStage<T> {
         for (int64_t begin = 0; begin < step_->num_logits; begin += kRowsAtOnce) {
             const int64_t now = std::min<int64_t>(kRowsAtOnce, step_->num_logits - begin);
             float* results = own.columns.get();
-            multiply_panels(normed_row(begin), depth(kQ), now, model_.head, first, count, results, count * kPanel);
+            multiply_weight(normed_row(begin), depth(kQ), now, model_.head, first, count, results, count * kPanel);
             for (int64_t r = 0; r < now; ++r) {
                 const float* row = results + r * count * kPanel;
                 std::copy_n(row, columns, step_->logits + (begin + r) * shape_.vocab + begin_column);

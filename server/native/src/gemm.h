@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <type_traits>
 
 #include "lanes.h"
 
@@ -127,20 +128,18 @@ void multiply_rows(int64_t rows, const T* a, int64_t lda, const char* const* rig
 #undef LM_ROWS
 }
 
-// C (rows, width * count) = A times `count` neighbouring panels from `first`; ldc counts float32 values.
+// C (rows, width * count) (+)= A times `count` neighbouring panels from `first`; ldc counts float32 values.
 template <class T>
 void multiply_panels(const T* a, int64_t lda, int64_t rows, const Packed<T>& weight, int64_t first, int64_t count,
-                     float* c, int64_t ldc) {
+                     float* c, int64_t ldc, bool accumulate = false) {
     const int64_t step_bytes = weight.width * 4;
     const int vectors = weight.width / kVec;
     const char* right[8];
     int64_t done = 0;
     while (done < count) {
         // Few rows leave registers free: take several panels at once, so that enough sums are under way.
-        int64_t now = 1;
-        if (rows <= 2) now = std::min<int64_t>(count - done, 8 / vectors);
-        else if (rows <= 6) now = std::min<int64_t>(count - done, 4 / vectors);
-        if (now * vectors == 6) now = 2;
+        int64_t now = std::min<int64_t>(count - done, rows <= 2 ? 8 / vectors : rows <= 6 ? 4 / vectors : 1);
+        while (now & (now - 1)) now &= now - 1;  // a power of two
         for (int64_t p = 0; p < now; ++p)
             for (int v = 0; v < vectors; ++v)
                 right[p * vectors + v] =
@@ -149,13 +148,15 @@ void multiply_panels(const T* a, int64_t lda, int64_t rows, const Packed<T>& wei
             const int64_t now_rows = std::min<int64_t>(kTileRows, rows - row);
             const T* left = a + row * lda;
             float* out = c + row * ldc + done * weight.width;
+            const auto multiply = [&](auto vectors_at_once) {
+                multiply_rows<T, vectors_at_once()>(now_rows, left, lda, right, step_bytes, weight.steps, out, ldc,
+                                                    accumulate);
+            };
             switch (now * vectors) {
-                case 1: multiply_rows<T, 1>(now_rows, left, lda, right, step_bytes, weight.steps, out, ldc, false); break;
-                case 2: multiply_rows<T, 2>(now_rows, left, lda, right, step_bytes, weight.steps, out, ldc, false); break;
-                case 3: multiply_rows<T, 3>(now_rows, left, lda, right, step_bytes, weight.steps, out, ldc, false); break;
-                case 4: multiply_rows<T, 4>(now_rows, left, lda, right, step_bytes, weight.steps, out, ldc, false); break;
-                case 8: multiply_rows<T, 8>(now_rows, left, lda, right, step_bytes, weight.steps, out, ldc, false); break;
-                default: __builtin_unreachable();
+                case 1: multiply(std::integral_constant<int, 1>()); break;
+                case 2: multiply(std::integral_constant<int, 2>()); break;
+                case 4: multiply(std::integral_constant<int, 4>()); break;
+                default: multiply(std::integral_constant<int, 8>()); break;
             }
         }
         done += now;

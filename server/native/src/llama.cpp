@@ -113,6 +113,9 @@ extern "C" {
 // Raised whenever a struct or a signature changes, so that a stale build is noticed instead of misread.
 LM_EXPORT int32_t lm_interface_version() { return 1; }
 
+// Whether this process may use the registers this build needs. Call before the first engine is made.
+LM_EXPORT int32_t lm_is_usable() { return lm::enable_tiles(); }
+
 LM_EXPORT const char* lm_engine_new(const lm::Shape* shape, int32_t dtype, int32_t num_threads, lm::Engine** out) {
     return lm::guarded([&] {
         if (dtype == 0)

@@ -94,132 +94,118 @@ class LoraStage : public Stage<T> {
 
     // ---- adapters ----------------------------------------------------------------------------------------------
 
-    const LoraPair<T>& pair(int layer, int projection, int32_t slot) const {
-        return static_cast<const Adapter<T>*>(step_->adapters[slot])->pair(layer, projection);
-    }
-    static int64_t rank_width(const LoraPair<T>& pair) { return pair.b.steps * Lane<T>::KP; }
-
     // Rank space of a group: for each projection and each (token, adapter) the row g * (A x), padded to lanes of B.
     void lora_down(Own& own, int layer, Group group, const T* input, int64_t lda) {
         if (!has_gates_) return;
-        const int64_t units = group_tokens(own, layer, group);
-        if (units == 0) return;
+        list_updates(own, layer, group);
+        if (own.units.empty()) return;
         if (own.hidden_size > hidden_.size()) {
             // Only one thread may grow what all read. Sizes settle after a few steps, and so do these barriers.
             team_.barrier();
             if (&own == &scratch_[0]) hidden_.resize(own.hidden_size);
             team_.barrier();
         }
-        this->take(own, units, 1, [&](int64_t unit, int64_t) { lora_down_unit(own, layer, group, unit, input, lda); });
+        this->take(own, static_cast<int64_t>(own.units.size()), 1,
+                   [&](int64_t unit, int64_t) { lora_down_unit(own, own.units[unit], input, lda); });
     }
 
-    const Grouping& grouping_of(const Own& own, int index) const {
-        return own.groupings[has_projection_router_ ? index : 0];
+    // Add a projection's updates to `out` (rows, ldc), the results of its columns [from, from + columns) for tokens
+    // [begin, begin + num_rows): adapters in the order of their slots.
+    void lora_up(Own& own, int index, int64_t from, int64_t columns, int64_t begin, int64_t num_rows, float* out,
+                 int64_t ldc) {
+        for (const Update<T>& update : own.updates[index]) {
+            const int32_t* tokens = update.tokens;
+            int64_t entry = 0, stop = update.count;
+            if (num_rows < step_->num_tokens) {
+                entry = std::lower_bound(tokens, tokens + update.count, begin) - tokens;
+                stop = std::lower_bound(tokens + entry, tokens + update.count, begin + num_rows) - tokens;
+            }
+            const int64_t width = update.pair->width();
+            for (; entry < stop; entry += kTileRows) {
+                const int64_t now = std::min<int64_t>(kTileRows, stop - entry);
+                add_update(own, *update.pair, hidden_.get() + update.hidden + entry * width, tokens + entry, now, from,
+                           columns, begin, out, ldc);
+            }
+        }
     }
 
-    // Group the tokens by adapter (each thread for itself) and lay out rank space. Returns the work units of the group:
-    // one per tile of tokens of each (projection, adapter).
-    int64_t group_tokens(Own& own, int layer, Group group) {
+  private:
+    const LoraPair<T>& pair(int layer, int projection, int32_t slot) const {
+        return static_cast<const Adapter<T>*>(step_->adapters[slot])->pair(layer, projection);
+    }
+
+    // Group the tokens by adapter, lay out rank space and cut the work: each thread for itself, all with one result.
+    void list_updates(Own& own, int layer, Group group) {
         const Step& step = *step_;
-        int64_t at = 0, units = 0;
+        own.hidden_size = 0;
+        own.units.clear();
         for (int i = 0; i < group.count; ++i) {
             if (has_projection_router_)
                 own.groupings[i].build(gates_[i], step.num_tokens, step.num_slots, step.adapters);
             else if (group.first == kQ && i == 0)  // the layer's other groups reuse it
                 own.groupings[0].build(layer_gates_, step.num_tokens, step.num_slots, step.adapters);
-            const Grouping& grouping = grouping_of(own, i);
-            own.hidden_first[i] = at;
+            const Grouping& grouping = own.groupings[has_projection_router_ ? i : 0];
+            own.updates[i].clear();
             for (size_t g = 0; g < grouping.slots.size(); ++g) {
                 const LoraPair<T>& lora = pair(layer, group.first + i, grouping.slots[g]);
                 if (lora.rank == 0) continue;
-                const int64_t count = grouping.first[g + 1] - grouping.first[g];
-                at += count * rank_width(lora);
-                units += (count + kTileRows - 1) / kTileRows;
-            }
-        }
-        own.hidden_size = at;
-        return units;
-    }
-
-    void lora_down_unit(Own& own, int layer, Group group, int64_t unit, const T* input, int64_t lda) {
-        for (int i = 0; i < group.count; ++i) {
-            const Grouping& grouping = grouping_of(own, i);
-            int64_t at = own.hidden_first[i];
-            for (size_t g = 0; g < grouping.slots.size(); ++g) {
-                const LoraPair<T>& lora = pair(layer, group.first + i, grouping.slots[g]);
-                if (lora.rank == 0) continue;
-                const int64_t count = grouping.first[g + 1] - grouping.first[g];
-                const int64_t tiles = (count + kTileRows - 1) / kTileRows;
-                if (unit < tiles) {
-                    const int64_t row = unit * kTileRows;
-                    lora_down_tile(own, lora, grouping, grouping.first[g] + row,
-                                   std::min<int64_t>(kTileRows, count - row), input, lda,
-                                   hidden_.get() + at + row * rank_width(lora));
-                    return;
-                }
-                unit -= tiles;
-                at += count * rank_width(lora);
+                const int32_t first = grouping.first[g], count = grouping.first[g + 1] - first;
+                own.updates[i].push_back({&lora, &grouping.token[first], &grouping.weight[first], count, own.hidden_size});
+                own.hidden_size += count * lora.width();
+                const int32_t index = static_cast<int32_t>(own.updates[i].size()) - 1;
+                for (int32_t entry = 0; entry < count; entry += kTileRows) own.units.push_back({i, index, entry});
             }
         }
     }
 
-    void lora_down_tile(Own& own, const LoraPair<T>& lora, const Grouping& grouping, int64_t entry, int64_t count,
-                        const T* input, int64_t lda, T* out) {
-        T* gathered = own.gathered.get();
-        for (int64_t r = 0; r < count; ++r)
-            std::memcpy(static_cast<void*>(gathered + r * lda), input + grouping.token[entry + r] * lda,
-                        lora.a.steps * 4);
-        const int64_t width = rank_width(lora);
-        for (int64_t panel = 0; panel < lora.a.num_panels(); ++panel) {
-            float* narrow = own.narrow.get();
-            multiply_panels(gathered, lda, count, lora.a, panel, 1, narrow, kVec);
-            const int64_t first = panel * kVec, stop = std::min<int64_t>(width, first + kVec);
+    void lora_down_unit(Own& own, const Unit& unit, const T* input, int64_t lda) {
+        const Update<T>& update = own.updates[unit.projection][unit.update];
+        const LoraPair<T>& lora = *update.pair;
+        const int64_t count = std::min<int64_t>(kTileRows, update.count - unit.entry), width = lora.width();
+        const int32_t* tokens = update.tokens + unit.entry;
+        const T* left = input + tokens[0] * lda;
+        if (tokens[count - 1] - tokens[0] != count - 1) {  // not neighbours
+            for (int64_t r = 0; r < count; ++r)
+                std::memcpy(static_cast<void*>(own.gathered.get() + r * lda), input + tokens[r] * lda, lora.a.steps * 4);
+            left = own.gathered.get();
+        }
+        T* out = hidden_.get() + update.hidden + unit.entry * width;
+        float* narrow = own.narrow.get();
+        constexpr int64_t kAtOnce = 4;  // panels of 16
+        for (int64_t panel = 0; panel < lora.a.num_panels(); panel += kAtOnce) {
+            const int64_t now = std::min(kAtOnce, lora.a.num_panels() - panel), ldc = now * kVec;
+            multiply_panels(left, lda, count, lora.a, panel, now, narrow, ldc);
+            const int64_t first = panel * kVec, stop = std::min<int64_t>(width, first + ldc);
             for (int64_t r = 0; r < count; ++r) {
-                const float gate = grouping.weight[entry + r];
-                for (int64_t k = first; k < stop; ++k) from_float(gate * narrow[r * kVec + k - first], out + r * width + k);
+                const float gate = update.weights[unit.entry + r];
+                for (int64_t k = first; k < stop; ++k) from_float(gate * narrow[r * ldc + k - first], out + r * width + k);
             }
         }
     }
 
-    // Add a projection's updates to `out` (rows, ldc), the results of its columns [from, from + columns) for tokens
-    // [begin, begin + num_rows): adapters in the order of their slots.
-    void lora_up(Own& own, int layer, Group group, int index, int64_t from, int64_t columns, int64_t begin,
-                 int64_t num_rows, float* out, int64_t ldc) {
-        const Grouping& grouping = grouping_of(own, index);
-        int64_t at = own.hidden_first[index];
-        for (size_t g = 0; g < grouping.slots.size(); ++g) {
-            const LoraPair<T>& lora = pair(layer, group.first + index, grouping.slots[g]);
-            if (lora.rank == 0) continue;
-            const int64_t width = rank_width(lora);
-            const auto tokens = grouping.token.begin();
-            const auto low = tokens + grouping.first[g], high = tokens + grouping.first[g + 1];
-            int64_t entry = std::lower_bound(low, high, begin) - tokens;
-            const int64_t stop = std::lower_bound(low, high, begin + num_rows) - tokens;
-            for (; entry < stop; entry += kTileRows) {
-                const int64_t now = std::min<int64_t>(kTileRows, stop - entry);
-                const T* hidden = hidden_.get() + at + (entry - grouping.first[g]) * width;
-                const int32_t* token = &grouping.token[entry];
-                for (int64_t panel = from / kPanel; panel * kPanel < from + columns; ++panel) {
-                    multiply_panels(hidden, width, now, lora.b, panel, 1, own.narrow.get(), kPanel);
-                    for (int64_t r = 0; r < now; ++r)
-                        add_columns(own.narrow.get() + r * kPanel, panel * kPanel, from, columns,
-                                    out + (token[r] - begin) * ldc);
-                }
-            }
-            at += (grouping.first[g + 1] - grouping.first[g]) * width;
-        }
-    }
-
-    static void add_columns(const float* panel, int64_t column, int64_t from, int64_t columns, float* out) {
-        if (column >= from && column + kPanel <= from + columns) {
-            for (int v = 0; v < kPanel; v += kVec)
-                store16(out + column - from + v, _mm512_add_ps(load16(out + column - from + v), load16(panel + v)));
+    // out += B hidden for up to kTileRows tokens. Sums go on from what `out` holds, in any arrangement of the tokens.
+    void add_update(Own& own, const LoraPair<T>& lora, const T* hidden, const int32_t* tokens, int64_t count,
+                    int64_t from, int64_t columns, int64_t begin, float* out, int64_t ldc) {
+        const int64_t width = lora.width(), first = from / kPanel, stop = (from + columns + kPanel - 1) / kPanel;
+        const bool is_whole = from % kPanel == 0 && columns % kPanel == 0;
+        if (is_whole && tokens[count - 1] - tokens[0] == count - 1) {
+            multiply_panels(hidden, width, count, lora.b, first, stop - first, out + (tokens[0] - begin) * ldc, ldc, true);
             return;
         }
-        const int64_t stop = std::min(column + kPanel, from + columns);
-        for (int64_t c = std::max(column, from); c < stop; ++c) out[c - from] += panel[c - column];
+        float* narrow = own.narrow.get();
+        for (int64_t panel = first; panel < stop; ++panel) {
+            const int64_t low = std::max(panel * kPanel, from), high = std::min((panel + 1) * kPanel, from + columns);
+            for (int64_t r = 0; r < count; ++r)
+                std::memcpy(narrow + r * kPanel + low % kPanel, out + (tokens[r] - begin) * ldc + low - from,
+                            (high - low) * sizeof(float));
+            multiply_panels(hidden, width, count, lora.b, panel, 1, narrow, kPanel, true);
+            for (int64_t r = 0; r < count; ++r)
+                std::memcpy(out + (tokens[r] - begin) * ldc + low - from, narrow + r * kPanel + low % kPanel,
+                            (high - low) * sizeof(float));
+        }
     }
 
+  protected:
     bool has_gates_ = false, has_projection_router_ = false;
 
   private:

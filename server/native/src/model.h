@@ -70,6 +70,7 @@ struct LoraPair {
     int64_t rank = 0;
     Packed<T> a;  // (rank, d_in), panels of 16
     Packed<T> b;  // (d_out, rank)
+    int64_t width() const { return b.steps * Lane<T>::KP; }  // rank padded to lanes
 };
 
 template <class T>

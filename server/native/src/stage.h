@@ -8,17 +8,34 @@
 #include "attention.h"
 #include "routing.h"
 #include "threads.h"
+#include "tiles.h"
 
 namespace lm {
+
+// One adapter's part in one projection of a step: its tokens, their gates, and where their rows of rank space begin.
+template <class T>
+struct Update {
+    const LoraPair<T>* pair;
+    const int32_t* tokens;
+    const float* weights;
+    int32_t count;
+    int64_t hidden;
+};
+
+// Up to kTileRows tokens of an update, from `entry` on.
+struct Unit {
+    int32_t projection, update, entry;
+};
 
 // What one thread needs for itself.
 template <class T>
 struct Scratch {
     Grouping groupings[3];
-    int64_t hidden_first[3];  // first value of each projection's rows in rank space
-    int64_t hidden_size = 0;  // values of rank space in this phase
+    std::vector<Update<T>> updates[3];  // by projection of the group at work
+    std::vector<Unit> units;
+    int64_t hidden_size = 0;            // values of rank space in this phase
     Buffer<float> columns;    // results of the panels at work
-    Buffer<float> narrow;     // (kTileRows, 32): one panel of an adapter
+    Buffer<float> narrow;     // (kTileRows, 64): a few panels of an adapter
     Buffer<T> gathered;       // (kTileRows, padded d_in)
     AttentionTile<T> tile;
     std::vector<float> greatest;      // (num_logits,) over the columns this thread computed
@@ -33,7 +50,7 @@ class Stage {
         : model_(model), shape_(model.shape), cache_(cache), team_(team), scratch_(team.size()),
           counters_(model.shape.layers * kPhases + kPhases) {
         for (auto& own : scratch_) {
-            own.narrow.resize(kTileRows * kPanel);
+            own.narrow.resize(kTileRows * 4 * kVec);
             own.gathered.resize(kTileRows * std::max(depth(kQ), std::max(depth(kO), depth(kDown))));
             own.columns.resize(kRowsAtOnce * kPanelsAtOnce * kPanel);
         }
@@ -42,17 +59,19 @@ class Stage {
   protected:
     static constexpr int kPhases = 24;              // at most, of one layer
     static constexpr int64_t kRowsAtOnce = 192;     // rows whose results of a piece stay in the first-level caches
+    static constexpr int64_t kRowUnit = 32;         // kRowsAtOnce is a multiple
     static constexpr int64_t kPanelsAtOnce = 4;     // panels in the largest piece
 
     void begin(const Step& step) {
         step_ = &step;
         const int64_t tokens = step.num_tokens;
         residual_.resize(tokens * shape_.hidden);
-        normed_.resize(std::max<int64_t>(tokens, step.num_logits) * depth(kQ));
+        const int64_t padded = round_up(tokens, kRowUnit);  // the matrix unit reads whole tiles
+        normed_.resize(std::max(padded, round_up(step.num_logits, kRowUnit)) * depth(kQ));
         qkv_.resize(tokens * shape_.qkv_width());
         query_.resize(tokens * shape_.d_out(kQ));
-        attended_.resize(tokens * depth(kO));
-        activated_.resize(tokens * depth(kDown));
+        attended_.resize(padded * depth(kO));
+        activated_.resize(padded * depth(kDown));
         for (auto& counter : counters_) counter.store(0, std::memory_order_relaxed);
         for (auto& own : scratch_) {
             own.phase = 0;
