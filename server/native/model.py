@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -125,12 +126,13 @@ class NativeModel:
         # Not at exit: the engine thread may still be in a step then, and the memory goes with the process anyway.
         weakref.finalize(self, library.lm_engine_free, pointer).atexit = False
         self._pack(model, max_positions)
-        # Zeros, not empty memory: masked positions still enter products, and NaN times zero is NaN. The padding at the
-        # end is never used; vectors that start at the last values may read into it.
+        # Zeros, not empty memory: masked positions still enter products, and NaN times zero is NaN. numpy's come from
+        # calloc, so that blocks cost memory once they are used, not before; torch's would be written at once.
         self._tile = block_size * _head_dim(config)
         self._cache_shape = (self.num_layers, num_blocks, config.num_key_value_heads * 2 * self._tile)
         num_values = self._cache_shape[0] * self._cache_shape[1] * self._cache_shape[2]
-        self._cache = torch.zeros(num_values + 64, dtype=self._dtype)
+        size = self._dtype.itemsize
+        self._cache = torch.from_numpy(np.zeros(num_values * size // 4, np.int32)).view(self._dtype)
         self._check(library.lm_set_cache(self._engine, self._cache.data_ptr(), num_blocks))
 
     def run(self, step: Step) -> None:
@@ -139,8 +141,7 @@ class NativeModel:
 
     def clear(self, blocks: list[int]) -> None:
         """Zero the given cache blocks in every layer."""
-        num_values = self._cache.numel() - 64
-        self._cache[:num_values].view(self._cache_shape)[:, blocks] = 0
+        self._cache.view(self._cache_shape)[:, blocks] = 0
 
     def pack_adapter(self, weights: Mapping[str, LoraWeights]) -> PackedAdapter:
         """An adapter's weights (by module path) in the compute dtype. Safe on any thread."""
