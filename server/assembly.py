@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 
+from server.adapters.hub import HubSource
 from server.adapters.records import AdapterState
 from server.adapters.registry import AdapterRegistry
 from server.adapters.roster import Roster
@@ -113,6 +114,7 @@ def build_services(config: ServerConfig, secrets: Secrets) -> Services:
         base_model_name=config.base_model.name,
         settings=config.server,
         run_between_steps=gate.run,
+        hub=HubSource.from_settings(config.server, secrets),
         lockfile=config.root / LOCKFILE_NAME,
         root=config.root,
         on_load=metrics.count_load,

@@ -16,7 +16,7 @@ from server.adapters.lockfile import LockEntry, Lockfile
 from server.adapters.sources import ResolvedSource
 from server.adapters.weights import AdapterLimits
 from server.cli_flags import config_from
-from server.config import AdapterSpec, ServerConfig, cache_folder
+from server.config import AdapterSpec, ServerConfig, cache_folder, load_secrets
 from server.errors import ConfigError, InvalidRequestError
 from server.model.skeleton import load_skeleton
 from server.routing.attach import find_projections
@@ -48,7 +48,7 @@ def judge(spec: AdapterSpec, config: ServerConfig) -> Verdict:
         projections=find_projections(skeleton),
         base_model_name=config.base_model.name,
         limits=limits,
-        hub=_ShownHub(max_bytes=limits.max_bytes),
+        hub=_ShownHub.from_settings(config.server, load_secrets()),
         lockfile=Lockfile(None),
         root=Path.cwd(),
     )

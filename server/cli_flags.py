@@ -16,7 +16,7 @@ from server.config import BaseModelConfig, ServerConfig, ServerSettings, load_co
 
 DEFAULT_CONFIG = Path("adapters.yaml")
 
-SINGULAR_FLAGS = {"adapter_roots": "adapter-root"}
+SINGULAR_FLAGS = {"adapter_roots": "adapter-root", "hub_allowed": "hub-allowed"}
 """Lists are given one value per flag, so their flag is singular and may be repeated."""
 
 
@@ -110,7 +110,8 @@ def _add_flag(group: Any, name: str) -> None:
     if isinstance(field.default, bool):
         group.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text)
     elif name in SINGULAR_FLAGS:
-        group.add_argument(flag, dest=name, action="append", metavar="DIR", help=f"{text}; repeatable")
+        metavar = "DIR" if name == "adapter_roots" else "ORG[/NAME]"
+        group.add_argument(flag, dest=name, action="append", metavar=metavar, help=f"{text}; repeatable")
     elif choices:
         group.add_argument(flag, dest=name, choices=choices, help=text)
     else:

@@ -5,6 +5,8 @@ The only module that reads the environment. Knows no torch and starts nothing.
 
 import difflib
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -85,6 +87,20 @@ class ServerSettings(_Frozen):
     """Largest LoRA rank accepted."""
     max_adapter_bytes: Annotated[int, Field(ge=1)] = 2 * 1024**3
     """Largest adapter file accepted, in bytes; checked before anything is downloaded."""
+    hub_allowed: tuple[str, ...] = ()
+    """Hub organisations (`org`) and repositories (`org/name`) that adapters may come from; empty allows all."""
+    hub_retries: Annotated[int, Field(ge=0, le=20)] = 4
+    """Times that a request to the Hub is tried again after a failure that may pass, waiting 0.5 s to 8 s in between."""
+    hub_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds that the Hub may take to answer, and to go on within an answer."""
+    hub_download_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """Seconds that the download of one adapter may take in all."""
+    max_loading_adapters: Annotated[int, Field(ge=1)] = 32
+    """Most registrations over HTTP under way at once; beyond, further ones get 429."""
+    registry_file: str | None = "adapters.state"
+    """File, relative to the config file, that keeps HTTP registrations across restarts; null or empty: none."""
+    traffic_alarm_factor: Annotated[float, Field(gt=1)] = 4.0
+    """How many times its even share of recent traffic an adapter may capture before the alarm metric rises."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
@@ -131,19 +147,46 @@ class Secrets(_Frozen):
     """LORA_MIXER_API_KEYS, comma-separated: when set, every /v1 route needs one as a bearer token."""
     admin_key: str | None = None
     """LORA_MIXER_ADMIN_KEY: when set, mutating routes need it; when not, they work from loopback only."""
+    hub_tokens: tuple[tuple[str, str], ...] = ()
+    """LORA_MIXER_HUB_TOKENS, comma-separated `org=TOKEN` or `org/name=TOKEN`: Hub tokens per source."""
+
+    def hub_token(self, repository: str) -> str | None:
+        """The token for a Hub id: the repository's own, else its organisation's, else None (HF_TOKEN then counts)."""
+        tokens = {scope.lower(): token for scope, token in self.hub_tokens}
+        name = repository.lower()
+        return tokens.get(name) or tokens.get(name.partition("/")[0])
 
     def __repr__(self) -> str:
-        return f"Secrets(api_keys=<{len(self.api_keys)}>, admin_key={'<set>' if self.admin_key else None})"
+        admin_key = "<set>" if self.admin_key else None
+        return f"Secrets(api_keys=<{len(self.api_keys)}>, admin_key={admin_key}, hub_tokens=<{len(self.hub_tokens)}>)"
 
     __str__ = __repr__
 
 
 def load_secrets() -> Secrets:
-    """Read the keys from the environment."""
-    keys = [key.strip() for key in os.environ.get("LORA_MIXER_API_KEYS", "").split(",")]
+    """Read the keys from the environment. Raises ConfigError, which repeats no part of a key."""
     return Secrets(
-        api_keys=tuple(key for key in keys if key), admin_key=os.environ.get("LORA_MIXER_ADMIN_KEY", "").strip() or None
+        api_keys=tuple(_listed_in("LORA_MIXER_API_KEYS")),
+        admin_key=os.environ.get("LORA_MIXER_ADMIN_KEY", "").strip() or None,
+        hub_tokens=tuple(_hub_tokens()),
     )
+
+
+def _listed_in(variable: str) -> list[str]:
+    return [part.strip() for part in os.environ.get(variable, "").split(",") if part.strip()]
+
+
+def _hub_tokens() -> Iterator[tuple[str, str]]:
+    for number, part in enumerate(_listed_in("LORA_MIXER_HUB_TOKENS"), start=1):
+        scope, _, token = (piece.strip() for piece in part.partition("="))
+        if (
+            not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", scope)
+            or not token.isascii()
+            or not token.isprintable()
+            or not token
+        ):
+            raise ConfigError(f"LORA_MIXER_HUB_TOKENS: part {number} is not of the form org=TOKEN or org/name=TOKEN")
+        yield scope, token
 
 
 def cache_folder() -> Path:

@@ -26,11 +26,11 @@ def _explain(error: BaseException, spec: AdapterSpec, locked_commit: str | None)
         ),
         "GatedRepoError": (
             f"{repository} is gated",
-            "accept its terms on the Hub and set HF_TOKEN to a token with access",
+            "accept its terms on the Hub and set HF_TOKEN to a token with access, or name one in LORA_MIXER_HUB_TOKENS",
         ),
         "RepositoryNotFoundError": (
             f"the Hub has no {repository}, or it is private",
-            "there is no such folder here either; check the name, or set HF_TOKEN",
+            "there is no such folder here either; check the name, or set HF_TOKEN or LORA_MIXER_HUB_TOKENS",
         ),
         "RevisionNotFoundError": (
             f"{repository} has no revision {revision}",
@@ -42,27 +42,29 @@ def _explain(error: BaseException, spec: AdapterSpec, locked_commit: str | None)
         "HFValidationError": (f"{repository} is not a Hub id", "use org/name"),
         "FileMetadataError": (f"the answer about {repository} was not the Hub's", "check HF_ENDPOINT and proxies"),
     }
-    for link in _chain(error):
+    for link in causes(error):
         # In order of the class hierarchy: a gated repository is also one that is not found.
         for kind in type(link).__mro__:
             if kind.__name__ in by_name:
                 return by_name[kind.__name__]
-        if isinstance(status := getattr(getattr(link, "response", None), "status_code", None), int):
-            return _explain_status(status, repository)
+    if (status := status_of(error)) is not None:
+        return _explain_status(status, repository)
     return _explain_local(error, repository)
 
 
 def _explain_local(error: BaseException, repository: str) -> tuple[str, str]:
     """What went wrong without an answer of the Hub."""
-    names = [type(link).__name__ for link in _chain(error)]
+    names = [type(link).__name__ for link in causes(error)]
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk that holds the Hub cache is full", "free space, or move the cache with HF_HOME"
     if isinstance(error, OSError) and error.errno is not None:
         return f"the Hub cache cannot be used ({error.strerror})", "check its folder, or move it with HF_HOME"
     if any("Timeout" in name for name in names):
-        return f"the Hub did not answer in time for {repository}", "try again, or raise HF_HUB_DOWNLOAD_TIMEOUT"
-    if isinstance(error, OSError) and "Consistency check" in str(error):
-        return f"a file of {repository} arrived with the wrong length", "try again"
+        return f"the Hub did not answer in time for {repository}", "try again, or raise server.hub_timeout_s"
+    if "CutShortError" in names:
+        return f"a file of {repository} broke off again and again", "try again: what has come is kept"
+    if "TooManyRedirects" in names:
+        return f"the answer about {repository} redirects without end", "check HF_ENDPOINT and proxies"
     if isinstance(error, ValueError | TypeError | KeyError):
         return f"the answer about {repository} was not the Hub's", "check HF_ENDPOINT and proxies"
     return f"the Hub could not be reached for {repository} ({names[-1]})", "check the network, or HF_ENDPOINT"
@@ -70,15 +72,29 @@ def _explain_local(error: BaseException, repository: str) -> tuple[str, str]:
 
 def _explain_status(status: int, repository: str) -> tuple[str, str]:
     if status in (401, 403):
-        return f"the Hub refused access to {repository} (HTTP {status})", "check HF_TOKEN and its permissions"
+        return (
+            f"the Hub refused access to {repository} (HTTP {status})",
+            "check HF_TOKEN or LORA_MIXER_HUB_TOKENS and the token's permissions",
+        )
     if status == 429:
-        return f"the Hub limits our rate (HTTP 429) for {repository}", "wait a few minutes, or set HF_TOKEN"
+        return (
+            f"the Hub limits our rate (HTTP 429) for {repository}",
+            "wait a few minutes, or set HF_TOKEN or LORA_MIXER_HUB_TOKENS",
+        )
     if status >= 500:
         return f"the Hub failed (HTTP {status}) for {repository}", "try again later"
     return f"the Hub answered HTTP {status} for {repository}", "check the source"
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def status_of(error: BaseException) -> int | None:
+    """HTTP status of the answer behind an error, if there was an answer."""
+    for link in causes(error):
+        if isinstance(status := getattr(getattr(link, "response", None), "status_code", None), int):
+            return status
+    return None
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     """The error and its causes, outermost first."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:

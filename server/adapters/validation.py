@@ -117,7 +117,7 @@ def capped(reasons: Iterable[RefusalReason]) -> list[RefusalReason]:
     for reason in reasons:
         counts[reason.code] += 1
         if counts[reason.code] <= MAX_REASONS_PER_CODE:
-            kept.append(RefusalReason(reason.code, _printable(reason.message), _printable(reason.where)))
+            kept.append(RefusalReason(reason.code, printable(reason.message), printable(reason.where)))
     for code, count in counts.items():
         if count > MAX_REASONS_PER_CODE:
             message = f"and {count - MAX_REASONS_PER_CODE} more of the kind {code!r}"
@@ -125,7 +125,7 @@ def capped(reasons: Iterable[RefusalReason]) -> list[RefusalReason]:
     return kept
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """`text` with line breaks, terminal controls, direction marks and lone surrogates as escapes: names in a stranger's
     files end up in logs and on terminals."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

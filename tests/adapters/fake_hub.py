@@ -29,6 +29,12 @@ class Repository:
     token: str | None = None
     """Set: private, only this token reads it."""
     is_gated: bool = False
+    security: dict[str, object] | None = None
+    """What the malware scanners say, for those who ask."""
+    lists_sizes: bool = True
+    """False: as listings without `blobs=true`, which some mirrors never give."""
+    moved_to: str | None = None
+    """The repository's new name: requests for this one are redirected."""
 
     def resolve(self, revision: str) -> str | None:
         commit = self.branches.get(revision, revision)
@@ -49,6 +55,14 @@ class Fault:
     body: bytes | None = None
     """Send this body in place of the right one, under the right headers except for its length."""
     delay_s: float = 0.0
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Sent with `status`."""
+    location: str | None = None
+    """Redirect there; `self` means the very same URL."""
+    ignores_range: bool = False
+    """Send the whole body with 200, whatever range was asked for."""
+    drip_s: float = 0.0
+    """Pause between pieces of 1,000 bytes."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,8 @@ class Request:
     method: str
     path: str
     token: str | None
+    query: str = ""
+    range: str | None = None
 
 
 class FakeHub:
@@ -148,12 +164,17 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         self._token = token if scheme == "Bearer" else None
-        self.hub.requests.append(Request(self.command, path, self._token))
+        self.hub.requests.append(
+            Request(self.command, path, self._token, urlsplit(self.path).query, self.headers.get("Range"))
+        )
         self._fault = self.hub.take_fault(self.command, path)
         if self._fault is not None:
             time.sleep(self._fault.delay_s)
             if self._fault.status is not None:
-                return self._answer(self._fault.status, b'{"error": "on purpose"}')
+                return self._answer(self._fault.status, b'{"error": "on purpose"}', self._fault.headers)
+            if self._fault.location is not None:
+                target = self.path if self._fault.location == "self" else self._fault.location
+                return self._answer(302, b"", {"Location": target})
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             return self._serve_info(match[1], match[2] or "main")
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
@@ -170,6 +191,9 @@ class _Handler(BaseHTTPRequestHandler):
         if repository is None or repository.token not in (None, self._token):
             self._answer(401 if self._token is None else 404, b"{}", {"X-Error-Code": "RepoNotFound"})
             return None
+        if repository.moved_to is not None:
+            self._answer(307, b"", {"Location": self.path.replace(name, repository.moved_to)})
+            return None
         if repository.is_gated:
             self._answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
             return None
@@ -181,7 +205,17 @@ class _Handler(BaseHTTPRequestHandler):
         if (commit := repository.resolve(revision)) is None:
             return self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         siblings = [_sibling(path, content) for path, content in repository.commits[commit].items()]
-        info = {"id": name, "sha": commit, "private": repository.token is not None, "siblings": siblings, "tags": []}
+        if not repository.lists_sizes:
+            siblings = [{"rfilename": sibling["rfilename"]} for sibling in siblings]
+        info: dict[str, object] = {
+            "id": name,
+            "sha": commit,
+            "private": repository.token is not None,
+            "siblings": siblings,
+            "tags": [],
+        }
+        if repository.security is not None and "securityStatus=" in urlsplit(self.path).query:
+            info["securityRepoStatus"] = repository.security
         return self._answer(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
 
     def _serve_tree(self, name: str, revision: str) -> None:
@@ -210,7 +244,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve_blob(self, content: bytes, headers: Mapping[str, str]) -> None:
         if self._fault is not None and self._fault.body is not None:
             content = self._fault.body
-        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+        is_whole = self._fault is not None and self._fault.ignores_range
+        if not is_whole and (match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))):
             start = int(match[1])
             total = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
             return self._answer(206, content[start:], {**headers, **total})
@@ -226,8 +261,16 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             cut_at = self._fault.cut_at if self._fault is not None else None
             with contextlib.suppress(ConnectionError):  # the client gave up: several tests want just that
-                self.wfile.write(body if cut_at is None else body[:cut_at])
+                self._send(body if cut_at is None else body[:cut_at])
         self.close_connection = True
+
+    def _send(self, body: bytes) -> None:
+        if self._fault is None or not self._fault.drip_s:
+            self.wfile.write(body)
+            return
+        for start in range(0, len(body), 1000):
+            self.wfile.write(body[start : start + 1000])
+            time.sleep(self._fault.drip_s)
 
 
 def _sibling(path: str, content: bytes) -> dict[str, object]:

@@ -4,18 +4,23 @@ import hashlib
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from server.adapters.hub import HubSource, sha256_of
+from server.adapters.hub import HubSource
+from server.adapters.hub_fetch import sha256_of
+from server.adapters.hub_retry import RetryPolicy
 from server.adapters.lockfile import LockEntry
-from server.config import AdapterSpec
-from server.errors import AdapterDownloadError, AdapterRefusedError, InvalidRequestError
-from tests.adapters.fake_hub import FakeHub, Fault
+from server.config import AdapterSpec, load_secrets
+from server.errors import AdapterDownloadError, AdapterRefusedError, ConfigError, InvalidRequestError
+from tests.adapters.fake_hub import FakeHub, Fault, Repository
 
 FILES = {
     "adapter_config.json": b'{"r": 4}',
@@ -35,7 +40,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 @pytest.fixture
 def source(hub: FakeHub, tmp_path: Path) -> HubSource:
-    return HubSource(endpoint=hub.endpoint, cache_folder=tmp_path / "cache")
+    return make_source(hub, tmp_path)
+
+
+def make_source(hub: FakeHub, tmp_path: Path, **options: Any) -> HubSource:
+    """With waits between tries that a test can afford."""
+    defaults: dict[str, Any] = {"cache_folder": tmp_path / "cache", "retries": RetryPolicy(2, first_wait_s=0.01)}
+    return HubSource(endpoint=hub.endpoint, **{**defaults, **options})
 
 
 def lock(files: dict[str, bytes], commit: str) -> LockEntry:
@@ -87,6 +98,7 @@ def test_progress_rises_to_the_sum_of_both_sizes(hub: FakeHub, source: HubSource
     assert seen[0] == (0, total)
     assert seen[-1] == (total, total)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert len({done for done, _ in seen}) > 3, "bytes are reported while they arrive"
 
 
 def test_a_locked_commit_wins_over_a_branch_that_moved(hub: FakeHub, source: HubSource) -> None:
@@ -194,7 +206,7 @@ def test_repositories_without_the_two_files_are_refused_by_name(hub: FakeHub, so
 def test_more_bytes_than_stated_are_not_written_to_the_end(hub: FakeHub, source: HubSource) -> None:
     hub.push("org/name", FILES)
     hub.fail(Fault("/cdn/", times=9, body=bytes(20_000_000)))
-    with pytest.raises(AdapterDownloadError, match=r"more than|wrong length"):
+    with pytest.raises(AdapterDownloadError, match="longer than the Hub states"):
         source.fetch(SPEC)
 
 
@@ -212,12 +224,205 @@ def test_bytes_that_do_not_have_the_stated_sha256_are_an_error(hub: FakeHub, sou
         source.fetch(SPEC)
 
 
-def test_a_download_that_breaks_off_is_resumed(hub: FakeHub, source: HubSource) -> None:
+def test_a_download_that_breaks_off_goes_on_where_it_was(hub: FakeHub, source: HubSource) -> None:
     hub.push("org/name", FILES)
     hub.fail(Fault("/cdn/", cut_at=100_000))
     resolved = source.fetch(SPEC)
     assert (resolved.folder / "adapter_model.safetensors").read_bytes() == FILES["adapter_model.safetensors"]
-    assert hub.count("GET", "/cdn/") == 2
+    ranges = [request.range for request in hub.requests if request.method == "GET" and "/cdn/" in request.path]
+    assert ranges[0] is None
+    assert re.fullmatch(r"bytes=[1-9]\d*-", str(ranges[1]))
+    assert len(ranges) == 2
+
+
+def test_a_partial_file_outlives_the_process_and_is_completed(hub: FakeHub, source: HubSource, tmp_path: Path) -> None:
+    hub.push("org/name", FILES)
+    hub.fail(Fault("/cdn/", cut_at=50_000, times=9))
+    with pytest.raises(AdapterDownloadError, match=r"could not be reached|broke off"):
+        source.fetch(SPEC)
+    hub.faults.clear()
+    hub.requests.clear()
+    resolved = make_source(hub, tmp_path).fetch(SPEC)
+    assert (resolved.folder / "adapter_model.safetensors").read_bytes() == FILES["adapter_model.safetensors"]
+    ranges = [request.range for request in hub.requests if request.method == "GET" and "/cdn/" in request.path]
+    assert len(ranges) == 1
+    assert ranges[0] is not None
+
+
+def test_a_partial_file_that_is_wrong_is_thrown_away(hub: FakeHub, source: HubSource) -> None:
+    hub.push("org/name", FILES)
+    hub.fail(Fault("/cdn/", body=b"x" * len(FILES["adapter_model.safetensors"]), cut_at=100_000))
+    resolved = source.fetch(SPEC)
+    assert (resolved.folder / "adapter_model.safetensors").read_bytes() == FILES["adapter_model.safetensors"]
+
+
+def test_a_server_that_ignores_ranges_does_not_corrupt_the_file(hub: FakeHub, source: HubSource) -> None:
+    hub.push("org/name", FILES)
+    hub.fail(Fault("/cdn/", cut_at=100_000))
+    hub.fail(Fault("/cdn/", ignores_range=True))
+    resolved = source.fetch(SPEC)
+    assert (resolved.folder / "adapter_model.safetensors").read_bytes() == FILES["adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+@pytest.mark.parametrize("path", ["/api/models", "/resolve/", "/cdn/"])
+def test_failures_that_may_pass_are_tried_again(path: str, status: int, hub: FakeHub, source: HubSource) -> None:
+    commit = hub.push("org/name", FILES)
+    hub.fail(Fault(path, status=status, times=2))
+    assert source.fetch(SPEC).revision == commit
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 418])
+def test_failures_that_stay_are_not_tried_again(status: int, hub: FakeHub, source: HubSource) -> None:
+    hub.push("org/name", FILES)
+    hub.fail(Fault("/api/models", status=status, times=9))
+    with pytest.raises(AdapterDownloadError):
+        source.fetch(SPEC)
+    assert hub.count("GET", "/api/models") == 1
+
+
+def test_a_wait_that_the_hub_asks_for_is_kept_unless_it_is_too_long(hub: FakeHub, source: HubSource) -> None:
+    hub.push("org/name", FILES)
+    hub.fail(Fault("/api/models", status=429, headers={"Retry-After": "1"}))
+    start_s = time.monotonic()
+    source.fetch(SPEC)
+    assert time.monotonic() - start_s >= 1
+    hub.fail(Fault("/api/models", status=429, headers={"Retry-After": "3600"}))
+    with pytest.raises(AdapterDownloadError, match="limits our rate"):
+        source.fetch(AdapterSpec(name="a", source="org/name", revision="main"))
+    assert time.monotonic() - start_s < 30
+
+
+@pytest.mark.parametrize("path", ["/api/models", "/resolve/", "/cdn/"])
+def test_redirects_without_end_are_an_error(path: str, hub: FakeHub, source: HubSource) -> None:
+    hub.push("org/name", FILES)
+    hub.fail(Fault(path, location="self", times=10_000))
+    with pytest.raises(AdapterDownloadError, match="redirects without end"):
+        source.fetch(SPEC)
+
+
+def test_a_hub_that_drips_is_given_up_and_may_be_abandoned(hub: FakeHub, tmp_path: Path) -> None:
+    hub.push("org/name", FILES)
+    hub.fail(Fault("/cdn/", drip_s=0.05, times=99))
+    start_s = time.monotonic()
+    with pytest.raises(AdapterDownloadError, match="took longer than 1 s"):
+        make_source(hub, tmp_path, download_timeout_s=1).fetch(SPEC)
+    assert time.monotonic() - start_s < 10
+
+    class AbandonedError(Exception):
+        pass
+
+    def abandon(_done: int, _total: int) -> None:
+        if time.monotonic() - start_s > 1:
+            raise AbandonedError
+
+    start_s = time.monotonic()
+    with pytest.raises(AbandonedError):
+        make_source(hub, tmp_path).fetch(SPEC, progress=abandon)
+    assert time.monotonic() - start_s < 10
+
+
+# What real Hubs and mirrors do besides
+
+
+def test_sizes_that_the_listing_leaves_out_come_from_the_headers(
+    hub: FakeHub, source: HubSource, tmp_path: Path
+) -> None:
+    hub.push("org/name", FILES)
+    hub.repositories["org/name"].lists_sizes = False
+    with pytest.raises(AdapterRefusedError, match="nothing was downloaded"):
+        make_source(hub, tmp_path, max_bytes=1000).fetch(SPEC)
+    assert hub.count("GET", "/resolve/") == hub.count("GET", "/cdn/") == 0
+    assert (source.fetch(SPEC).folder / "adapter_model.safetensors").stat().st_size == 256_000
+
+
+def test_a_repository_that_was_renamed_is_found_by_its_old_name(hub: FakeHub, source: HubSource) -> None:
+    commit = hub.push("org/newer", FILES)
+    hub.repositories["org/name"] = Repository(moved_to="org/newer")
+    assert source.fetch(SPEC).revision == commit
+
+
+def test_only_allowed_organisations_and_repositories_are_asked(hub: FakeHub, tmp_path: Path) -> None:
+    for name in ("org/name", "org/other", "Team/one", "evil/moved-in"):
+        hub.push(name, FILES)
+    hub.repositories["team/renamed"] = Repository(moved_to="evil/moved-in")
+    source = make_source(hub, tmp_path, allowed=("org/name", "team"))
+    source.fetch(SPEC)
+    source.fetch(AdapterSpec(name="a", source="Team/one"))
+    hub.requests.clear()
+    for refused in ("org/other", "evil/moved-in", "org/name2", "teams/one"):
+        with pytest.raises(AdapterRefusedError, match=r"source_not_allowed.*server\.hub_allowed"):
+            source.fetch(AdapterSpec(name="a", source=refused))
+    assert hub.requests == []
+    with pytest.raises(AdapterRefusedError, match="'evil/moved-in' is not among"):
+        source.fetch(AdapterSpec(name="a", source="team/renamed"))
+
+
+@pytest.mark.parametrize(
+    ("issues", "is_refused"),
+    [
+        ([], False),
+        ([{"path": "adapter_model.safetensors", "level": "safe"}], False),
+        ([{"path": "adapter_model.safetensors", "level": "suspicious"}], True),
+        ([{"path": "adapter_config.json", "level": "unsafe"}], True),
+        ([{"path": "training_args.bin", "level": "suspicious"}], False),
+        ([{"path": "evil\x1b[2J.bin", "level": "unsafe"}], True),
+        ([None, 3, {"path": None}], False),
+    ],
+)
+def test_the_verdict_of_the_hubs_scanners_is_respected(
+    issues: list[Any], is_refused: bool, hub: FakeHub, source: HubSource
+) -> None:
+    hub.push("org/name", FILES)
+    hub.repositories["org/name"].security = {"scansDone": True, "filesWithIssues": issues}
+    if not is_refused:
+        source.fetch(SPEC)
+        return
+    with pytest.raises(AdapterRefusedError, match="scanners warn of") as caught:
+        source.fetch(SPEC)
+    assert [reason.code for reason in caught.value.reasons] == ["scanner_verdict"]
+    assert str(caught.value).isprintable()
+    assert hub.count("HEAD", "/resolve/") == 0
+
+
+def test_tokens_per_source_go_to_their_source_only_and_nowhere_else(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LORA_MIXER_HUB_TOKENS", "org/name=hf_exact, org=hf_wide")
+    monkeypatch.setenv("HF_TOKEN", "hf_general")
+    tokens = {"org/name": "hf_exact", "org/other": "hf_wide", "else/where": "hf_general"}
+    for name, token in tokens.items():
+        hub.push(name, FILES)
+        hub.repositories[name].token = token
+    source = make_source(hub, tmp_path, token_for=load_secrets().hub_token)
+    with caplog.at_level(logging.DEBUG):
+        for name in tokens:
+            source.fetch(AdapterSpec(name="a", source=name))
+    assert all(request.token is None for request in hub.requests if "/cdn/" in request.path)
+    assert "hf_" not in caplog.text
+    assert "hf_" not in repr(load_secrets())
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert not any(token.encode() in written for token in tokens.values())
+
+
+@pytest.mark.parametrize("value", ["hf_alone", "org/name/x=hf_a", "org=", "=hf_a", "o g=hf_a", "org=hf_\u00e9"])
+def test_malformed_token_lists_are_refused_without_repeating_them(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_MIXER_HUB_TOKENS", f"good=hf_good,{value}")
+    with pytest.raises(ConfigError, match="part 2 is not of the form") as caught:
+        load_secrets()
+    assert "hf_" not in str(caught.value)
+
+
+@pytest.mark.parametrize("etag", ['"../../../escape"', '"a/b"', '"."', '""', '"' + "x" * 200 + '"'])
+def test_headers_that_would_name_files_elsewhere_are_refused(
+    etag: str, hub: FakeHub, source: HubSource, tmp_path: Path
+) -> None:
+    commit = hub.push("org/name", FILES)
+    headers = {"ETag": etag, "X-Repo-Commit": commit, "X-Linked-Size": "8", "X-Linked-ETag": etag}
+    hub.fail(Fault("/resolve/", status=200, method="HEAD", times=9, headers=headers))
+    with pytest.raises(AdapterDownloadError, match=r"not usable|not the Hub's"):
+        source.fetch(SPEC)
+    assert not list(tmp_path.rglob("*escape*"))
 
 
 @pytest.mark.parametrize(
@@ -227,7 +432,7 @@ def test_a_download_that_breaks_off_is_resumed(hub: FakeHub, source: HubSource) 
 )  # fmt: skip
 def test_http_errors_become_words_that_help(status: int, message: str, hub: FakeHub, source: HubSource) -> None:
     hub.push("org/name", FILES)
-    hub.fail(Fault("/api/models", status=status))
+    hub.fail(Fault("/api/models", status=status, times=9))
     with pytest.raises(AdapterDownloadError, match=message):
         source.fetch(SPEC)
 
@@ -255,11 +460,11 @@ def test_answers_that_are_not_the_hubs_are_an_error(hub: FakeHub, source: HubSou
 
 def test_a_hub_that_is_slow_or_gone_is_an_error(hub: FakeHub, tmp_path: Path) -> None:
     hub.push("org/name", FILES)
-    hub.fail(Fault("/api/models", delay_s=0.5))
-    source = HubSource(endpoint=hub.endpoint, cache_folder=tmp_path, timeout_s=0.05)
+    hub.fail(Fault("/api/models", delay_s=0.5, times=9))
+    source = make_source(hub, tmp_path, timeout_s=0.05)
     with pytest.raises(AdapterDownloadError, match="did not answer in time"):
         source.fetch(SPEC)
-    gone = HubSource(endpoint="http://127.0.0.1:9", cache_folder=tmp_path)
+    gone = HubSource(endpoint="http://127.0.0.1:9", cache_folder=tmp_path, retries=RetryPolicy(1, 0.01))
     with pytest.raises(AdapterDownloadError, match="could not be reached"):
         gone.fetch(SPEC)
 

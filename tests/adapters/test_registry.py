@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from server.adapters.hub import HubSource
+from server.adapters.hub_retry import RetryPolicy
 from server.adapters.records import AdapterState
 from server.adapters.registry import AdapterRegistry
 from server.config import AdapterSpec, ServerSettings
@@ -420,7 +421,8 @@ def test_a_download_error_is_failed_with_its_code_and_a_retry_succeeds(
 ) -> None:
     hub.push_folder("org/a", sources / "a")
     hub.fail(Fault("/api/models", status=503))
-    registry = make_registry(hub=HubSource(endpoint=hub.endpoint, cache_folder=tmp_path / "cache"))
+    no_retries = RetryPolicy(num_retries=0)
+    registry = make_registry(hub=HubSource(endpoint=hub.endpoint, cache_folder=tmp_path / "cache", retries=no_retries))
     registry.register(AdapterSpec(name="a", source="org/a"))
     info = registry.wait("a", 30)
     assert (info.state, info.code) == (AdapterState.FAILED, "adapter_download_failed")
