@@ -18,6 +18,7 @@ from server.adapters.hub import HubSource
 from server.adapters.records import AdapterState
 from server.adapters.registry import AdapterRegistry
 from server.adapters.roster import Roster
+from server.api.paths import checked_source
 from server.api.services import Services
 from server.backend import Backend, build_backend
 from server.config import Secrets, ServerConfig, cache_folder
@@ -116,6 +117,7 @@ def build_services(config: ServerConfig, secrets: Secrets) -> Services:
         run_between_steps=gate.run,
         hub=HubSource.from_settings(config.server, secrets),
         lockfile=config.root / LOCKFILE_NAME,
+        journal=config.registry_file,
         root=config.root,
         on_load=metrics.count_load,
     )
@@ -191,15 +193,14 @@ class _StepObserver:
 
 
 def _load_adapters(registry: AdapterRegistry, config: ServerConfig) -> None:
-    """Register every configured adapter, wait for all, then install the router over those that are ready."""
-    for spec in config.adapters:
-        registry.register(spec)
+    """Load the adapters of configuration and journal, wait for all, then install the router over the ready ones."""
+    names = registry.restore(config.adapters, admit=lambda spec: checked_source(config, spec))
     # The registry has logged why one failed, and /v1/adapters keeps saying so.
-    failed = sum(registry.wait(spec.name).state is AdapterState.FAILED for spec in config.adapters)
+    failed = sum(registry.wait(name).state is AdapterState.FAILED for name in names)
     if config.router_folder is not None:
         registry.swap_router(config.router_folder)
     for info in registry.list():
         if info.state is AdapterState.READY and not info.routed:
             logger.warning("adapter %s is served by name only: %s", info.name, info.reason)
     level = logging.ERROR if failed else logging.INFO
-    logger.log(level, "%d adapters ready, %d failed", len(config.adapters) - failed, failed)
+    logger.log(level, "%d adapters ready, %d failed", len(names) - failed, failed)

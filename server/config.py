@@ -4,6 +4,7 @@ The only module that reads the environment. Knows no torch and starts nothing.
 """
 
 import difflib
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -14,9 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server.errors import ConfigError
-
-ADAPTER_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
-"""Names travel in URLs, metrics labels and `model` fields: ASCII word characters, dot, dash; 96 at most."""
+from server.naming import ADAPTER_NAME_PATTERN, are_confusable, reserved_by
 
 
 class _Frozen(BaseModel):
@@ -136,6 +135,11 @@ class ServerConfig(_Frozen):
         return tuple((self.root / folder).resolve() for folder in self.server.adapter_roots) or (self.root.resolve(),)
 
     @property
+    def registry_file(self) -> Path | None:
+        """Where registrations over HTTP are kept; None keeps none."""
+        return (self.root / self.server.registry_file).resolve() if self.server.registry_file else None
+
+    @property
     def router_folder(self) -> Path | None:
         return None if self.router is None else (self.root / self.router).resolve()
 
@@ -250,11 +254,11 @@ def _refuse_duplicates(config: ServerConfig, origin: str) -> None:
     names = [spec.name for spec in config.adapters]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{origin}: adapters listed more than once: {', '.join(repeated)}")
-    reserved = {"auto", "base", config.base_model.name.lower()}
-    if shadowing := sorted(name for name in names if name.lower() in reserved):
+    if alike := [pair for pair in itertools.combinations(names, 2) if are_confusable(*pair)]:
+        raise ConfigError(f"{origin}: adapter names that look alike: {', '.join(' and '.join(pair) for pair in alike)}")
+    if shadowing := sorted(name for name in names if reserved_by(name, config.base_model.name)):
         raise ConfigError(
-            f"{origin}: adapter names must not be 'auto', 'base' or the base model's, in any case: "
-            f"{', '.join(shadowing)}"
+            f"{origin}: adapter names must not look like 'auto', 'base' or the base model's: {', '.join(shadowing)}"
         )
 
 

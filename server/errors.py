@@ -10,9 +10,11 @@ LoraMixerError
   + AuthenticationError          API key missing or wrong
   + PermissionDeniedError        the caller may not do this (admin routes, paths outside the adapter roots)
   + OverloadedError              admission limits reached; retry later
+    - TooManyRegistrationsError  too many registrations under way; retry later
   + NotReadyError                starting or draining
   + AdapterNotFoundError         no adapter of that name
   + AdapterConflictError         the name is taken by other content, or the operation collides with another
+  + PreconditionFailedError      the adapter is not the one that If-Match names
   + AdapterDownloadError         a Hub source could not be fetched
   + AdapterRefusedError          an adapter cannot be served; carries every reason
   + RouterArtefactError          a router artefact is damaged or belongs to another base, roster or format
@@ -93,6 +95,12 @@ class OverloadedError(LoraMixerError):
         self.retry_after_s = retry_after_s
 
 
+class TooManyRegistrationsError(OverloadedError):
+    """As many adapters are loading as may load at once."""
+
+    default_code = "too_many_registrations"
+
+
 class NotReadyError(LoraMixerError):
     """The server is starting or draining."""
 
@@ -109,6 +117,12 @@ class AdapterConflictError(LoraMixerError):
     """The name is taken by other content, or another operation on it is under way."""
 
     default_code = "adapter_conflict"
+
+
+class PreconditionFailedError(LoraMixerError):
+    """The adapter is not the generation that the caller wants to change."""
+
+    default_code = "precondition_failed"
 
 
 class AdapterDownloadError(LoraMixerError):

@@ -45,6 +45,8 @@ class AdapterFacts(Protocol):
     def state(self) -> str: ...
     @property
     def routed(self) -> bool: ...
+    @property
+    def traffic_alarm(self) -> bool: ...
 
 
 class AdapterUsage:
@@ -135,6 +137,14 @@ class _ScrapedState:
             shown = ["" if fact is None else str(fact) for fact in facts]
             info.add_metric([adapter.name, *shown, str(adapter.state), str(adapter.routed).lower()], 1)
         yield info
+        alarm = GaugeMetricFamily(
+            PREFIX + "adapter_traffic_alarm",
+            "1 while an adapter captures far more of the recent routed traffic than its even share",
+            labels=("adapter",),
+        )
+        for adapter in self.adapters():
+            alarm.add_metric([adapter.name], float(adapter.traffic_alarm))
+        yield alarm
         requests = GaugeMetricFamily(
             PREFIX + "lora_requests_info",
             "Adapters that requests in flight may use, for the Gateway API inference extension; value = Unix time",

@@ -234,7 +234,9 @@ def test_defaults_of_an_empty_file_are_the_settings_own(tmp_path: Path) -> None:
         ("base_model: {name: a/b}\nrouter: null\nbase_model: {source: c/d}\n", "'base_model' appears twice"),
         ("server: {max_n: 1, port: 2, max_n: 3}\n", "'max_n' appears twice"),
         ("server: 5\n", "server: Input should be a valid dictionary"),
-        ("adapters: [{name: AUTO, source: a/b}]\n", "in any case: AUTO"),
+        ("adapters: [{name: AUTO, source: a/b}]\n", "look like 'auto'.*: AUTO"),
+        ("adapters: [{name: smollm2-135M_instruct, source: a/b}]\n", "look like 'auto', 'base' or the base model's"),
+        ("adapters: [{name: math, source: a/b}, {name: Math, source: c/d}]\n", "look alike: math and Math"),
     ],
 )
 def test_a_file_that_contradicts_itself_or_takes_a_reserved_name_is_refused(

@@ -4,15 +4,14 @@ Written whole and atomically; a missing file is an empty lock, a damaged one is 
 """
 
 import json
-import os
 import re
-import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from server.adapters.atomic_file import write_atomically
 from server.adapters.peft_config import CONFIG_NAME
 from server.adapters.sources import COMMIT_PATTERN
 from server.adapters.strict_json import StrictJsonError, parse_object
@@ -85,27 +84,7 @@ class Lockfile:
         records = [{**asdict(key), **asdict(entry)} for key, entry in self._entries.items()]
         records.sort(key=lambda record: (record["source"], record["revision"] or "", record["subfolder"] or ""))
         text = json.dumps({"version": LOCK_VERSION, "adapters": records}, indent=2, sort_keys=True) + "\n"
-        _write_atomically(self._path, text)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """Readers, and a crash at any moment, see the old content or the new one."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        write_atomically(self._path, text)
 
 
 def _read(path: Path) -> dict[LockKey, LockEntry]:

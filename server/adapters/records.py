@@ -56,10 +56,25 @@ class AdapterInfo:
     generation: int = 1
     """How many times this name has been registered."""
     description: str = ""
+    downloaded_bytes: int = 0
+    """Bytes of the download that are here."""
+    download_bytes: int = 0
+    """Bytes of the download in all; 0 while unknown, and for local folders."""
+    traffic_alarm: bool = False
+    """Whether it captures far more of the recent traffic than its even share."""
+    replacement: "AdapterInfo | None" = None
+    """The next generation of this name while it loads, or why it failed."""
+
+    @property
+    def etag(self) -> str:
+        """What If-Match compares: changes with every generation and every content."""
+        return f'"{self.generation}-{(self.digest or self.state)[:16]}"'
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able, every field by its name."""
-        return {**asdict(self), "state": self.state.value, "targets": list(self.targets)}
+        """JSON-able, every field by its name, and the etag."""
+        replacement = None if self.replacement is None else self.replacement.to_dict()
+        fields = {**asdict(self), "state": self.state.value, "targets": list(self.targets)}
+        return {**fields, "replacement": replacement, "etag": self.etag}
 
 
 @dataclass(eq=False)
@@ -75,7 +90,16 @@ class Record:
     """Facts only: weights are dropped once the bank has them."""
     failure: LoraMixerError | None = None
     progress: float = 0.0
+    downloaded_bytes: int = 0
+    download_bytes: int = 0
+    logged_s: float = 0.0
+    """When its progress was last logged, on the monotonic clock."""
     gate_mass: float = 0.0
+    is_configured: bool = False
+    """Whether the configuration lists it, so that the journal need not."""
+    expected_digest: str | None = None
+    """Restored from the journal: the digest that was acknowledged."""
+    has_alarm: bool = False
     cancelled: threading.Event = field(default_factory=threading.Event)
     """Set when it is retired while it loads; read without the mutex."""
 
@@ -86,7 +110,9 @@ class Record:
             return None
         return ResidentAdapter(self.spec.name, self.slot, self.adapter.digest, self.spec.routed)
 
-    def info(self, *, unrouted_reason: str | None, total_gate_mass: float) -> AdapterInfo:
+    def info(
+        self, *, unrouted_reason: str | None, total_gate_mass: float, replacement: "Record | None" = None
+    ) -> AdapterInfo:
         """Immutable view; `unrouted_reason` counts when READY only."""
         adapter, failure = self.adapter, self.failure
         is_ready = self.state is AdapterState.READY
@@ -113,4 +139,8 @@ class Record:
             traffic_share=self.gate_mass / total_gate_mass if total_gate_mass else 0.0,
             generation=self.generation,
             description=self.spec.description,
+            downloaded_bytes=self.downloaded_bytes,
+            download_bytes=self.download_bytes,
+            traffic_alarm=is_ready and self.has_alarm,
+            replacement=None if replacement is None else replacement.info(unrouted_reason=None, total_gate_mass=0.0),
         )

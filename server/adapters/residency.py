@@ -58,6 +58,8 @@ class Residency:
                 record.adapter = dataclasses.replace(adapter, weights={})
                 if record.state.is_loading:  # otherwise it was retired meanwhile: `collect` takes the rows out again
                     record.state = AdapterState.READY
+                    if state.replacements.get(record.spec.name) is record:
+                        state.succeed(record)
                 state.commit(router)
 
         self._publisher.publish(bank=bank, router=router, commit=commit)
@@ -78,8 +80,10 @@ class Residency:
         def commit() -> None:
             with state.mutex:
                 for record in garbage.records:
+                    assert record.slot is not None
+                    state.forget_traffic(record.slot)
                     record.slot = None
-                    del state.records[record.spec.name]
+                    state.remove(record)
                 state.drop_routers(garbage.routers)
                 state.commit(router)
 
@@ -105,7 +109,7 @@ class Residency:
 
     def _free_slot(self) -> int:
         """Lowest slot that neither a registration nor the bank uses. Raises AdapterConflictError. With the mutex."""
-        taken = {other.slot for other in self._state.records.values()} | self._routed.bank.snapshot.slots
+        taken = {other.slot for other in self._state.all_records()} | self._routed.bank.snapshot.slots
         for slot in range(BASE_SLOT + 1, self._routed.num_slots):
             if slot not in taken:
                 return slot

@@ -3,6 +3,7 @@
 Methods are short and never wait for anything but the mutex, so the model's thread may call them.
 """
 
+import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -11,9 +12,12 @@ from dataclasses import dataclass
 from server.adapters.leases import AdapterLease, LeaseBook
 from server.adapters.records import AdapterInfo, AdapterState, Record
 from server.adapters.roster import ResidentAdapter, Roster, build_roster
+from server.adapters.traffic import TrafficWatch
 from server.errors import AdapterNotFoundError
 from server.routing.policy import GatePlan
 from server.routing.router_bank import RouterGeneration
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,13 @@ class Garbage:
 class RegistryState:
     """Take `mutex` around everything marked so; the other methods take it themselves."""
 
-    def __init__(self, base_model_name: str) -> None:
+    def __init__(self, base_model_name: str, *, alarm_factor: float) -> None:
         self.records: dict[str, Record] = {}
         """By name, in order of registration. With the mutex."""
+        self.replacements: dict[str, Record] = {}
+        """By name: next generations that load, or have failed to. With the mutex."""
+        self.superseded: list[Record] = []
+        """Earlier generations that requests still use. With the mutex."""
         self.router: RouterGeneration | None = None
         """Router of new requests. With the mutex; changed by `commit` on the publisher's lane only."""
         self.router_folder = ""
@@ -43,6 +51,7 @@ class RegistryState:
         self._leases = LeaseBook()
         self._loaded_routers: frozenset[int] = frozenset()
         self._total_gate_mass = 0.0
+        self._traffic = TrafficWatch(alarm_factor)
         self._changed = threading.Condition()
 
     @property
@@ -73,16 +82,19 @@ class RegistryState:
 
     def record_traffic(self, gate_mass: Iterable[tuple[int, float]]) -> None:
         with self._changed:
-            record_of_slot = {record.slot: record for record in self.records.values()}
+            record_of_slot = {record.slot: record for record in self.all_records()}
             for slot, mass in gate_mass:
                 self._total_gate_mass += mass
                 if (record := record_of_slot.get(slot)) is not None:
                     record.gate_mass += mass
+                    self._traffic.add(slot, mass)
+            if self._traffic.is_due:
+                self._judge_traffic()
 
     def wait_while_loading(self, name: str, timeout_s: float | None) -> AdapterInfo:
-        """Raises AdapterNotFoundError, at once or when the adapter is gone before it was loaded."""
+        """Its next generation too. Raises AdapterNotFoundError, at once or when it is gone before it was loaded."""
         with self._changed:
-            self._changed.wait_for(lambda: not self.record(name).state.is_loading, timeout_s)
+            self._changed.wait_for(lambda: not self.is_loading(name), timeout_s)
             return self.info(self.record(name))
 
     def wait_until_gone(self, name: str, timeout_s: float | None) -> bool:
@@ -98,18 +110,46 @@ class RegistryState:
             raise AdapterNotFoundError(f"no adapter is registered as {name[:200]!r}", param="name")
         return record
 
+    def is_loading(self, name: str) -> bool:
+        """Whether the adapter or its next generation loads. Raises AdapterNotFoundError."""
+        replacement = self.replacements.get(name)
+        return self.record(name).state.is_loading or (replacement is not None and replacement.state.is_loading)
+
+    def all_records(self) -> tuple[Record, ...]:
+        """Every generation that may have a slot."""
+        return (*self.records.values(), *self.superseded)
+
+    def succeed(self, record: Record) -> None:
+        """Put a loaded next generation in its name's place; the one before retires with its last request."""
+        before = self.records[record.spec.name]
+        before.state = AdapterState.RETIRING
+        self.superseded.append(before)
+        self.records[record.spec.name] = record
+        del self.replacements[record.spec.name]
+
+    def remove(self, record: Record) -> None:
+        """Forget a record wherever it stands."""
+        name = record.spec.name
+        if self.records.get(name) is record:
+            del self.records[name]
+            self.replacements.pop(name, None)
+        elif self.replacements.get(name) is record:
+            del self.replacements[name]
+        elif record in self.superseded:
+            self.superseded.remove(record)
+
     def ready(self) -> tuple[ResidentAdapter, ...]:
         """Everything that may be leased, in order of registration."""
         return _residents(record for record in self.records.values() if record.state is AdapterState.READY)
 
     def residents(self) -> tuple[ResidentAdapter, ...]:
         """Everything that has rows in the bank, retiring adapters that requests still use included."""
-        return _residents(self.records.values())
+        return _residents(self.all_records())
 
     def garbage(self) -> Garbage:
         dead = (
             record
-            for record in self.records.values()
+            for record in self.all_records()
             if record.state is AdapterState.RETIRING
             and record.slot is not None
             and not self._leases.holds_slot(record.slot)
@@ -117,6 +157,13 @@ class RegistryState:
         current = None if self.router is None else self.router.id
         unheld = (router for router in self._loaded_routers if not self._leases.holds_router(router))
         return Garbage(tuple(dead), tuple(router for router in unheld if router != current))
+
+    def _judge_traffic(self) -> None:
+        slots = {adapter.slot: adapter.name for adapter in self._roster.adapters.values() if adapter.is_routed}
+        for slot in self._traffic.judge(slots):
+            logger.warning("adapter %s captures far more of the recent traffic than its even share", slots[slot])
+        for record in self.all_records():
+            record.has_alarm = record.slot in self._traffic.alarmed
 
     def commit(self, router: RouterGeneration | None) -> None:
         """Make what `records` say visible to new requests, under this router, and wake who waits."""
@@ -126,13 +173,18 @@ class RegistryState:
             self._loaded_routers |= {router.id}
         self._changed.notify_all()
 
+    def forget_traffic(self, slot: int) -> None:
+        """The slot's adapter is gone: what it captured says nothing about the next one."""
+        self._traffic.forget(slot)
+
     def drop_routers(self, routers: Iterable[int]) -> None:
         self._loaded_routers -= frozenset(routers)
 
     def info(self, record: Record) -> AdapterInfo:
         entry = self._roster.adapters.get(record.spec.name)
         reason = entry.unrouted_reason if entry is not None else None
-        return record.info(unrouted_reason=reason, total_gate_mass=self._total_gate_mass)
+        replacement = self.replacements.get(record.spec.name)
+        return record.info(unrouted_reason=reason, total_gate_mass=self._total_gate_mass, replacement=replacement)
 
     @property
     def has_leases(self) -> bool:

@@ -4,23 +4,25 @@ The registry does the work, on worker threads; this module knows statuses and wh
 """
 
 import asyncio
+import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, ClassVar
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Header
 from pydantic import Field
 from starlette.responses import PlainTextResponse, Response
 
 from server.adapters.records import AdapterInfo, AdapterState
-from server.adapters.roster import AUTO_MODEL
+from server.adapters.sameness import ANY_ETAG
 from server.api.auth import AdminOnly
 from server.api.errors import ERROR_RESPONSES, json_response
 from server.api.fields import IsNoOp, StrictBody, Text, only
 from server.api.paths import checked_source
 from server.api.services import InjectedServices, Services
-from server.config import ADAPTER_NAME_PATTERN, AdapterSpec
+from server.config import AdapterSpec
 from server.errors import AdapterDownloadError, AdapterRefusedError, InvalidRequestError, LoraMixerError
+from server.naming import ADAPTER_NAME_PATTERN, reserved_by
 
 WAIT_LIMIT_S = 600.0
 """Longest that a registration with `wait` is waited for; after that it answers 202 and goes on."""
@@ -32,6 +34,8 @@ WAIT_SLICE_S = 2.0
 router = APIRouter(tags=["adapters"], responses=ERROR_RESPONSES)
 
 AdapterName = Annotated[str, Field(pattern=ADAPTER_NAME_PATTERN)]
+IfMatch = Annotated[str | None, Header(max_length=2000)]
+"""Etags as GET answers them, or `*`."""
 SourceText = Annotated[Text, Field(min_length=1, max_length=1024)]
 
 
@@ -56,11 +60,13 @@ class RegisterBody(StrictBody):
 class LoadBody(StrictBody):
     """vLLM's body of POST /v1/load_lora_adapter."""
 
-    unsupported: ClassVar[Mapping[str, IsNoOp]] = {"load_inplace": only(False), "is_3d_lora_weight": only(False)}
+    unsupported: ClassVar[Mapping[str, IsNoOp]] = {"is_3d_lora_weight": only(False)}
 
     lora_name: AdapterName
     lora_path: SourceText
     """As `source` of POST /v1/adapters."""
+    load_inplace: bool = False
+    """Replace the adapter of this name, whatever it is."""
 
 
 class UnloadBody(StrictBody):
@@ -80,30 +86,38 @@ async def list_adapters(services: InjectedServices) -> Response:
 @router.get("/v1/adapters/{name}", summary="One adapter")
 async def get_adapter(name: str, services: InjectedServices) -> Response:
     """Poll this after a registration that answered 202."""
-    return json_response(services.registry.get(name).to_dict())
+    return _answer(services.registry.get(name), 200)
 
 
 @router.post("/v1/adapters", summary="Register an adapter", dependencies=[AdminOnly], status_code=201)
-async def register_adapter(body: RegisterBody, services: InjectedServices) -> Response:
-    """201 served, 202 in progress, 409 name taken by other content, 422 refused, with every reason."""
-    info = await _register(services, body, param="name")
+async def register_adapter(body: RegisterBody, services: InjectedServices, if_match: IfMatch = None) -> Response:
+    """201 served, 202 in progress, 409 name taken by other content, 422 refused, with every reason.
+
+    With If-Match, other content replaces the adapter as its next generation; 412 when it is not the one named.
+    """
+    info = await _register(services, body, param="name", expected=_etags(if_match))
     if body.wait:
         info = await _settled(services, info)
-    _raise_failure(info)
-    return json_response(info.to_dict(), 201 if info.state is AdapterState.READY else 202)
+    newest = info.replacement or info
+    _raise_failure(newest)
+    return _answer(info, 201 if newest.state is AdapterState.READY else 202)
 
 
 @router.delete("/v1/adapters/{name}", summary="Retire an adapter", dependencies=[AdminOnly])
-async def retire_adapter(name: str, services: InjectedServices) -> Response:
-    """No new request gets it; its memory is freed when the last running one ends."""
-    return json_response((await asyncio.to_thread(services.registry.retire, name)).to_dict())
+async def retire_adapter(name: str, services: InjectedServices, if_match: IfMatch = None) -> Response:
+    """No new request gets it; its memory is freed when the last running one ends. If-Match guards it: 412."""
+    retire = functools.partial(services.registry.retire, name, expected=_etags(if_match))
+    return json_response((await asyncio.to_thread(retire)).to_dict())
 
 
 @router.post("/v1/load_lora_adapter", summary="Register an adapter, as vLLM does", dependencies=[AdminOnly])
 async def load_lora_adapter(body: LoadBody, services: InjectedServices) -> Response:
     """Waits until the adapter is served."""
-    info = await _register(services, RegisterBody(name=body.lora_name, source=body.lora_path), param="lora_name")
-    _raise_failure(await _settled(services, info))
+    registration = RegisterBody(name=body.lora_name, source=body.lora_path)
+    is_known = any(info.name == body.lora_name for info in services.registry.list())
+    expected = (ANY_ETAG,) if body.load_inplace and is_known else None
+    info = await _settled(services, await _register(services, registration, param="lora_name", expected=expected))
+    _raise_failure(info.replacement or info)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -114,8 +128,10 @@ async def unload_lora_adapter(body: UnloadBody, services: InjectedServices) -> R
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
-async def _register(services: Services, body: RegisterBody, *, param: str) -> AdapterInfo:
-    if body.name in (AUTO_MODEL, "base", services.base_model_name):
+async def _register(
+    services: Services, body: RegisterBody, *, param: str, expected: Collection[str] | None
+) -> AdapterInfo:
+    if reserved_by(body.name, services.base_model_name):
         raise InvalidRequestError(f"{param} {body.name!r} is reserved; choose another", param=param)
     spec = AdapterSpec(
         name=body.name,
@@ -125,13 +141,26 @@ async def _register(services: Services, body: RegisterBody, *, param: str) -> Ad
         routed=body.routed,
         description=body.description,
     )
-    return await asyncio.to_thread(lambda: services.registry.register(checked_source(services.config, spec)))
+    return await asyncio.to_thread(
+        lambda: services.registry.register(checked_source(services.config, spec), expected=expected)
+    )
+
+
+def _answer(info: AdapterInfo, status: int) -> Response:
+    return json_response(info.to_dict(), status, {"ETag": info.etag})
+
+
+def _etags(header: str | None) -> tuple[str, ...] | None:
+    """The etags of an If-Match header as sent; None without one."""
+    if header is None:
+        return None
+    return tuple(part.strip() for part in header.split(","))
 
 
 async def _settled(services: Services, info: AdapterInfo) -> AdapterInfo:
-    """Its state once the registration has ended, or after WAIT_LIMIT_S."""
+    """Its state once the registration, or the replacement, has ended, or after WAIT_LIMIT_S."""
     deadline_s = time.monotonic() + WAIT_LIMIT_S
-    while info.state.is_loading and time.monotonic() < deadline_s:
+    while (info.replacement or info).state.is_loading and time.monotonic() < deadline_s:
         info = await asyncio.to_thread(services.registry.wait, info.name, WAIT_SLICE_S)
     return info
 

@@ -1,15 +1,19 @@
 """Tiny base models under a name, their projections, and adapter folders to spoil."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from server.adapters.registry import AdapterRegistry
 from server.adapters.weights import Adapter, load_adapter
-from server.routing.attach import find_projections
+from server.config import ServerSettings
+from server.routing.attach import RoutedModel, attach_routing, find_projections
 from server.routing.bank import ProjectionInfo
+from tests.adapters.fake_hub import FakeHub
 from tests.adapters.folders import BASE, edit_config
+from tests.adapters.harness import run_inline
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, LlamaForCausalLM
@@ -56,3 +60,52 @@ def load(projections: dict[str, ProjectionInfo]) -> Callable[..., Adapter]:
         return load_adapter(folder, "test", **{"projections": projections, "base_model_name": BASE, **options})
 
     return call
+
+
+@pytest.fixture
+def routed(tiny_llama: "Callable[..., LlamaForCausalLM]") -> RoutedModel:
+    return attach_routing(tiny_llama(), num_slots=5)
+
+
+@pytest.fixture(scope="session")
+def sources(
+    tmp_path_factory: pytest.TempPathFactory, llama: "LlamaForCausalLM", save_adapter: Callable[..., Path]
+) -> Path:
+    """A folder with the adapters a, b, c, d, of different ranks and targets. Read only."""
+    root = tmp_path_factory.mktemp("sources")
+    targets = [["q_proj"], ["q_proj", "v_proj"], ["up_proj"], ["o_proj"]]
+    for index, name in enumerate("abcd"):
+        save_adapter(root / name, llama, index + 1, targets[index], seed=index)
+    return root
+
+
+@pytest.fixture
+def make_registry(routed: RoutedModel, sources: Path) -> Iterator[Callable[..., AdapterRegistry]]:
+    made: list[AdapterRegistry] = []
+
+    def build(**options: Any) -> AdapterRegistry:
+        defaults: dict[str, Any] = {
+            "base_model_name": BASE,
+            "settings": ServerSettings(max_adapters=4),
+            "run_between_steps": run_inline,
+            "root": sources,
+        }
+        model = options.pop("routed_model", routed)
+        made.append(AdapterRegistry(model, **{**defaults, **options}))
+        return made[-1]
+
+    yield build
+    for registry in made:
+        registry.close()
+
+
+@pytest.fixture
+def registry(make_registry: Callable[..., AdapterRegistry]) -> AdapterRegistry:
+    return make_registry()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with FakeHub() as hub:
+        yield hub

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from server.adapters.records import AdapterState
+from server.adapters.registry import AdapterRegistry
+from server.config import AdapterSpec
 from server.routing.attach import RoutedModel
 from server.routing.policy import BASE_DIGEST
 from server.routing.router import ArtefactAdapter, RouterArtefact, save_artefact
@@ -97,3 +100,15 @@ def save_router(folder: Path, routed: RoutedModel, adapters: Iterable[tuple[str,
     """`artefact_for`, written to a folder."""
     save_artefact(artefact_for(routed, adapters, **options), folder)
     return folder
+
+
+def local(name: str, source: str | None = None, **fields: Any) -> AdapterSpec:
+    return AdapterSpec(name=name, source=f"./{source or name}", **fields)
+
+
+def add(registry: AdapterRegistry, *names: str, **fields: Any) -> None:
+    """Register local adapters one after the other and wait until they are ready."""
+    for name in names:
+        registry.register(local(name, **fields))
+        info = registry.wait(name, 30)
+        assert info.state is AdapterState.READY, info

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -28,69 +28,9 @@ from server.routing.attach import RoutedModel, attach_routing
 from server.routing.policy import Policy
 from tests.adapters.fake_hub import FakeHub, Fault
 from tests.adapters.folders import BASE, WEIGHTS, copied, edit_config
-from tests.adapters.harness import StepThread, run_inline, save_router
+from tests.adapters.harness import StepThread, add, local, run_inline, save_router
 
 MakeRegistry = Callable[..., AdapterRegistry]
-
-
-@pytest.fixture
-def routed(tiny_llama: "Callable[..., LlamaForCausalLM]") -> RoutedModel:
-    return attach_routing(tiny_llama(), num_slots=5)
-
-
-@pytest.fixture(scope="session")
-def sources(
-    tmp_path_factory: pytest.TempPathFactory, llama: "LlamaForCausalLM", save_adapter: Callable[..., Path]
-) -> Path:
-    """A folder with the adapters a, b, c, d, of different ranks and targets. Read only."""
-    root = tmp_path_factory.mktemp("sources")
-    targets = [["q_proj"], ["q_proj", "v_proj"], ["up_proj"], ["o_proj"]]
-    for index, name in enumerate("abcd"):
-        save_adapter(root / name, llama, index + 1, targets[index], seed=index)
-    return root
-
-
-@pytest.fixture
-def make_registry(routed: RoutedModel, sources: Path) -> Iterator[MakeRegistry]:
-    made: list[AdapterRegistry] = []
-
-    def build(**options: Any) -> AdapterRegistry:
-        defaults: dict[str, Any] = {
-            "base_model_name": BASE,
-            "settings": ServerSettings(max_adapters=4),
-            "run_between_steps": run_inline,
-            "root": sources,
-        }
-        made.append(AdapterRegistry(routed, **{**defaults, **options}))
-        return made[-1]
-
-    yield build
-    for registry in made:
-        registry.close()
-
-
-@pytest.fixture
-def registry(make_registry: MakeRegistry) -> AdapterRegistry:
-    return make_registry()
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    with FakeHub() as hub:
-        yield hub
-
-
-def local(name: str, source: str | None = None, **fields: Any) -> AdapterSpec:
-    return AdapterSpec(name=name, source=f"./{source or name}", **fields)
-
-
-def add(registry: AdapterRegistry, *names: str, **fields: Any) -> None:
-    """Register local adapters one after the other and wait until they are ready."""
-    for name in names:
-        registry.register(local(name, **fields))
-        info = registry.wait(name, 30)
-        assert info.state is AdapterState.READY, info
 
 
 def digests(registry: AdapterRegistry) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +24,7 @@ from server.errors import (
     AdapterConflictError,
     AdapterNotFoundError,
     InvalidRequestError,
+    LoraMixerError,
     ModelNotFoundError,
     RouterArtefactError,
 )
@@ -71,6 +72,9 @@ class FakeRegistry:
         """What a registration becomes when it is waited for; None: READY."""
         self.router_folders: list[Path] = []
         self.is_closed = False
+        self.expected: Collection[str] | None = None
+        """Etags that the last change was made under."""
+        self.fails_with: LoraMixerError | None = None
 
     @property
     def num_open_leases(self) -> int:
@@ -110,10 +114,15 @@ class FakeRegistry:
             raise AdapterNotFoundError(f"no adapter {name!r}", param="name")
         return self.infos[name]
 
-    def register(self, spec: AdapterSpec) -> AdapterInfo:
+    def register(self, spec: AdapterSpec, *, expected: Collection[str] | None = None) -> AdapterInfo:
+        self.expected = expected
+        if self.fails_with is not None:
+            raise self.fails_with
         if spec.name in self.infos and self.infos[spec.name].source != spec.source:
             raise AdapterConflictError(f"{spec.name!r} is taken by other content", param="name")
         self.registered.append(spec)
+        if spec.name in self.infos and self.infos[spec.name].replacement is not None:
+            return self.infos[spec.name]
         self.infos[spec.name] = AdapterInfo(spec.name, AdapterState.DOWNLOADING, spec.source)
         return self.infos[spec.name]
 
@@ -123,7 +132,8 @@ class FakeRegistry:
         self.infos[name] = dataclasses.replace(settled, name=name, source=self.infos[name].source)
         return self.infos[name]
 
-    def retire(self, name: str) -> AdapterInfo:
+    def retire(self, name: str, *, expected: Collection[str] | None = None) -> AdapterInfo:
+        self.expected = expected
         self.infos[name] = dataclasses.replace(self.get(name), state=AdapterState.RETIRING)
         return self.infos[name]
 

@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from server.adapters.records import AdapterInfo, AdapterState
-from server.errors import RefusalReason
-from tests.api.fakes import BASE_NAME, Harness
+from server.errors import LoraMixerError, PreconditionFailedError, RefusalReason, TooManyRegistrationsError
+from tests.api.fakes import BASE_NAME, Harness, ready_info
 
 REASONS = (
     RefusalReason("rank_too_large", "rank 4096 is above 512", "adapter_config.json: r"),
@@ -135,6 +135,13 @@ def test_name_with_other_content_is_409(client: httpx.Client) -> None:
         ({"name": "x" * 97}, "name", "must match"),
         ({"name": "auto"}, "name", "is reserved"),
         ({"name": "base"}, "name", "is reserved"),
+        ({"name": "AUT0"}, "name", "is reserved"),
+        ({"name": "smollm2-135m_instruct"}, "name", "is reserved"),
+        ({"name": "gsm8k\n"}, "name", "must match"),
+        ({"name": "\u0430uto"}, "name", "must match"),
+        ({"name": "gsm8k\u200b"}, "name", "must match"),
+        ({"name": "\uff47sm8k"}, "name", "must match"),
+        ({"name": ".."}, "name", "must match"),
         ({"source": ""}, "source", "at least 1 characters"),
         ({"source": "x" * 1025}, "source", "at most 1024 characters"),
         ({"source": "a\0b"}, "source", "not a path or Hub id"),
@@ -216,6 +223,56 @@ def test_further_adapter_roots_open_further_folders(folders: Path) -> None:
     with harness.serve() as client:
         assert client.post("/v1/adapters", json={"name": "a", "source": "../outside/deep"}).status_code == 202
         assert client.post("/v1/adapters", json={"name": "b", "source": "adapters/one"}).status_code == 403
+
+
+def test_guards_travel_as_if_match_and_etag(client: httpx.Client, harness: Harness) -> None:
+    etag = client.get("/v1/adapters/gsm8k").headers["ETag"]
+    assert etag == client.get("/v1/adapters/gsm8k").json()["etag"] == '"1-dddddddddddddddd"'
+    body = {"name": "gsm8k", "source": "org/adapter"}
+    client.post("/v1/adapters", json=body, headers={"If-Match": f'"1-0", {etag}'})
+    assert harness.registry.expected == ('"1-0"', etag)
+    client.post("/v1/adapters", json=body)
+    assert harness.registry.expected is None
+    client.delete("/v1/adapters/gsm8k", headers={"If-Match": "*"})
+    assert harness.registry.expected == ("*",)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (PreconditionFailedError("changed meanwhile"), 412, "precondition_failed"),
+        (TooManyRegistrationsError("32 are loading", retry_after_s=5), 429, "too_many_registrations"),
+        (LoraMixerError("disk", code="registry_not_writable"), 500, "registry_not_writable"),
+    ],
+)
+def test_registrations_that_may_not_be_made_now_have_their_statuses(
+    client: httpx.Client, harness: Harness, error: LoraMixerError, status: int, code: str
+) -> None:
+    harness.registry.fails_with = error
+    response = client.post("/v1/adapters", json={"name": "new", "source": "org/new"})
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+    assert response.headers.get("Retry-After") == ("5" if status == 429 else None)
+
+
+def test_a_replacement_is_202_until_it_is_ready_and_its_failure_is_told(client: httpx.Client, harness: Harness) -> None:
+    loading = AdapterInfo("gsm8k", AdapterState.DOWNLOADING, "org/other", generation=2)
+    harness.registry.infos["gsm8k"] = ready_info("gsm8k", replacement=loading)
+    body = {"name": "gsm8k", "source": "org/adapter"}
+    response = client.post("/v1/adapters", json=body, headers={"If-Match": "*"})
+    assert (response.status_code, response.json()["state"]) == (202, "READY")
+    assert response.json()["replacement"]["generation"] == 2
+    refused = dataclasses.replace(failed("adapter_refused", reasons=REASONS), name="gsm8k")
+    harness.registry.settles_as = ready_info("gsm8k", replacement=refused)
+    response = client.post("/v1/adapters", json={**body, "wait": True}, headers={"If-Match": "*"})
+    assert (response.status_code, response.json()["error"]["code"]) == (422, "adapter_refused")
+
+
+def test_vllms_load_in_place_replaces(client: httpx.Client, harness: Harness) -> None:
+    body = {"lora_name": "gsm8k", "lora_path": "org/adapter", "load_inplace": True}
+    assert client.post("/v1/load_lora_adapter", json=body).status_code == 200
+    assert harness.registry.expected == ("*",)
+    assert client.post("/v1/load_lora_adapter", json={**body, "lora_name": "new"}).status_code == 200
+    assert harness.registry.expected is None
 
 
 def test_vllms_load_and_unload(client: httpx.Client, harness: Harness) -> None:

@@ -1,0 +1,175 @@
+"""adapters.state: what was registered and retired while the server ran, so that a restart serves what it acknowledged.
+
+adapters.yaml is the operator's and never written. The journal holds the difference: adapters registered over HTTP, and
+configured ones that were retired. Written whole and atomically before anything is acknowledged; sources and digests
+only, never a token. One server at a time may use a journal.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from server.adapters.atomic_file import write_atomically
+from server.adapters.strict_json import StrictJsonError, parse_object
+from server.config import AdapterSpec
+from server.errors import ConfigError, LoraMixerError
+
+logger = logging.getLogger(__name__)
+
+JOURNAL_VERSION = 1
+
+MAX_JOURNAL_BYTES = 64 * 1024**2
+"""Largest journal read; an entry has about 300 bytes."""
+
+MAX_GENERATIONS = 10_000
+"""Names whose count of registrations is remembered after they retired; the oldest are forgotten first."""
+
+
+@dataclass(frozen=True)
+class JournalEntry:
+    """One adapter that was registered over HTTP."""
+
+    spec: AdapterSpec
+    generation: int
+    digest: str | None = None
+    """Digest once it was found sound; a restart must find the same."""
+
+
+class Journal:
+    """The journal of one server. Thread-safe; every change is on disk when the call returns, or was not made."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Reads `path` if it exists; None keeps nothing. Raises ConfigError when it is damaged.
+
+        Where it cannot be written, or while another server uses it, nothing is kept either, with a warning.
+        """
+        self._mutex = threading.Lock()
+        self._entries: dict[str, JournalEntry] = {}
+        self._retired: dict[str, AdapterSpec] = {}
+        self._generations: dict[str, int] = {}
+        self._lock_descriptor: int | None = None
+        self._path = path if path is not None and self._claim(path) else None
+        if self._path is not None:
+            for leftover in self._path.parent.glob(f"{self._path.name}*.tmp"):  # of a write that a crash cut short
+                leftover.unlink(missing_ok=True)
+            self._read(self._path)
+
+    def close(self) -> None:
+        """Let another server use the file."""
+        if self._lock_descriptor is not None:
+            os.close(self._lock_descriptor)
+            self._lock_descriptor = None
+
+    def restored(self, configured: Sequence[AdapterSpec]) -> tuple[list[AdapterSpec], list[JournalEntry]]:
+        """What a start has to load: configured adapters still wanted, and registered ones.
+
+        A configured adapter that was retired stays so until its lines in the configuration change; a name that the
+        configuration has come to give to something else is the configuration's.
+        """
+        with self._mutex:
+            entries, wanted = dict(self._entries), []
+            for spec in configured:
+                if self._retired.get(spec.name) == spec:
+                    if spec.name not in entries:
+                        logger.warning("adapter %s was retired while the server ran and stays so", spec.name)
+                    continue
+                if entries.pop(spec.name, None) is not None:
+                    logger.warning("adapter %s is the configuration's now; its registration is dropped", spec.name)
+                wanted.append(spec)
+            return wanted, list(entries.values())
+
+    def generation(self, name: str) -> int:
+        """How many times the name has been registered, as far as is remembered."""
+        with self._mutex:
+            return self._generations.get(name, 0)
+
+    def put(self, entry: JournalEntry, *, configured: AdapterSpec | None = None) -> None:
+        """Add an adapter, or replace the one of its name; `configured` is what the configuration lists under the name
+        and no longer counts. Raises LoraMixerError when it cannot be kept.
+        """
+        with self._mutex:
+            name = entry.spec.name
+            retired = {**self._retired, name: configured} if configured is not None else self._retired
+            generations = {other: count for other, count in self._generations.items() if other != name}
+            generations[name] = max(entry.generation, self._generations.get(name, 0))
+            for oldest in list(generations)[: max(0, len(generations) - MAX_GENERATIONS)]:
+                del generations[oldest]
+            self._change({**self._entries, name: entry}, retired, generations)
+
+    def remove(self, name: str, *, configured: AdapterSpec | None = None) -> None:
+        """Forget an adapter; `configured` says that the configuration lists it. Raises LoraMixerError as `put`."""
+        with self._mutex:
+            entries = {other: entry for other, entry in self._entries.items() if other != name}
+            retired = {**self._retired, name: configured} if configured is not None else self._retired
+            if entries != self._entries or retired != self._retired:
+                self._change(entries, retired, self._generations)
+
+    def _change(
+        self, entries: dict[str, JournalEntry], retired: dict[str, AdapterSpec], generations: dict[str, int]
+    ) -> None:
+        if self._path is not None:
+            record = {
+                "version": JOURNAL_VERSION,
+                "adapters": [
+                    {"spec": entry.spec.model_dump(), "generation": entry.generation, "digest": entry.digest}
+                    for entry in entries.values()
+                ],
+                "retired": [spec.model_dump() for spec in retired.values()],
+                "generations": generations,
+            }
+            try:
+                write_atomically(self._path, json.dumps(record, indent=1) + "\n")
+            except OSError as error:
+                raise LoraMixerError(
+                    f"{self._path} cannot be written ({error.strerror}), so nothing was changed; free space, or set "
+                    "server.registry_file to a file that can be written",
+                    code="registry_not_writable",
+                ) from error
+        self._entries, self._retired, self._generations = entries, retired, generations
+
+    def _claim(self, path: Path) -> bool:
+        """Whether this server may write the journal; holds the claim until `close` or the end of the process."""
+        reason = "another server uses it"
+        try:
+            descriptor = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._lock_descriptor = descriptor
+                return True
+            except OSError:
+                os.close(descriptor)
+        except OSError as error:
+            reason = str(error.strerror)
+        logger.warning("%s is not used (%s): registrations over HTTP will not survive a restart", path, reason)
+        return False
+
+    def _read(self, path: Path) -> None:
+        try:
+            content = parse_object(path.read_bytes(), max_bytes=MAX_JOURNAL_BYTES)
+            if content.get("version") != JOURNAL_VERSION:
+                raise StrictJsonError(f"its version is {content.get('version')!r}, this server reads {JOURNAL_VERSION}")
+            entries = [_entry(record) for record in content["adapters"]]
+            retired = [AdapterSpec.model_validate(record) for record in content["retired"]]
+            self._generations = {str(name): int(count) for name, count in content["generations"].items()}
+        except FileNotFoundError:
+            return
+        except (StrictJsonError, OSError, ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
+            advice = "restore it, or delete it to start with the adapters of the configuration alone"
+            raise ConfigError(f"{path} is damaged: {type(error).__name__}: {error}; {advice}") from error
+        self._entries = {entry.spec.name: entry for entry in entries}
+        self._retired = {spec.name: spec for spec in retired}
+
+
+def _entry(record: Mapping[str, Any]) -> JournalEntry:
+    digest = record["digest"]
+    if digest is not None and not isinstance(digest, str):
+        raise StrictJsonError("a digest is no text")
+    return JournalEntry(AdapterSpec.model_validate(record["spec"]), int(record["generation"]), digest)

@@ -1,0 +1,132 @@
+"""One load at a time per loader thread: fetch, check, confirm in the journal, admit; or the reason why not."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+from server.adapters.journal import Journal, JournalEntry
+from server.adapters.loading import AdapterLoader
+from server.adapters.publisher import Publisher
+from server.adapters.records import AdapterState, Record
+from server.adapters.residency import CancelledLoadError, Residency
+from server.adapters.state import RegistryState
+from server.config import AdapterSpec
+from server.errors import AdapterRefusedError, LoraMixerError, RefusalReason
+
+logger = logging.getLogger(__name__)
+
+LOG_INTERVAL_S = 5.0
+"""Between two log lines about one download."""
+
+
+class LoadJobs:
+    """Takes records from DOWNLOADING to READY or FAILED. `run` may be called from any thread."""
+
+    def __init__(
+        self,
+        loader: AdapterLoader,
+        state: RegistryState,
+        publisher: Publisher,
+        residency: Residency,
+        journal: Journal,
+        *,
+        decisions: threading.Lock,
+        configured: Mapping[str, AdapterSpec],
+        on_load: Callable[[str, float], object],
+    ) -> None:
+        """`decisions` is held while the journal changes; `configured` lists the configuration's adapters by name."""
+        self._loader = loader
+        self._state = state
+        self._publisher = publisher
+        self._residency = residency
+        self._journal = journal
+        self._decisions = decisions
+        self._configured = configured
+        self._on_load = on_load
+
+    def run(self, record: Record) -> None:
+        """On a loader's thread, from DOWNLOADING to READY or FAILED."""
+        start_s = time.monotonic()
+        outcome = "ready"
+        try:
+            adapter = self._loader.load(
+                record.spec,
+                progress=lambda done, total: self._report(record, done, total),
+                on_validating=lambda: self._report(record, 1, 1, AdapterState.VALIDATING),
+            )
+            if record.expected_digest not in (None, adapter.digest):
+                raise AdapterRefusedError(record.spec.name, [_changed_content(record, adapter.digest)])
+            self._confirm(record, adapter.digest)
+            self._publisher.run(lambda: self._residency.admit(record, adapter))
+            self._publisher.enqueue(self._residency.collect)
+        except CancelledLoadError:
+            outcome = "cancelled"
+            self._end(record, None)
+        except LoraMixerError as error:
+            outcome = error.code or "failed"
+            logger.warning("adapter %s was not registered: %s", record.spec.name, error)
+            self._end(record, error)
+        except Exception as error:
+            outcome = "internal_error"
+            logger.exception("adapter %s could not be registered", record.spec.name)
+            self._end(record, LoraMixerError(f"internal error: {type(error).__name__}", code=outcome))
+        self._on_load(outcome, time.monotonic() - start_s)
+
+    def _confirm(self, record: Record, digest: str) -> None:
+        """Have the digest in the journal before the adapter serves. Raises CancelledLoadError if it was retired."""
+        if record.is_configured:
+            return
+        with self._decisions:
+            if record.cancelled.is_set():
+                raise CancelledLoadError
+            configured = self._configured.get(record.spec.name)
+            self._journal.put(JournalEntry(record.spec, record.generation, digest), configured=configured)
+
+    def _report(self, record: Record, done: int, total: int, state: AdapterState | None = None) -> None:
+        if record.cancelled.is_set():
+            raise CancelledLoadError
+        now_s = time.monotonic()
+        with self._state.mutex:
+            record.progress = done / total if total else 0.0
+            if state is None:
+                record.downloaded_bytes, record.download_bytes = (0, 0) if total <= 1 else (done, total)
+            elif record.state.is_loading:
+                record.state = state
+            is_due = state is None and total > 1 and now_s - record.logged_s >= LOG_INTERVAL_S
+            record.logged_s = now_s if is_due else record.logged_s
+        if is_due:
+            logger.info("adapter %s: %.1f of %.1f MB downloaded", record.spec.name, done / 1e6, total / 1e6)
+
+    def _end(self, record: Record, failure: LoraMixerError | None) -> None:
+        """A load that came to nothing: FAILED with its reason, or gone if it was retired meanwhile."""
+        with self._decisions:
+            with self._state.mutex:
+                record.slot = record.adapter = None
+                is_failure = failure is not None and record.state is not AdapterState.RETIRING
+                if is_failure:
+                    record.state, record.failure = AdapterState.FAILED, failure
+                else:
+                    self._state.remove(record)
+                is_current = self._state.records.get(record.spec.name) is record
+                self._state.commit(self._state.router)
+            # A refusal is final. What the network or a disk did is tried again by a restart.
+            if is_failure and is_current and isinstance(failure, AdapterRefusedError) and not record.expected_digest:
+                _logged(lambda: self._journal.remove(record.spec.name), not record.is_configured)
+
+
+def _changed_content(record: Record, digest: str) -> RefusalReason:
+    message = (
+        f"its source now holds digest {digest[:12]}, not {str(record.expected_digest)[:12]} as when it was registered; "
+        "register it again to accept the new content"
+    )
+    return RefusalReason("content_changed", message, "source")
+
+
+def _logged(task: Callable[[], object], is_wanted: bool) -> None:
+    """Run a journal change that nobody waits for."""
+    if is_wanted:
+        try:
+            task()
+        except LoraMixerError as error:
+            logger.warning("%s", error)

@@ -1,0 +1,122 @@
+"""The journal: what it keeps, when it refuses, and how it meets the configuration."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from server.adapters.journal import Journal, JournalEntry
+from server.config import AdapterSpec
+from server.errors import ConfigError, LoraMixerError
+
+
+def spec(name: str, source: str = "org/name") -> AdapterSpec:
+    return AdapterSpec(name=name, source=source)
+
+
+def reopened(journal: Journal, path: Path) -> Journal:
+    journal.close()
+    return Journal(path)
+
+
+def test_entries_and_generations_outlive_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "adapters.state"
+    journal = Journal(path)
+    first = JournalEntry(spec("a"), 3, "d" * 64)
+    journal.put(JournalEntry(spec("a"), 3))
+    journal.put(first)
+    journal.put(JournalEntry(spec("b"), 1))
+    journal.remove("b")
+    journal = reopened(journal, path)
+    assert journal.restored([]) == ([], [first])
+    assert (journal.generation("a"), journal.generation("b"), journal.generation("c")) == (3, 1, 0)
+    journal.close()
+
+
+def test_a_retired_adapter_of_the_configuration_stays_so_until_its_lines_change(tmp_path: Path) -> None:
+    path = tmp_path / "adapters.state"
+    journal = Journal(path)
+    configured = [spec("a"), spec("b")]
+    journal.remove("a", configured=configured[0])
+    journal = reopened(journal, path)
+    assert journal.restored(configured) == ([configured[1]], [])
+    changed = [spec("a", "org/newer"), configured[1]]
+    assert journal.restored(changed) == (changed, [])
+    journal.close()
+
+
+def test_a_registration_over_a_retired_name_wins_until_the_configuration_changes(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "adapters.state")
+    configured, hot = spec("a"), JournalEntry(spec("a", "org/hot"), 2, "d" * 64)
+    journal.put(hot, configured=configured)
+    assert journal.restored([configured]) == ([], [hot])
+    changed = spec("a", "org/newer")
+    assert journal.restored([changed]) == ([changed], [])
+    journal.close()
+
+
+def test_a_change_that_cannot_be_written_is_not_made(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir()
+    journal = Journal(folder / "adapters.state")
+    journal.put(JournalEntry(spec("a"), 1))
+    moved = folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(LoraMixerError, match="nothing was changed") as caught:
+        journal.put(JournalEntry(spec("b"), 1))
+    assert caught.value.code == "registry_not_writable"
+    assert [entry.spec.name for entry in journal.restored([])[1]] == ["a"]
+    moved.rename(folder)
+    journal.close()
+
+
+def test_a_second_server_leaves_the_journal_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "adapters.state"
+    first = Journal(path)
+    first.put(JournalEntry(spec("a"), 1))
+    with caplog.at_level(logging.WARNING):
+        second = Journal(path)
+    assert "another server uses it" in caplog.text
+    assert second.restored([]) == ([], [])
+    second.put(JournalEntry(spec("b"), 1))
+    second.close()
+    first = reopened(first, path)
+    assert [entry.spec.name for entry in first.restored([])[1]] == ["a"]
+    first.close()
+
+
+def test_a_folder_that_cannot_be_written_only_costs_the_journal(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = Journal(tmp_path / "absent" / "adapters.state")
+    assert "will not survive a restart" in caplog.text
+    journal.put(JournalEntry(spec("a"), 1))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        '{"version": 2}',
+        '{"version": 1}',
+        '{"version": 1, "adapters": [1], "retired": [], "generations": {}}',
+        '{"version": 1, "adapters": [], "retired": [{"name": "a"}], "generations": {}}',
+        '{"version": 1, "adapters": [], "retired": [], "generations": {"a": "x"}}',
+        json.dumps({"version": 1, "retired": [], "generations": {},
+                    "adapters": [{"spec": {"name": "../a", "source": "b"}, "generation": 1, "digest": None}]}),
+    ],
+)  # fmt: skip
+def test_a_damaged_journal_is_an_error_and_stays_as_it_is(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "adapters.state"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="is damaged"):
+        Journal(path)
+    assert path.read_text() == text
+
+
+def test_what_a_crash_left_half_written_is_swept_away(tmp_path: Path) -> None:
+    path = tmp_path / "adapters.state"
+    (tmp_path / "adapters.statexyz.tmp").write_text("half")
+    Journal(path).close()
+    assert not list(tmp_path.glob("*.tmp"))
