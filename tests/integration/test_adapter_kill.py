@@ -1,0 +1,107 @@
+"""kill -9 at random moments of registrations, replacements and retirements: a restart serves what was acknowledged."""
+
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from tests.adapters.fake_hub import FakeHub, Fault
+from tests.integration.tiny import make_tiny_root, serve_apart
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+NAMES = ("red", "green", "blue")
+LONGEST_LIFE_S = 1.5
+"""From the first operation to the kill; an operation takes some 50 ms, more from the Hub."""
+
+
+class Client:
+    """Does random things to a server and knows which states each name may be in: a digest, or None for absent."""
+
+    def __init__(self, digests: dict[str, str], seed: int) -> None:
+        self._digests = digests  # by source
+        self._rng = random.Random(seed)
+        self.possible: dict[str, set[str | None]] = {name: {None} for name in NAMES}
+        self.num_acknowledged = 0
+
+    def work(self, url: str) -> None:
+        """Until the server is gone."""
+        with httpx.Client(base_url=url, timeout=30) as http, contextlib.suppress(httpx.TransportError):
+            while True:
+                self._change(http, self._rng.choice(NAMES))
+
+    def _change(self, http: httpx.Client, name: str) -> None:
+        before = self.possible[name]
+        if self._rng.random() < 0.3:
+            self.possible[name] = before | {None}
+            answer = http.delete(f"/v1/adapters/{name}")
+            after: set[str | None] = {None}
+        else:
+            source = self._rng.choice(sorted(self._digests))
+            self.possible[name] = before | {self._digests[source]}
+            headers = {} if before == {None} else {"If-Match": "*"}
+            body = {"name": name, "source": source, "wait": True}
+            answer = http.post("/v1/adapters", json=body, headers=headers)
+            after = {self._digests[source]}
+        if answer.is_success:
+            assert answer.status_code in (200, 201), answer.text
+            self.possible[name] = after
+            self.num_acknowledged += 1
+        else:  # one may still be retiring, or the name be free already
+            assert answer.status_code in (404, 409, 412), answer.text
+            self.possible[name] = before
+
+    def check(self, url: str) -> None:
+        """Every name is in a state it may be in, and what is served answers."""
+        listed = {info["name"]: info for info in httpx.get(f"{url}/v1/adapters").json()["data"]}
+        assert set(listed) <= {*NAMES, "a0"}
+        assert listed["a0"]["state"] == "READY"
+        for name in NAMES:
+            info: dict[str, Any] | None = listed.get(name)
+            assert info is None or info["state"] == "READY", info
+            digest = None if info is None else info["digest"]
+            assert digest in self.possible[name], (name, digest, self.possible[name])
+            self.possible[name] = {digest}
+            if info is not None:
+                body = {"model": name, "prompt": "x", "max_tokens": 2, "ignore_eos": True}
+                answer = httpx.post(f"{url}/v1/completions", json=body, timeout=30)
+                assert answer.json()["usage"]["completion_tokens"] == 2
+
+
+@pytest.mark.parametrize("num_kills", [3, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_restart_after_kill_9_serves_what_was_acknowledged(
+    num_kills: int,
+    tiny_llama: "Callable[..., LlamaForCausalLM]",
+    make_adapter: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    digests = make_tiny_root(tmp_path, tiny_llama, make_adapter, num_adapters=4, num_configured=1, max_adapters=8)
+    rng = random.Random(7)
+    with FakeHub() as hub:
+        for name in ("a2", "a3"):
+            hub.push_folder(f"org/{name}", tmp_path / "sources" / name)
+        hub.fail(Fault("/cdn/", drip_s=0.002, times=10**9))
+        sources = {"sources/a1": digests["a1"], "org/a2": digests["a2"], "org/a3": digests["a3"]}
+        client = Client(sources, seed=3)
+        environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache")}
+        for _ in range(num_kills):
+            with serve_apart(tmp_path, environment) as (url, process):
+                client.check(url)
+                worker = threading.Thread(target=client.work, args=(url,))
+                worker.start()
+                time.sleep(rng.uniform(0.02, LONGEST_LIFE_S))
+                process.kill()
+                worker.join(60)
+        with serve_apart(tmp_path, environment) as (url, _):
+            client.check(url)
+    assert client.num_acknowledged > num_kills
+    assert not list(tmp_path.glob("adapters.*.tmp")), "nothing is left half written"
