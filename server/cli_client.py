@@ -12,6 +12,7 @@ import httpx
 
 from server.cli_flags import is_loopback_url, key_from_environment
 from server.errors import ConfigError, LoraMixerError
+from server.naming import printable
 
 REQUEST_TIMEOUT_S = 60.0
 """No call of these takes long on the server: registration is only accepted, then watched."""
@@ -93,12 +94,12 @@ def run_add(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(info, indent=2))
     elif failed:
-        reasons = _reason_lines(info.get("reasons")) or [f"  {info.get('reason') or 'no reason given'}"]
+        reasons = _reason_lines(info.get("reasons")) or [f"  {_reason_of(info)}"]
         print("\n".join([f"{info['name']} cannot be served:", *reasons]))
     else:
         print(f"{info['name']}: {_state_of(info)}")
         if info.get("state") == "READY" and not arguments.not_routed and not info.get("routed"):
-            print(f"  served by name only, not routed to: {info.get('reason') or 'no reason given'}")
+            print(f"  served by name only, not routed to: {_reason_of(info)}")
     return 1 if failed else 0
 
 
@@ -126,11 +127,11 @@ def table_of(adapters: Sequence[Mapping[str, Any]]) -> str:
             "-" if share is None else f"{100 * share:.1f}%",
             "-" if not num_bytes else f"{num_bytes / 2**20:.1f}",
             (info.get("digest") or "-")[:12],
-            _source_of(info),
+            printable(_source_of(info)),
         ))  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines += [f"{info['name']}: {info['reason']}" for info in adapters if info.get("reason")]
+    lines += [f"{info['name']}: {_reason_of(info)}" for info in adapters if info.get("reason")]
     return "\n".join(lines)
 
 
@@ -177,6 +178,11 @@ def _state_of(info: Mapping[str, Any]) -> str:
     return f"{info.get('state')}{f' {100 * progress:.0f}%' if is_measured else ''}"  # type: ignore[operator]
 
 
+def _reason_of(info: Mapping[str, Any]) -> str:
+    """On one line, with nothing in it that a terminal obeys: sources and foreign files speak through it."""
+    return printable(str(info.get("reason") or "no reason given"))
+
+
 def _source_of(info: Mapping[str, Any]) -> str:
     revision, subfolder = info.get("revision"), info.get("subfolder")
     source = f"{info.get('source') or '-'}{f'/{subfolder}' if subfolder else ''}"
@@ -204,8 +210,9 @@ def _explain(response: httpx.Response) -> str:
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{response.url} answered {response.status_code} {response.reason_phrase}"
     summary = f"the server refused ({response.status_code} {code})"
-    return "\n".join([f"{summary}:", *reasons]) if reasons else f"{summary}: {message}"
+    return "\n".join([f"{summary}:", *reasons]) if reasons else f"{summary}: {printable(str(message))}"
 
 
 def _reason_lines(reasons: Any) -> "list[str]":
-    return [f"  [{reason['code']}] {reason['message']} ({reason['where']})" for reason in reasons or ()]
+    lines = [f"[{reason['code']}] {reason['message']} ({reason['where']})" for reason in reasons or ()]
+    return [f"  {printable(line)}" for line in lines]

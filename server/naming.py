@@ -1,4 +1,4 @@
-"""What adapters may be called: names that travel anywhere, and that nobody takes for another."""
+"""What adapters may be called, so that nobody takes one for another, and how texts of strangers are shown."""
 
 ADAPTER_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
 """Names travel in URLs, metrics labels and `model` fields: ASCII word characters, dot, dash; 96 at most."""
@@ -22,3 +22,9 @@ def reserved_by(name: str, base_model_name: str) -> bool:
     """Whether an adapter's name could be taken for `auto`, `base` or the base model's, with or without organisation."""
     reserved = ("auto", "base", base_model_name, base_model_name.rpartition("/")[2])
     return any(are_confusable(name, other) for other in reserved)
+
+
+def printable(text: str) -> str:
+    """`text` with line breaks, terminal controls, direction marks and lone surrogates as escapes: names in a stranger's
+    files end up in logs and on terminals."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

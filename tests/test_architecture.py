@@ -179,6 +179,30 @@ def test_only_config_reads_the_environment() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_nothing_in_the_server_deserialises_code() -> None:
+    """No pickle in any disguise, no evaluation of text, no code of models, no queue that would carry objects."""
+    libraries = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "multiprocessing", "zmq"}
+    wrong = [str(found) for found in ALL_IMPORTS if found.module.split(".")[0] in libraries]
+    calls = re.compile(r"torch\.load\(|(?<![\w.])(eval|exec|compile)\(|trust_remote_code=True|yaml\.(unsafe|full)_load")
+    wrong += [
+        f"{relative(path)}:{number}"
+        for path in source_files()
+        if path.is_relative_to(ROOT / "server")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if calls.search(line)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_library_that_ran_hub_code_is_not_here() -> None:
+    """transformers before 5.3 fetched attention kernels, and ran them, at a config's request (CVE-2026-4372)."""
+    pins = (ROOT / "deploy/constraints.txt").read_text(encoding="utf-8")
+    version = re.search(r"^transformers==(\d+)\.(\d+)", pins, flags=re.MULTILINE)
+    assert version is not None
+    assert (int(version[1]), int(version[2])) >= (5, 3)
+    assert re.search(r"^kernels==", pins, flags=re.MULTILINE) is None
+
+
 def test_no_module_keeps_mutable_state() -> None:
     """Module-level lists, sets and dicts are constants by name (UPPER_CASE), and nobody declares a `global`."""
     wrong = []

@@ -218,3 +218,10 @@ class TestAgainstAStub:
 )
 def test_loopback_urls_are_told_apart(url: str, expected: bool) -> None:
     assert is_loopback_url(url) is expected
+
+
+def test_texts_of_the_server_cannot_act_on_the_terminal() -> None:
+    evil = "\x1b[2J\u202e\nREADY"
+    info = {"name": "a", "state": "FAILED", "source": f"org/{evil}", "reason": evil}
+    assert all(line.isprintable() for line in cli_client.table_of([info]).splitlines())
+    assert len(cli_client.table_of([info]).splitlines()) == 3

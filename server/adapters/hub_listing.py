@@ -9,9 +9,10 @@ from typing import Any
 
 from server.adapters.peft_config import CONFIG_NAME, MAX_CONFIG_BYTES
 from server.adapters.sources import COMMIT_PATTERN
-from server.adapters.validation import PICKLE_NAMES, WEIGHTS_NAME, printable
+from server.adapters.validation import PICKLE_NAMES, WEIGHTS_NAME
 from server.config import AdapterSpec
 from server.errors import AdapterDownloadError, AdapterRefusedError, RefusalReason
+from server.naming import printable
 
 logger = logging.getLogger(__name__)
 

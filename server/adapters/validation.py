@@ -14,6 +14,7 @@ from server.adapters.matching import TargetSettings
 from server.adapters.peft_config import CONFIG_NAME
 from server.adapters.tensor_file import DTYPES, TensorEntry
 from server.errors import RefusalReason
+from server.naming import printable
 from server.routing.bank import ProjectionInfo
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -123,12 +124,6 @@ def capped(reasons: Iterable[RefusalReason]) -> list[RefusalReason]:
             message = f"and {count - MAX_REASONS_PER_CODE} more of the kind {code!r}"
             kept.append(RefusalReason(code, message, WEIGHTS_NAME))
     return kept
-
-
-def printable(text: str) -> str:
-    """`text` with line breaks, terminal controls, direction marks and lone surrogates as escapes: names in a stranger's
-    files end up in logs and on terminals."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _absent(folder: Path, name: str) -> RefusalReason:

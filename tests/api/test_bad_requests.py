@@ -278,3 +278,25 @@ def test_full_queue_is_503_with_retry_after_and_takes_back_the_rest() -> None:
         assert response.headers["retry-after"] == "1"
         harness.settle()
         assert harness.metric("requests_rejected_total", {"reason": "server_overloaded"}) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"chat_template": "{{ ().__class__ }}"}, "chat_template"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://169.254.169.254"}}]}]},
+         "messages"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"pattern": "(a+)+$"}}}]}, "tools"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+        ({"structured_outputs": {"regex": "(a+)+$"}}, "structured_outputs"),
+        ({"prompt_embeds": "gASV"}, "prompt_embeds"),
+        ({"n": 10**9}, "n"),
+        ({"best_of": 10**9}, "best_of"),
+    ],
+)  # fmt: skip
+def test_no_route_takes_templates_images_or_unbounded_counts(
+    client: httpx.Client, fields: dict[str, Any], param: str
+) -> None:
+    error = refuse_chat(client, fields)
+    assert str(error["param"]).startswith(param)
