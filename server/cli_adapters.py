@@ -61,6 +61,11 @@ def _add_add(subcommands: Any) -> None:
     _add_hub_flags(parser)
     parser.add_argument("--not-routed", action="store_true", help="serve it by name only; auto never picks it")
     parser.add_argument("--description", metavar="TEXT", help="one sentence for people")
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="if the name is registered with other content, replace that by a next generation",
+    )
     parser.add_argument("--no-wait", action="store_true", help="return as soon as the server has accepted the request")
     parser.add_argument(
         "--timeout",

@@ -55,8 +55,10 @@ class AdapterClient:
     def get(self, name: str) -> Any:
         return self._call("GET", _path_of(name))
 
-    def register(self, body: Mapping[str, Any]) -> Any:
-        return self._call("POST", "/v1/adapters", json=body)
+    def register(self, body: Mapping[str, Any], *, replace: bool = False) -> Any:
+        """With `replace`, other content under a registered name becomes its next generation."""
+        is_known = replace and any(info["name"] == body["name"] for info in self.list()["data"])
+        return self._call("POST", "/v1/adapters", json=body, headers={"If-Match": "*"} if is_known else {})
 
     def retire(self, name: str) -> Any:
         return self._call("DELETE", _path_of(name))
@@ -87,9 +89,10 @@ def run_list(arguments: argparse.Namespace) -> int:
 def run_add(arguments: argparse.Namespace) -> int:
     """Register one adapter; unless --no-wait, watch it until it is READY (0) or has FAILED (1)."""
     with _client(arguments) as client:
-        info = client.register(_registration(arguments))
+        info = client.register(_registration(arguments), replace=arguments.replace)
         if not arguments.no_wait:
             info = _watch(client, info, arguments.timeout, is_quiet=arguments.json)
+    info = _newest(info)
     failed = info.get("state") == "FAILED"
     if arguments.json:
         print(json.dumps(info, indent=2))
@@ -158,8 +161,8 @@ def _watch(client: AdapterClient, info: Any, timeout_s: float, *, is_quiet: bool
     """Poll until the registration has ended; prints a line whenever something changed."""
     deadline_s = time.monotonic() + timeout_s
     shown = ""
-    while info.get("state") in PENDING_STATES:
-        if (state := _state_of(info)) != shown and not is_quiet:
+    while _newest(info).get("state") in PENDING_STATES:
+        if (state := _state_of(_newest(info))) != shown and not is_quiet:
             print(f"{info['name']}: {state}", flush=True)
             shown = state
         if time.monotonic() > deadline_s:
@@ -170,6 +173,11 @@ def _watch(client: AdapterClient, info: Any, timeout_s: float, *, is_quiet: bool
         time.sleep(POLL_INTERVAL_S)
         info = client.get(info["name"])
     return info
+
+
+def _newest(info: Any) -> Any:
+    """The generation that a registration is about: the one that loads, or failed to, if there is one."""
+    return info.get("replacement") or info
 
 
 def _state_of(info: Mapping[str, Any]) -> str:

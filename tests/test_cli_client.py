@@ -27,6 +27,7 @@ class StubServer:
         self.script: dict[tuple[str, str], list[tuple[int, Any]]] = {}
         self.seen: list[tuple[str, str, Any]] = []
         self.keys: list[str | None] = []
+        self.guards: list[str | None] = []
         stub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -35,6 +36,7 @@ class StubServer:
                 body = json.loads(self.rfile.read(length)) if length else None
                 stub.seen.append((self.command, self.path, body))
                 stub.keys.append(self.headers.get("Authorization"))
+                stub.guards.append(self.headers.get("If-Match"))
                 answers = stub.script[self.command, self.path]
                 status, content = answers.pop(0) if len(answers) > 1 else answers[0]
                 data = content.encode() if isinstance(content, str) else json.dumps(content).encode()
@@ -111,6 +113,33 @@ class TestAgainstAStub:
             "  [dora] because of dora (adapter_config.json)",
             "  [bias] because of bias (adapter_config.json)",
         ]
+
+    @pytest.mark.parametrize("is_sound", [True, False])
+    def test_add_watches_a_replacement_to_its_end(
+        self, is_sound: bool, stub: StubServer, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        served = {"name": "new", "state": "READY", "routed": True, "generation": 1}
+        pending = {"name": "new", "state": "DOWNLOADING", "progress": 0.5, "generation": 2}
+        failed = {**pending, "state": "FAILED", "reason": "no such file"}
+        after = {**served, "generation": 2} if is_sound else {**served, "replacement": failed}
+        stub.script = {
+            ("GET", "/v1/adapters"): [(200, {"data": [served]})],
+            ("POST", "/v1/adapters"): [(202, {**served, "replacement": pending})],
+            ("GET", "/v1/adapters/new"): [(200, {**served, "replacement": pending}), (200, after)],
+        }
+        assert self.add(stub, "--replace") == (0 if is_sound else 1)
+        assert stub.guards[:2] == [None, "*"]
+        output = capsys.readouterr().out
+        assert "DOWNLOADING 50%" in output
+        assert ("new: READY" if is_sound else "no such file") in output
+
+    def test_replacing_a_name_that_is_free_is_an_ordinary_registration(self, stub: StubServer) -> None:
+        stub.script = {
+            ("GET", "/v1/adapters"): [(200, {"data": []})],
+            ("POST", "/v1/adapters"): [(201, {"name": "new", "state": "READY", "routed": True})],
+        }
+        assert self.add(stub, "--replace") == 0
+        assert stub.guards == [None, None]
 
     def test_a_refusal_prints_every_reason(self, stub: StubServer, capsys: pytest.CaptureFixture[str]) -> None:
         error = {

@@ -47,6 +47,7 @@ class Registrations:
         base_model_name: str,
         max_adapters: int,
         max_loading: int,
+        on_retired: Callable[[Record], object],
         on_load: Callable[[str, float], object],
     ) -> None:
         self._loader = loader
@@ -57,6 +58,7 @@ class Registrations:
         self._base_model_name = base_model_name
         self._max_adapters = max_adapters
         self._max_loading = max_loading
+        self._on_retired = on_retired
         self._loaders = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="adapter-loader")
         self._decisions = threading.Lock()
         """Held from a decision until it is in the journal. Taken before the state's mutex."""
@@ -142,6 +144,7 @@ class Registrations:
                 record.state = AdapterState.RETIRING
                 self._state.commit(self._state.router)
                 info = self._state.info(record)
+            self._on_retired(record)  # now, not when the last request ends: until then a crash would forget to
         self._publisher.enqueue(self._residency.collect)
         return info
 

@@ -14,7 +14,7 @@ from server.adapters.leases import AdapterLease
 from server.adapters.loading import AdapterLoader
 from server.adapters.lockfile import Lockfile, LockKey
 from server.adapters.publisher import Publisher, RunBetweenSteps
-from server.adapters.records import AdapterInfo, Record
+from server.adapters.records import AdapterInfo, AdapterState, Record
 from server.adapters.registration import Registrations
 from server.adapters.residency import Residency
 from server.adapters.roster import Roster
@@ -76,6 +76,7 @@ class AdapterRegistry:
             base_model_name=base_model_name,
             max_adapters=min(settings.max_adapters, routed.num_slots - 1),
             max_loading=settings.max_loading_adapters,
+            on_retired=self._forget_source,
             on_load=on_load,
         )
 
@@ -178,6 +179,7 @@ class AdapterRegistry:
         """Drop a retired source's lock, so that it resolves anew, unless another registration stands on it."""
         key = LockKey.of(record.spec)
         with self._state.mutex:
-            is_shared = any(LockKey.of(other.spec) == key for other in self._state.all_records())
-        if not is_shared:
+            others = (other for other in self._state.all_records() if other is not record)
+            alive = [other for other in others if other.state is not AdapterState.RETIRING]
+        if not any(LockKey.of(other.spec) == key for other in alive):
             self.loader.forget(record.spec)

@@ -68,6 +68,9 @@ async def in_process(
     """
     from server.assembly import build_services, settle
 
+    # Registrations over HTTP are a running server's; a measurement is of what the configuration says.
+    settings = config.server.model_copy(update={"registry_file": None})
+    config = config.model_copy(update={"server": settings})
     services = await asyncio.to_thread(build_services, config, Secrets())
     settle()
     services.engine.start()

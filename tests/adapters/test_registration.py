@@ -281,6 +281,23 @@ def test_sources_that_may_no_longer_be_loaded_are_not_restored(restart: Callable
     assert registry.restore((), admit=refuse) == ()
 
 
+def test_a_retired_source_is_unlocked_before_its_last_request_ends(
+    make_registry: MakeRegistry, hub: FakeHub, sources: Path, tmp_path: Path
+) -> None:
+    hub.push_folder("org/a", sources / "a")
+    lockfile = tmp_path / "adapters.lock"
+    registry = make_registry(hub=HubSource(endpoint=hub.endpoint, cache_folder=tmp_path / "cache"), lockfile=lockfile)
+    registry.register(AdapterSpec(name="x", source="org/a"))
+    registry.register(AdapterSpec(name="y", source="org/a"))
+    assert registry.wait("x", 30).state is registry.wait("y", 30).state is AdapterState.READY
+    running = registry.lease("x")
+    registry.retire("x")
+    assert len(json.loads(lockfile.read_text())["adapters"]) == 1, "y stands on it"
+    registry.retire("y")
+    assert json.loads(lockfile.read_text())["adapters"] == []
+    running.release()
+
+
 # Traffic
 
 
