@@ -84,6 +84,7 @@ def _transfer(
                 file.truncate(0)
                 raise WrongContentError("has the wrong length: it is longer than the Hub states")
             file.write(piece)
+            file.flush()  # to the system, so that a killed process loses nothing that was reported
             on_bytes(done)
     if done < size_bytes:
         # A body of known length would have raised if it had broken off: the Hub's file really is shorter.

@@ -105,3 +105,49 @@ def test_a_restart_after_kill_9_serves_what_was_acknowledged(
             client.check(url)
     assert client.num_acknowledged > num_kills
     assert not list(tmp_path.glob("adapters.*.tmp")), "nothing is left half written"
+
+
+def test_a_download_that_a_kill_cut_off_goes_on_after_the_restart_and_then_offline(
+    tiny_llama: "Callable[..., LlamaForCausalLM]",
+    make_adapter: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A private source with a token of its own, accepted with 202; the token is in no file and no line of the log."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    digests = make_tiny_root(tmp_path, tiny_llama, make_adapter, num_adapters=2, num_configured=1)
+    with FakeHub() as hub:
+        hub.push_folder("org/a1", tmp_path / "sources" / "a1")
+        hub.repositories["org/a1"].token = "hf_secret"
+        hub.fail(Fault("/cdn/", drip_s=0.3))
+        environment = {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "LORA_MIXER_HUB_TOKENS": "org/a1=hf_secret",
+        }
+        with serve_apart(tmp_path, environment) as (url, process):
+            answer = httpx.post(f"{url}/v1/adapters", json={"name": "private", "source": "org/a1"})
+            assert (answer.status_code, answer.json()["state"]) == (202, "DOWNLOADING")
+            info = answer.json()
+            while not info["downloaded_bytes"] > 1000:
+                assert info["state"] == "DOWNLOADING", info
+                time.sleep(0.02)
+                info = httpx.get(f"{url}/v1/adapters/private").json()
+            assert info["downloaded_bytes"] < info["download_bytes"]
+            process.kill()
+            process.wait()
+        log = (tmp_path / "server.log").read_text()
+        hub.requests.clear()
+        with serve_apart(tmp_path, environment) as (url, _):
+            info = httpx.get(f"{url}/v1/adapters/private").json()
+            assert (info["state"], info["digest"], info["generation"]) == ("READY", digests["a1"], 1)
+        ranges = [request.range for request in hub.requests if request.method == "GET" and "/cdn/" in request.path]
+        assert len(ranges) == 1
+        assert str(ranges[0]).startswith("bytes=")
+    with serve_apart(tmp_path, {**environment, "HF_HUB_OFFLINE": "1"}) as (url, _):
+        info = httpx.get(f"{url}/v1/adapters/private").json()
+        assert (info["state"], info["digest"]) == ("READY", digests["a1"])
+    log += (tmp_path / "server.log").read_text()
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert "hf_secret" not in log
+    assert b"hf_secret" not in written
