@@ -93,7 +93,7 @@ class TestSettingsFlags:
 
     def test_every_setting_can_be_given_as_a_flag(self, tmp_path: Path) -> None:
         (tmp_path / "a.yaml").write_text("{}")
-        values = {"prefix_caching": None, "log_level": "error", "device": "cuda", "host": "::1"}
+        values = {"prefix_caching": None, "log_level": "error", "device": "cuda", "host": "::1", "backend": "torch"}
         values |= dict.fromkeys(("adapter_roots", "hub_allowed", "registry_file"), "x")
         argv = []
         for name, field in ServerSettings.model_fields.items():
