@@ -10,7 +10,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from router_training.report import comparison_table, evaluation_table, evaluation_verdict
-from router_training.settings import TrainingConfig, WarmStart
+from router_training.settings import GateMode, TrainingConfig, WarmStart
 from server.config import load_config
 from server.errors import ConfigError, LoraMixerError
 from server.routing.router import Granularity
@@ -83,10 +83,20 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
     add("--samples", "samples", int, "chats in the balanced training mix")
     add("--max-length", "max_length", int, "longest training sequence, tokens")
+    add("--too-long", "too_long", str, "chats over --max-length: refuse by line, or cut", ("refuse", "cut"))
+    add("--composite", "composite_fraction", float, "share of the mix that joins two tasks in one chat, 0 to 1")
+    add("--rephrase", "rephrase_fraction", float, "share of the mix with the question framed anew, 0 to 1")
     add("--seed", "seed", int, "seed of the mix and its order")
     add("--granularity", "granularity", str, "one gate per layer or per projection", get_args(Granularity))
     add("--top-k", "top_k", int, "adapters kept per token")
     add("--temperature", "temperature", float, "divides gate logits")
+    add("--gate-mode", "gate_mode", str, "how kept gates are scaled", get_args(GateMode))
+    parser.add_argument(
+        "--null-expert",
+        action="store_true",
+        help="let tokens choose the base model; needs a data folder `base` (default off)",
+    )
+    add("--routed-from-layer", "routed_from_layer", int, "first layer with a gate; the base model alone below it")
     add("--warm-start", "warm_start", str, "initial gate rows from cached inputs", get_args(WarmStart))
     add("--warm-start-samples", "warm_start_samples", int, "chats cached for the warm start, per round")
     add("--warm-start-rounds", "warm_start_rounds", int, "caching passes of the warm start")
@@ -95,9 +105,18 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add("--lr", "learning_rate", float, "peak learning rate of AdamW")
     add("--straight-through", "straight_through_fraction", float, "last share of steps with top-k gates, 0 to 1")
     add("--alpha", "alpha", float, "weight of RSL's balance term")
+    parser.add_argument(
+        "--prior",
+        action="append",
+        default=[],
+        metavar="NAME=SHARE",
+        help="expected traffic of an adapter for the balance term; repeatable (default 1 each)",
+    )
     add("--lambda", "lambda_", float, "weight of RSL's entropy term")
     add("--sign", "sign", int, "of the entropy term: 1 specialises, -1 is the paper's printed formula", (1, -1))
     add("--eta", "eta", float, "weight of the adapter-id cross-entropy; 0 is the paper's pure loss")
+    add("--lm-weighting", "lm_weighting", str, "LM loss per chat, or over its own adapter's", ("nats", "relative"))
+    add("--checkpoint-every", "checkpoint_every", int, "steps between checkpoints; repeat the command to resume")
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -134,10 +153,17 @@ def _report(options: argparse.Namespace) -> int:
 def _settings(options: argparse.Namespace) -> TrainingConfig:
     given = {name: value for name, value in vars(options).items() if name in TrainingConfig.model_fields}
     try:
-        return TrainingConfig(**given)
+        return TrainingConfig(**{**given, "prior": _prior(options.prior)})
     except ValidationError as error:
         problems = "; ".join(f"{problem['loc'][0]}: {problem['msg']}" for problem in error.errors())
         raise ConfigError(f"settings out of range: {problems}") from error
+
+
+def _prior(pairs: Sequence[str]) -> dict[str, str]:
+    prior = dict(pair.rpartition("=")[::2] for pair in pairs)
+    if "" in prior or len(prior) < len(pairs):
+        raise ConfigError("--prior takes NAME=SHARE, each name once, for example --prior gsm8k=2")
+    return prior
 
 
 def _rendered(path: Path) -> str:

@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from router_training.roster import Roster
+from router_training.roster import BASE_TASK, Roster
 from router_training.router_inputs import CachedInputs
 from router_training.settings import TrainingConfig
+from server.routing.policy import BASE_DIGEST
 from server.routing.router import ArtefactAdapter, RouterArtefact
 
 
@@ -19,28 +20,36 @@ def build_artefact(
     background: Mapping[str, Tensor] | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> RouterArtefact:
-    """Rows in the order of the roster's adapters; shares their memory."""
+    """Rows in slot order, the null expert's first if there is one; shares their memory."""
     return RouterArtefact(
         base_model=roster.loaded.name,
         hidden_size=roster.routed.hidden_size,
         num_layers=roster.routed.num_layers,
         granularity=config.granularity,
-        top_k=min(config.top_k, len(roster.adapters)),
+        top_k=min(config.top_k, len(roster.adapters) + config.null_expert),
         temperature=config.temperature,
-        adapters=tuple(
-            ArtefactAdapter(
-                name=adapter.name,
-                digest=adapter.digest,
-                source=adapter.source,
-                revision=adapter.revision,
-                rank=adapter.rank,
-                targets=tuple(adapter.targets),
-            )
-            for adapter in roster.adapters
+        gate_mode=config.gate_mode,
+        adapters=(
+            *((ArtefactAdapter(name=BASE_TASK, digest=BASE_DIGEST),) if config.null_expert else ()),
+            *_trained_adapters(roster),
         ),
         rows=rows,
         background=background or {},
         training=training or {},
+    )
+
+
+def _trained_adapters(roster: Roster) -> tuple[ArtefactAdapter, ...]:
+    return tuple(
+        ArtefactAdapter(
+            name=adapter.name,
+            digest=adapter.digest,
+            source=adapter.source,
+            revision=adapter.revision,
+            rank=adapter.rank,
+            targets=tuple(adapter.targets),
+        )
+        for adapter in roster.adapters
     )
 
 

@@ -5,7 +5,7 @@ Letters: S sequences, L padded length, T = S * L token positions.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -29,14 +29,18 @@ class TokenSequence:
     token_ids: tuple[int, ...]
     answer_start: int
     label: int
-    """Index of its adapter."""
+    """Slot of its adapter, 0 for the base model."""
+    label_changes: tuple[tuple[int, int], ...] = ()
+    """(position, label) in order: from there on the tokens belong to another adapter. Composite chats have some."""
+    unscored: tuple[int, ...] = ()
+    """Token positions from `answer_start` on that are nobody's answer: separators, later questions."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     @property
     def num_answer_tokens(self) -> int:
-        return len(self.token_ids) - self.answer_start
+        return len(self.token_ids) - self.answer_start - len(self.unscored)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +54,7 @@ class TokenBatch:
     lengths: Tensor
     """(S,) int64."""
     labels: Tensor
-    """(S,) int64."""
+    """(S, L) int64: slot that each position belongs to."""
 
     @property
     def answer_positions(self) -> Tensor:
@@ -59,8 +63,8 @@ class TokenBatch:
 
     @property
     def token_labels(self) -> Tensor:
-        """(T,) int64: adapter of each position."""
-        return self.labels.repeat_interleave(self.token_ids.shape[1])
+        """(T,) int64: slot that each position belongs to."""
+        return self.labels.flatten()
 
 
 def encode_chats(
@@ -70,10 +74,12 @@ def encode_chats(
     eos_token_ids: Collection[int],
     *,
     max_length: int | None = None,
+    too_long: Literal["refuse", "cut"] = "cut",
 ) -> list[TokenSequence]:
     """Render with the model's chat template, exactly as a request is; the answer ends with its end-of-turn token.
 
-    Raises TrainingDataError naming every chat whose answer the template does not put right behind the prompt.
+    Raises TrainingDataError naming every chat whose answer the template does not put right behind the prompt and,
+    where `too_long` is `refuse`, every chat of more than `max_length` tokens.
     """
     sequences, problems = [], []
     for chat in chats:
@@ -83,7 +89,12 @@ def encode_chats(
         if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
             problems.append(f"{chat.origin}: the rendered chat does not begin with its rendered prompt")
             continue
-        answer = _up_to_last(whole[len(prompt) :], eos_token_ids)
+        answer = up_to_last(whole[len(prompt) :], eos_token_ids)
+        if max_length is not None and too_long == "refuse" and len(prompt) + len(answer) > max_length:
+            problems.append(
+                f"{chat.origin}: {len(prompt) + len(answer)} tokens, and the longest allowed is {max_length}"
+            )
+            continue
         prompt, answer = truncate(prompt, answer, max_length)
         sequences.append(TokenSequence((*prompt, *answer), len(prompt), label_of_task[chat.task]))
     if problems:
@@ -109,16 +120,16 @@ def collate(sequences: Sequence[TokenSequence]) -> TokenBatch:
     longest = max(map(len, sequences))
     token_ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
     targets = torch.full((len(sequences), longest), IGNORED, dtype=torch.int64)
+    labels = torch.empty(len(sequences), longest, dtype=torch.int64)
     for row, sequence in enumerate(sequences):
         ids = torch.tensor(sequence.token_ids)
         token_ids[row, : len(ids)] = ids
         targets[row, sequence.answer_start - 1 : len(ids) - 1] = ids[sequence.answer_start :]
-    return TokenBatch(
-        token_ids,
-        targets,
-        torch.tensor([len(sequence) for sequence in sequences]),
-        torch.tensor([sequence.label for sequence in sequences]),
-    )
+        targets[row, [position - 1 for position in sequence.unscored]] = IGNORED
+        labels[row] = sequence.label
+        for position, label in sequence.label_changes:
+            labels[row, position:] = label
+    return TokenBatch(token_ids, targets, torch.tensor([len(sequence) for sequence in sequences]), labels)
 
 
 def batches_by_length(sequences: Sequence[TokenSequence], max_tokens: int) -> Iterator[list[int]]:
@@ -133,7 +144,7 @@ def batches_by_length(sequences: Sequence[TokenSequence], max_tokens: int) -> It
         yield group
 
 
-def _up_to_last(tokens: list[int], ends: Collection[int]) -> list[int]:
+def up_to_last(tokens: list[int], ends: Collection[int]) -> list[int]:
     """Drop what the template prints behind the last end-of-turn token."""
     last = max((index for index, token in enumerate(tokens) if token in ends), default=len(tokens) - 1)
     return tokens[: last + 1]

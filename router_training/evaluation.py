@@ -8,9 +8,10 @@ import torch
 
 from router_training.encoding import IGNORED, TokenBatch, TokenSequence, batches_by_length, collate
 from router_training.forward import answer_losses
+from router_training.roster import BASE_TASK
 from server.routing.attach import RoutedModel
 from server.routing.context import GateBatch, build_gate_batch
-from server.routing.policy import BASE_SLOT, GatePlan
+from server.routing.policy import GatePlan
 
 MAX_BATCH_TOKENS = 1024
 """Padded tokens per forward pass; more gains nothing on two cores."""
@@ -46,7 +47,7 @@ def evaluate_policy(
     *,
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> dict[str, dict[str, float]]:
-    """Per task: `nll` (nats per answer token), `tokens`, and of the
+    """Per task, `tasks` in the order of labels: `nll` (nats per answer token), `tokens`, and of the
     gates over answer positions `own_share` (mean weight of the own adapter) and `own_top1` (share of (token, gate)
     pairs whose largest weight is the own adapter's).
     """
@@ -78,26 +79,32 @@ def evaluate_policy(
 def _add_gate_statistics(sums: Sequence[_Sums], gates: GateBatch, batch: TokenBatch, generation: int | None) -> None:
     positions = batch.answer_positions
     labels = batch.token_labels[positions]
-    slots = labels + BASE_SLOT + 1
-    own = gates.share[positions].gather(1, slots[:, None])[:, 0]
+    own = gates.share[positions].gather(1, labels[:, None])[:, 0]
     layers = gates.layer_gates(generation)
     first = torch.zeros_like(own)
     for layer in layers:
-        first += (layer[positions].argmax(dim=1) == slots).float() / len(layers)
+        first += (layer[positions].argmax(dim=1) == labels).float() / len(layers)
     for label in sorted(set(labels.tolist())):
         sums[label].own_share += float(own[labels == label].sum())
         sums[label].own_first += float(first[labels == label].sum())
 
 
 def compare_policies(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
-    """Summary of `policy -> task -> measures` for the policies base, own_adapter, uniform and routed."""
+    """Summary of `policy -> task -> measures` for the policies base, own_adapter, uniform and routed.
+
+    Means are over the tasks that have an adapter; chats of the base model itself stand beside them.
+    """
     tasks = list(results["routed"])
     nll = {policy: {task: results[policy][task]["nll"] for task in tasks} for policy in results}
     ratio = {task: nll["routed"][task] / nll["own_adapter"][task] for task in tasks}
+    adapted = [task for task in tasks if task != BASE_TASK]
+    mean = {policy: sum(nll[policy][task] for task in adapted) / len(adapted) for policy in results}
     return {
         "policies": {policy: dict(measures) for policy, measures in results.items()},
         "ratio_to_own_adapter": ratio,
-        "mean_ratio_to_own_adapter": sum(ratio.values()) / len(ratio),
-        "beats_base": [task for task in tasks if nll["routed"][task] < nll["base"][task]],
-        "beats_uniform": [task for task in tasks if nll["routed"][task] < nll["uniform"][task]],
+        "mean_nll": mean,
+        "mean_ratio_to_own_adapter": sum(ratio[task] for task in adapted) / len(adapted),
+        "ratio_of_means_to_own_adapter": mean["routed"] / mean["own_adapter"],
+        "beats_base": [task for task in adapted if nll["routed"][task] < nll["base"][task]],
+        "beats_uniform": [task for task in adapted if nll["routed"][task] < nll["uniform"][task]],
     }

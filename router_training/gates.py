@@ -16,15 +16,15 @@ from server.routing.router import Granularity, gate_key
 
 GateMode = Literal["dense", "straight_through"]
 
-NUM_BASE_SLOTS = 1
-"""Slot 0 of gates is the base model; adapter i of the router sits in slot i + 1."""
-
 
 class RouterParameters:
-    """Gate rows (A, d) float32 per gate key, A adapters in slot order. The only thing that is trained."""
+    """Gate rows (C, d) float32 per gate key: C choices in slot order, that is the adapters, behind the base model if
+    there is a null expert. The only thing that is trained."""
 
-    def __init__(self, rows: Mapping[str, Tensor], granularity: Granularity) -> None:
+    def __init__(self, rows: Mapping[str, Tensor], granularity: Granularity, *, null_expert: bool = False) -> None:
         self.granularity: Granularity = granularity
+        self.first_slot = 0 if null_expert else 1
+        """Slot of the first choice."""
         self.rows = {key: nn.Parameter(value.float()) for key, value in rows.items()}
 
     @classmethod
@@ -33,13 +33,16 @@ class RouterParameters:
         projections: Iterable[ProjectionInfo],
         granularity: Granularity,
         num_adapters: int,
+        *,
+        null_expert: bool = False,
         device: torch.device | None = None,
     ) -> "RouterParameters":
         """All-zero rows (uniform gates) for `projections`, those that at least one adapter targets."""
+        num_choices = num_adapters + null_expert
         rows: dict[str, Tensor] = {}
         for info in sorted(projections, key=lambda info: (info.layer, info.name)):
-            rows.setdefault(gate_key(granularity, info), torch.zeros(num_adapters, info.d_in, device=device))
-        return cls(rows, granularity)
+            rows.setdefault(gate_key(granularity, info), torch.zeros(num_choices, info.d_in, device=device))
+        return cls(rows, granularity, null_expert=null_expert)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -55,7 +58,7 @@ class RouterParameters:
 
 
 class TrainingBatch:
-    """Implements `routing.context.RoutingBatch` with differentiable gates over all adapters.
+    """Implements `routing.context.RoutingBatch` with differentiable gates over all choices.
 
     `dense`: softmax over all adapters, as the paper trains. `straight_through`: the forward pass is serving's top-k.
     Keeps the logits of every gate for the losses.
@@ -66,7 +69,7 @@ class TrainingBatch:
     ) -> None:
         self.bank = bank
         self.logits: dict[str, Tensor] = {}
-        """gate key -> (T, A) float32, in order of computation."""
+        """gate key -> (T, C) float32, in order of computation."""
         self._router = router
         self._mode: GateMode = mode
         self._top_k = top_k
@@ -79,13 +82,13 @@ class TrainingBatch:
         if key not in self._router.rows:
             return None
         if key not in self._gates:
-            logits = F.linear(tokens.float(), self._router.rows[key])  # (T, A)
+            logits = F.linear(tokens.float(), self._router.rows[key])  # (T, C)
             self.logits[key] = logits
-            self._gates[key] = F.pad(self._activate(logits), (NUM_BASE_SLOTS, 0))  # (T, E)
+            self._gates[key] = F.pad(self._activate(logits), (self._router.first_slot, 0))  # (T, E)
         return self._gates[key]
 
     def stacked_logits(self, positions: Tensor) -> Tensor:
-        """(G, T', A): logits of all gates at the positions, (T,) bool, that count."""
+        """(G, T', C): logits of all gates at the positions, (T,) bool, that count."""
         return torch.stack([logits[positions] for logits in self.logits.values()])
 
     def _activate(self, logits: Tensor) -> Tensor:

@@ -37,16 +37,22 @@ class RouterLosses:
 
 
 def router_losses(
-    logits: Tensor, labels: Tensor, top_k: int, temperature: float = 1.0, weights: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    top_k: int,
+    temperature: float = 1.0,
+    weights: Tensor | None = None,
+    prior: Tensor | None = None,
 ) -> RouterLosses:
-    """All terms for gate logits (G, T, E) float32 of the tokens that count, their adapters (T,) and weights (T,)."""
+    """All terms for gate logits (G, T, E) float32 of the tokens that count, their adapters (T,), weights (T,) and the
+    prior (E,) of the balance term."""
     scaled = logits / temperature
     log_probabilities = torch.log_softmax(scaled, dim=-1)
     probabilities = log_probabilities.exp()
     weights = token_weights(probabilities, weights)
     own = log_probabilities.gather(-1, labels.expand(logits.shape[:-1]).unsqueeze(-1)).squeeze(-1)  # (G, T)
     return RouterLosses(
-        balance=balance_term(probabilities, top_k_frequency(scaled, top_k, weights), weights),
+        balance=balance_term(probabilities, top_k_frequency(scaled, top_k, weights), weights, prior),
         entropy=entropy_term(probabilities, weights),
         adapter_id=-(own * weights).sum(dim=-1).mean(),
     )
@@ -68,10 +74,17 @@ def top_k_frequency(scores: Tensor, top_k: int, weights: Tensor | None = None) -
     return (hits * token_weights(scores, weights).unsqueeze(-1)).sum(dim=-2).detach()
 
 
-def balance_term(probabilities: Tensor, frequency: Tensor, weights: Tensor | None = None) -> Tensor:
-    """E Σ_i p̄_i f̄_i (Eq. 3 with Switch's factor E): probabilities (..., T, E), frequency (..., E); scalar."""
+def balance_term(
+    probabilities: Tensor, frequency: Tensor, weights: Tensor | None = None, prior: Tensor | None = None
+) -> Tensor:
+    """Σ_i p̄_i f̄_i / π_i, with the uniform prior E Σ_i p̄_i f̄_i (Eq. 3 with Switch's factor E); scalar.
+
+    probabilities (..., T, E), frequency (..., E), prior π (E,) sums to 1. It is 1 where p̄ = f̄ = π: a prior asks for
+    balance against the expected traffic and not against equal shares.
+    """
     mean = (probabilities * token_weights(probabilities, weights).unsqueeze(-1)).sum(dim=-2)  # (..., E)
-    return probabilities.shape[-1] * (mean * frequency.detach()).sum(dim=-1).mean()
+    inverse = probabilities.new_tensor(float(probabilities.shape[-1])) if prior is None else 1 / prior
+    return (inverse * mean * frequency.detach()).sum(dim=-1).mean()
 
 
 def entropy_term(probabilities: Tensor, weights: Tensor | None = None) -> Tensor:

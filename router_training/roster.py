@@ -4,23 +4,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from router_training.forward import check_output_head, prepare_for_training
+from router_training.settings import BASE_NAME
 from server.adapters.weights import Adapter, AdapterLimits, load_adapter
 from server.config import AdapterSpec, ServerConfig, cache_folder
 from server.errors import ConfigError, LoraMixerError, RouterArtefactError
 from server.model.loader import LoadedModel, load_base_model
 from server.routing.attach import RoutedModel, attach_routing
 from server.routing.bank import ProjectionInfo
-from server.routing.policy import BASE_PLAN, GatePlan, Policy, fixed_plan, routed_plan
+from server.routing.policy import BASE_DIGEST, BASE_PLAN, BASE_SLOT, GatePlan, Policy, fixed_plan, routed_plan
 from server.routing.router import RouterArtefact
 from server.routing.router_bank import check_base
 
 FIRST_SLOT = 1
 """Adapter i of the roster sits in slot i + 1; slot 0 is the base model."""
 
+BASE_TASK = BASE_NAME
+"""Chats of this task belong to no adapter: the base model alone should answer them."""
+
 
 @dataclass(frozen=True, eq=False)
 class Roster:
-    """Base model and adapters, frozen and attached. Label i is adapter i, in slot i + 1."""
+    """Base model and adapters, frozen and attached. A label is a slot: 0 is the base model, i + 1 is adapter i."""
 
     loaded: LoadedModel
     routed: RoutedModel
@@ -32,11 +36,16 @@ class Roster:
 
     @property
     def label_of_task(self) -> dict[str, int]:
-        return {name: label for label, name in enumerate(self.names)}
+        return {name: label for label, name in enumerate(self.tasks)}
+
+    @property
+    def tasks(self) -> list[str]:
+        """Task of each label."""
+        return [BASE_TASK, *self.names]
 
     @property
     def slot_of_digest(self) -> dict[str, int]:
-        return {adapter.digest: label + FIRST_SLOT for label, adapter in enumerate(self.adapters)}
+        return {adapter.digest: index + FIRST_SLOT for index, adapter in enumerate(self.adapters)}
 
     @property
     def digest_of_slot(self) -> dict[int, str]:
@@ -49,28 +58,34 @@ class Roster:
 
     def base_plans(self) -> list[GatePlan]:
         """One plan per label: no adapter."""
-        return [BASE_PLAN] * len(self.adapters)
+        return [BASE_PLAN] * len(self.tasks)
 
     def own_adapter_plans(self) -> list[GatePlan]:
         """One plan per label: its own adapter at weight 1, the oracle of a router."""
         slots = self.digest_of_slot
-        return [fixed_plan(Policy.PINNED, {slot: 1.0}, slots) for slot in sorted(slots)]
+        return [BASE_PLAN, *(fixed_plan(Policy.PINNED, {slot: 1.0}, slots) for slot in sorted(slots))]
 
     def uniform_plans(self) -> list[GatePlan]:
         """One plan per label: every adapter at weight 1/E."""
         slots = self.digest_of_slot
         plan = fixed_plan(Policy.WEIGHTED, dict.fromkeys(slots, 1 / len(slots)), slots)
-        return [plan] * len(self.adapters)
+        return [plan] * len(self.tasks)
 
     def routed_plans(self, artefact: RouterArtefact, *, generation: int = 1) -> list[GatePlan]:
-        """One plan per label, all equal: routed over all adapters by `artefact`, which is published on the way."""
+        """One plan per label, all equal: routed by `artefact`, which is published on the way, over all adapters and
+        the null expert if it has one."""
         routers = self.routed.routers
         staged = routers.stage(generation, artefact, self.slot_of_digest)
         routers.publish(staged)
+        null_expert = {BASE_SLOT: BASE_DIGEST} if BASE_SLOT in staged.slots else {}
         plan = routed_plan(
-            self.digest_of_slot, staged.row_digest_of_slot, generation, artefact.settings, artefact.top_k
+            {**null_expert, **self.digest_of_slot},
+            staged.row_digest_of_slot,
+            generation,
+            artefact.settings,
+            artefact.top_k,
         )
-        return [plan] * len(self.adapters)
+        return [plan] * len(self.tasks)
 
 
 def check_artefact(artefact: RouterArtefact, roster: Roster) -> None:

@@ -32,18 +32,24 @@ class RecordingBatch:
     """A routing batch that keeps the inputs of every gate at chosen positions and leaves the gates to another one."""
 
     def __init__(
-        self, inner: RoutingBatch | None, bank: BankSnapshot, granularity: Granularity, positions: Tensor
+        self,
+        inner: RoutingBatch | None,
+        bank: BankSnapshot,
+        granularity: Granularity,
+        positions: Tensor,
+        from_layer: int = 0,
     ) -> None:
         self.bank = bank
         self.inputs: dict[str, Tensor] = {}
         self._inner = inner
         self._granularity: Granularity = granularity
         self._positions = positions
+        self._from_layer = from_layer
 
     def gates(self, info: ProjectionInfo, tokens: Tensor) -> Tensor | None:
         """See `RoutingBatch`."""
         key = gate_key(self._granularity, info)
-        if key not in self.inputs and info.name in self.bank.projections:
+        if key not in self.inputs and info.layer >= self._from_layer and info.name in self.bank.projections:
             self.inputs[key] = tokens[self._positions].clone()
         return None if self._inner is None else self._inner.gates(info, tokens)
 
@@ -57,9 +63,11 @@ def cache_inputs(
     *,
     max_prompt_tokens: int,
     max_answer_tokens: int,
+    from_layer: int = 0,
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> CachedInputs:
-    """Run every chat under the plan of its label and keep the router inputs of some of its tokens."""
+    """Run every chat under the plan of its label and keep the router inputs of some of its tokens, for the gates of
+    the layers from `from_layer` on."""
     parts: dict[str, list[Tensor]] = {}
     labels, is_answer = [], []
     for group in batches_by_length(sequences, MAX_BATCH_TOKENS):
@@ -67,7 +75,7 @@ def cache_inputs(
         batch = collate(members)
         positions = _chosen_positions(members, batch, max_prompt_tokens, max_answer_tokens)
         inner = gate_batch(routed, batch, plan_of_label)
-        recording = RecordingBatch(inner, routed.bank.snapshot, granularity, positions)
+        recording = RecordingBatch(inner, routed.bank.snapshot, granularity, positions, from_layer)
         last_hidden_states(routed, batch, recording)
         for key, value in recording.inputs.items():
             parts.setdefault(key, []).append(value)

@@ -1,9 +1,8 @@
 """One whole training run and one whole evaluation: the order of the parts, and the files they leave behind."""
 
 import json
-import time
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,58 +10,65 @@ import torch
 from torch import Tensor
 
 from router_training.artefact import background_statistics, build_artefact
-from router_training.data import Chat, balanced_sample, data_digest, read_splits
+from router_training.checkpoint import Checkpoint, run_fingerprint
+from router_training.data import Chat, read_splits
 from router_training.encoding import TokenSequence, encode_chats
 from router_training.evaluation import compare_policies, evaluate_policy
+from router_training.frozen import check_frozen, frozen_digests
 from router_training.gates import RouterParameters
+from router_training.mixing import Mix, check_longest, draw_mix, encode_mix
 from router_training.progress import Progress
-from router_training.roster import Roster, check_artefact, load_roster
+from router_training.roster import BASE_TASK, Roster, check_artefact, load_roster
 from router_training.router_inputs import cache_inputs
-from router_training.settings import TrainingConfig
+from router_training.settings import TrainingConfig, check_prior, prior_shares
+from router_training.step_log import StepLog
 from router_training.trainer import StepMetrics, Trainer
 from router_training.warm_start import warm_start
 from server.config import ServerConfig
 from server.routing.policy import GatePlan
 from server.routing.router import RouterArtefact, load_artefact, save_artefact
 
-METRICS_NAME = "metrics.jsonl"
 EVALUATION_NAME = "evaluation.json"
+
+OWN_LOSS_CHATS = 24
+"""Chats per task that relative weighting measures the own adapter on; a scale needs no better."""
 
 BACKGROUND_CHATS = 160
 """Chats of the mix whose router inputs give the background statistics; a mean over some 6,000 tokens is steady."""
 
 
 def train(config: ServerConfig, data: Path, out: Path, settings: TrainingConfig, *, validation_rows: int) -> None:
-    """Train a router and write artefact, metrics and evaluation into `out`.
+    """Train a router and write artefact, metrics and evaluation into `out`; continue there if a run was cut.
 
-    Every problem of the data is raised before the model is loaded.
+    Every problem of the data is raised before training starts, those that need no tokenizer before the model is loaded.
     """
-    started = time.perf_counter()
     names = [spec.name for spec in config.adapters if spec.routed]
-    splits = read_splits(data, names)
-    mix = balanced_sample(splits["train"], settings.samples, settings.seed)
+    check_prior(settings, names)
+    splits = read_splits(data, [*names, *([BASE_TASK] if settings.null_expert else [])])
+    mix = draw_mix(splits["train"], settings)
     roster = load_with_progress(config)
-    sequences = _encode(roster, mix, settings.max_length)
-    validation = _encode(roster, first_rows(splits["validation"], validation_rows), None)
-    torch.manual_seed(settings.seed)
+    sequences = encode_mix(mix, roster.label_of_task, roster.loaded.tokenizer, roster.loaded.eos_token_ids, settings)
+    held_out = first_rows(splits["validation"], validation_rows)
+    validation = _encode(roster, held_out, None)
+    check_longest(validation, roster.loaded.max_model_len, held_out)
+    record = _record(roster, mix, sequences, settings)
     out.mkdir(parents=True, exist_ok=True)
-    router = _train_router(roster, sequences, settings, out / METRICS_NAME)
+    checkpoint = Checkpoint(out, run_fingerprint(record))
+    state = checkpoint.load()
+    before = frozen_digests(roster)
+    torch.manual_seed(settings.seed)
+    router = _train_router(roster, sequences, settings, out, checkpoint, state)
     rows = router.detached()
     background = _background(roster, sequences, rows, settings)
-    record: dict[str, Any] = {
-        "settings": settings.record(),
-        "data_sha256": data_digest(mix),
-        "data_chats": {name: sum(chat.task == name for chat in mix) for name in names},
-        "background": {"chats": min(BACKGROUND_CHATS, len(sequences)), "policy": "routed"},
-        "torch": torch.__version__,
-    }
     artefact = build_artefact(rows, roster, settings, background=background, training=record)
+    check_frozen(roster, before)
     # Saved before the evaluation too: a run that is cut there has lost nothing.
     save_artefact(artefact, out)
     evaluation = evaluate(roster, artefact, validation)
-    record |= {"validation": evaluation, "seconds": round(time.perf_counter() - started)}
+    record = {**record, "validation": evaluation}
     save_artefact(build_artefact(rows, roster, settings, background=background, training=record), out)
     write_json(evaluation, out / EVALUATION_NAME)
+    checkpoint.delete()
 
 
 def evaluate_folder(config: ServerConfig, data: Path, router: Path, *, validation_rows: int) -> dict[str, Any]:
@@ -87,9 +93,10 @@ def evaluate(roster: Roster, artefact: RouterArtefact, sequences: Sequence[Token
     with Progress("evaluation", total=len(sequences) * len(plans), unit="chat") as progress:
         for policy, plan_of_label in plans.items():
             results[policy] = evaluate_policy(
-                roster.routed, sequences, roster.names, plan_of_label, on_batch=progress.advance
+                roster.routed, sequences, roster.tasks, plan_of_label, on_batch=progress.advance
             )
-    chats = {name: sum(s.label == label for s in sequences) for label, name in enumerate(roster.names)}
+    counts = {name: sum(s.label == label for s in sequences) for label, name in enumerate(roster.tasks)}
+    chats = {name: count for name, count in counts.items() if count}
     return {"chats": chats, **compare_policies(results)}
 
 
@@ -111,27 +118,73 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
 
 
 def _train_router(
-    roster: Roster, sequences: Sequence[TokenSequence], settings: TrainingConfig, metrics_path: Path
+    roster: Roster,
+    sequences: Sequence[TokenSequence],
+    settings: TrainingConfig,
+    out: Path,
+    checkpoint: Checkpoint,
+    state: Mapping[str, Any] | None,
 ) -> RouterParameters:
+    """Both stages, or what is left of them."""
     num_cached = 0 if settings.warm_start == "none" else min(settings.warm_start_samples, len(sequences))
-    total = num_cached * settings.warm_start_rounds
-    with Progress("warm start", total=total, unit="chat") as progress:
-        router = warm_start(roster, sequences, settings, on_batch=progress.advance)
+    if state is None:
+        with Progress("warm start", total=num_cached * settings.warm_start_rounds, unit="chat") as progress:
+            router = warm_start(roster, sequences, settings, on_batch=progress.advance)
+        task_losses = own_losses(roster, sequences) if settings.lm_weighting == "relative" else None
+    else:
+        rows = state["trainer"]["rows"]
+        router = RouterParameters(rows, settings.granularity, null_expert=settings.null_expert)
+        task_losses = state["task_losses"]
     # Chats that the warm start has not seen come first.
     unseen_first = [*sequences[num_cached:], *sequences[:num_cached]]
-    trainer = Trainer(roster.routed, router, unseen_first, settings)
+    prior = prior_shares(settings, roster.names)
+    trainer = Trainer(roster.routed, router, unseen_first, settings, prior=prior, task_losses=task_losses)
+    if state is not None:
+        trainer.load_state_dict(state["trainer"])
+        print(f"continuing after step {trainer.next_step} of {settings.steps}", file=sys.stderr)
+
+    def save() -> None:
+        checkpoint.save({"trainer": trainer.state_dict(), "task_losses": task_losses})
+
+    save()
     with (
-        metrics_path.open("w", encoding="utf-8") as metrics_file,
-        Progress("training", total=settings.steps, unit="step") as progress,
+        StepLog(out, trainer.next_step) as log,
+        Progress("training", total=settings.steps - trainer.next_step, unit="step") as progress,
     ):
 
         def on_step(metrics: StepMetrics) -> None:
-            metrics_file.write(json.dumps(asdict(metrics)) + "\n")
-            metrics_file.flush()
+            log.add(metrics)
             progress.advance(1, f"{metrics.mode}, LM loss {metrics.lm_loss:.3f}")
+            if trainer.next_step % settings.checkpoint_every == 0 or trainer.next_step == settings.steps:
+                save()
 
         trainer.run(on_step)
     return router
+
+
+def own_losses(roster: Roster, sequences: Sequence[TokenSequence]) -> dict[int, float]:
+    """Nats per answer token that each task's own adapter reaches, by label, on some single chats of the mix."""
+    chosen: list[TokenSequence] = []
+    for label in range(len(roster.tasks)):
+        own = [sequence for sequence in sequences if sequence.label == label and not sequence.label_changes]
+        chosen += own[:OWN_LOSS_CHATS]
+    results = evaluate_policy(roster.routed, chosen, roster.tasks, roster.own_adapter_plans())
+    return {label: results[task]["nll"] for label, task in enumerate(roster.tasks) if task in results}
+
+
+def _record(roster: Roster, mix: Mix, sequences: Sequence[TokenSequence], settings: TrainingConfig) -> dict[str, Any]:
+    """Everything that decides the outcome; no clock and no path, so that equal runs leave equal bytes."""
+    return {
+        "settings": settings.record(),
+        "data_sha256": mix.digest,
+        "data_chats": {task: count for task in roster.tasks if (count := mix.count(task))},
+        "composites": sum(bool(sequence.label_changes) for sequence in sequences),
+        "base_sha256": roster.loaded.source_sha256,
+        "background": {"chats": min(BACKGROUND_CHATS, len(sequences)), "policy": "routed"},
+        "adapter_digests": {adapter.name: adapter.digest for adapter in roster.adapters},
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _encode(roster: Roster, chats: Sequence[Chat], max_length: int | None) -> list[TokenSequence]:

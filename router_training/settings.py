@@ -1,12 +1,20 @@
 """Every setting of a training run, with default and unit. Reads no environment and starts nothing."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
+from server.errors import ConfigError
 from server.routing.router import Granularity
 
 WarmStart = Literal["none", "ridge", "softmax"]
+BASE_NAME = "base"
+"""The null expert among the names of adapters."""
+GateMode = Literal["convex"]
+"""What the artefact format knows; `docs/routing-study.md` has what other modes would be worth."""
 
 
 class TrainingConfig(BaseModel):
@@ -20,7 +28,13 @@ class TrainingConfig(BaseModel):
     samples: Annotated[int, Field(ge=1)] = 2000
     """Chats in the balanced training mix, over all tasks together (the paper's 2k)."""
     max_length: Annotated[int, Field(ge=8)] = 256
-    """Longest training sequence, in tokens; longer ones are cut as `encoding.truncate` says."""
+    """Longest training sequence, in tokens."""
+    too_long: Literal["refuse", "cut"] = "refuse"
+    """Training chats longer than `max_length`: refused with file and line, or cut as `encoding.truncate` says."""
+    composite_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the mix that joins two chats of different tasks into one conversation or one answer."""
+    rephrase_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the mix whose questions are framed anew, so that the router cannot live on the phrasings of the data."""
     seed: int = 0
     """Seeds the mix and the order of the batches; initial gate rows are zero or closed-form, never random."""
     granularity: Granularity = "layer"
@@ -29,6 +43,12 @@ class TrainingConfig(BaseModel):
     """Adapters kept per token when serving, and in the straight-through steps."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Divides gate logits, in training as in serving."""
+    gate_mode: GateMode = "convex"
+    """`convex`: the kept gates sum to 1."""
+    null_expert: bool = False
+    """Whether the base model is a choice of its own; its chats are in the data folder `base`."""
+    routed_from_layer: Annotated[int, Field(ge=0)] = 0
+    """First decoder layer with a gate; routed tokens stay on the base model below it."""
 
     warm_start: WarmStart = "softmax"
     """Initial gate rows from adapter labels on cached router inputs: zero, ridge regression, or softmax regression."""
@@ -62,6 +82,8 @@ class TrainingConfig(BaseModel):
 
     alpha: Annotated[float, Field(ge=0)] = 1e-2
     """α, weight of the balance term of RSL (1 at perfect balance)."""
+    prior: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Expected traffic by adapter name for the balance term, in any unit; adapters left out weigh 1."""
     lambda_: Annotated[float, Field(ge=0)] = 1e-2
     """λ, weight of the entropy term of RSL, which runs from 0 to 1."""
     sign: Literal[1, -1] = 1
@@ -70,6 +92,10 @@ class TrainingConfig(BaseModel):
     """Share of the steps over which λ rises from 0; an entropy penalty from step 0 can lock in random choices."""
     eta: Annotated[float, Field(ge=0)] = 0.1
     """η, weight of the adapter-id cross-entropy (MeteoRA); 0 is the paper's pure loss."""
+    lm_weighting: Literal["nats", "relative"] = "nats"
+    """LM loss of a chat in `nats`, or `relative` to what its own adapter reaches on its task, as the report counts."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 20
+    """Steps between two checkpoints; a killed run repeats at most these."""
 
     @property
     def straight_through_from(self) -> int:
@@ -84,3 +110,22 @@ class TrainingConfig(BaseModel):
     def record(self) -> dict[str, Any]:
         """All settings for the artefact's training record."""
         return self.model_dump(mode="json")
+
+
+def check_prior(config: TrainingConfig, names: Sequence[str]) -> None:
+    """Raises ConfigError for a prior of an adapter that is not routed."""
+    if unknown := sorted(set(config.prior) - {*names, *([BASE_NAME] if config.null_expert else [])}):
+        raise ConfigError(
+            f"the prior names {', '.join(map(repr, unknown))}; the choices are {', '.join(map(repr, names))}"
+            + (f" and {BASE_NAME!r}" if config.null_expert else "")
+        )
+
+
+def prior_shares(config: TrainingConfig, names: Sequence[str]) -> Tensor | None:
+    """π (C,) of the balance term in slot order; None for equal shares."""
+    if not config.prior:
+        return None
+    weights = torch.tensor(
+        [config.prior.get(name, 1.0) for name in [*([BASE_NAME] if config.null_expert else []), *names]]
+    )
+    return weights / weights.sum()

@@ -6,7 +6,7 @@ follow from the step number alone, so a run can be cut and continued at any step
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ class StepMetrics:
     """`dense` or `straight_through`."""
     loss: float
     lm_loss: float
-    """Mean over chats of the mean negative log-likelihood of the answer's tokens, in nats."""
+    """Mean over chats of the mean negative log-likelihood of the answer's tokens, in nats or relative."""
     balance: float
     entropy: float
     adapter_id: float
@@ -56,12 +56,21 @@ class Trainer:
         router: RouterParameters,
         sequences: Sequence[TokenSequence],
         config: TrainingConfig,
+        *,
+        prior: Tensor | None = None,
+        task_losses: Mapping[int, float] | None = None,
     ) -> None:
+        """`prior` (C,) is the balance term's, uniform by default. `task_losses` holds, for `lm_weighting: relative`,
+        the loss by label, in nats per answer token, that a chat's loss is divided by."""
+        if config.lm_weighting == "relative" and task_losses is None:
+            raise ValueError("relative weighting needs the tasks' own losses")
         self.router = router
         self.next_step = 0
         self._routed = routed
         self._sequences = sequences
         self._config = config
+        self._prior = prior
+        self._task_losses = task_losses if config.lm_weighting == "relative" else None
         self._optimiser = torch.optim.AdamW(router.parameters, lr=config.learning_rate, weight_decay=0.0)
 
     def run(self, on_step: Callable[[StepMetrics], None] = lambda _: None) -> None:
@@ -125,7 +134,7 @@ class Trainer:
     def _losses(self, members: Sequence[TokenSequence], mode: Any) -> tuple[Tensor, RouterLosses]:
         """LM loss and router losses of a whole batch, each chat with the same weight."""
         config, snapshot = self._config, self._routed.bank.snapshot
-        lm_losses, logits, labels, weights = [], [], [], []
+        lm_losses, logits, labels, weights, scales = [], [], [], [], []
         part_size = math.ceil(len(members) / MICRO_BATCHES)
         for start in range(0, len(members), part_size):
             part = members[start : start + part_size]
@@ -135,11 +144,19 @@ class Trainer:
             positions = batch.answer_positions
             logits.append(routing.stacked_logits(positions))
             labels.append(batch.token_labels[positions])
+            scales.append(self._scales(labels[-1]))
             counts = torch.tensor([sequence.num_answer_tokens for sequence in part])
             weights.append((1 / counts).repeat_interleave(counts) / len(members))
         weight = torch.cat(weights)
-        losses = router_losses(torch.cat(logits, dim=1), torch.cat(labels), config.top_k, config.temperature, weight)
-        return (torch.cat(lm_losses) * weight).sum(), losses
+        choices = torch.cat(labels) - self.router.first_slot
+        losses = router_losses(torch.cat(logits, dim=1), choices, config.top_k, config.temperature, weight, self._prior)
+        return (torch.cat(lm_losses) * torch.cat(scales) * weight).sum(), losses
+
+    def _scales(self, labels: Tensor) -> Tensor:
+        """What the loss of each answer token is multiplied by, (N,)."""
+        if self._task_losses is None:
+            return torch.ones(len(labels))
+        return torch.tensor([1 / self._task_losses[label] for label in labels.tolist()])
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:

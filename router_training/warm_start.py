@@ -31,9 +31,10 @@ def warm_start(
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> RouterParameters:
     """The router that end-to-end training starts from; `on_round` sees the rows after each round, from 0."""
-    num_adapters = len(roster.adapters)
+    num_adapters, null_expert = len(roster.adapters), config.null_expert
     if config.warm_start == "none":
-        return RouterParameters.zeros(roster.gated_projections(), config.granularity, num_adapters)
+        projections = [info for info in roster.gated_projections() if info.layer >= config.routed_from_layer]
+        return RouterParameters.zeros(projections, config.granularity, num_adapters, null_expert=null_expert)
     parts: list[CachedInputs] = []
     plans = roster.uniform_plans()
     rows: dict[str, Tensor] = {}
@@ -46,24 +47,27 @@ def warm_start(
                 config.granularity,
                 max_prompt_tokens=config.warm_start_prompt_tokens,
                 max_answer_tokens=config.warm_start_answer_tokens,
+                from_layer=config.routed_from_layer,
                 on_batch=on_batch,
             )
         )
         rows = fit_rows(concatenate(parts), num_adapters, config)
         on_round(number, rows)
         plans = roster.routed_plans(build_artefact(rows, roster, config))
-    return RouterParameters(rows, config.granularity)
+    return RouterParameters(rows, config.granularity, null_expert=null_expert)
 
 
 def fit_rows(cached: CachedInputs, num_adapters: int, config: TrainingConfig) -> dict[str, Tensor]:
-    """Gate rows (A, d) float32 for every gate of the cache, by the method `config.warm_start` names."""
+    """Gate rows (C, d) float32 for every gate of the cache, by the method `config.warm_start` names."""
     weights = torch.where(cached.is_answer, 1.0, config.warm_start_prompt_weight)
+    first_slot, num_choices = int(not config.null_expert), num_adapters + config.null_expert
+    labels = cached.labels - first_slot
     rows = {}
     for key, inputs in cached.inputs.items():
         x = inputs.float()
-        row = fit_ridge(x, cached.labels, weights, num_adapters, config.warm_start_penalty)
+        row = fit_ridge(x, labels, weights, num_choices, config.warm_start_penalty)
         if config.warm_start == "softmax":
-            row = fit_softmax(x, cached.labels, weights, row, config.warm_start_penalty, config.warm_start_iterations)
+            row = fit_softmax(x, labels, weights, row, config.warm_start_penalty, config.warm_start_iterations)
         rows[key] = row * config.temperature
     return rows
 

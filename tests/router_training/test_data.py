@@ -63,6 +63,15 @@ def test_every_problem_of_every_file_is_reported_at_once(tmp_path: Path) -> None
     assert all(problem in caught.value.message for problem in caught.value.problems)
 
 
+def test_a_missing_field_on_line_4711_is_found_there(tmp_path: Path) -> None:
+    lines = [row(f"question {number}") for number in range(1, 5000)]
+    del lines[4710]["messages"][1]["content"]
+    write(tmp_path / "maths/train.jsonl", *lines)
+    with pytest.raises(TrainingDataError) as caught:
+        read_splits(tmp_path, ["maths"], ("train",))
+    assert caught.value.problems == (f"{tmp_path}/maths/train.jsonl:4711: messages[1]: field 'content' is missing",)
+
+
 def test_a_flood_of_problems_is_counted_but_not_listed_whole() -> None:
     error = TrainingDataError([f"file:{number}: bad" for number in range(80)])
     assert "and 30 more" in error.message

@@ -55,6 +55,18 @@ def test_chats_whose_answer_does_not_follow_the_prompt_are_all_refused_by_line()
     assert [problem.split(": ")[0] for problem in caught.value.problems] == ["data.jsonl:4", "data.jsonl:9"]
 
 
+def test_chats_over_the_limit_are_all_refused_by_line_or_cut_on_demand() -> None:
+    chats = [chat("hi", "yo"), chat("hello there", "yo", "data.jsonl:4711"), chat("hi", "hello there", "data.jsonl:9")]
+    with pytest.raises(TrainingDataError) as caught:
+        encode_chats(chats, {"b": 1}, ByteRenderer(), {END}, max_length=12, too_long="refuse")
+    assert caught.value.problems == (
+        "data.jsonl:4711: 18 tokens, and the longest allowed is 12",
+        "data.jsonl:9: 18 tokens, and the longest allowed is 12",
+    )
+    cut = encode_chats(chats, {"b": 1}, ByteRenderer(), {END}, max_length=12, too_long="cut")
+    assert [len(sequence) for sequence in cut] == [9, 12, 12]
+
+
 @pytest.mark.parametrize(
     ("prompt_length", "answer_length", "expected"),
     [(6, 4, (6, 4)), (6, 6, (5, 5)), (20, 2, (8, 2)), (20, 20, (5, 5)), (3, 20, (3, 7))],
@@ -77,6 +89,13 @@ def test_targets_are_the_answer_tokens_seen_from_one_position_before() -> None:
     assert batch.answer_positions.nonzero().flatten().tolist() == [2, 3, 5]
     assert batch.token_labels.tolist() == [0] * 5 + [2] * 5
     assert batch.lengths.tolist() == [5, 2]
+
+
+def test_labels_change_where_a_sequence_says_and_unscored_tokens_are_no_targets() -> None:
+    batch = collate([TokenSequence((1, 2, 3, 4, 5), 2, 3, label_changes=((3, 1),), unscored=(3,))])
+    assert batch.labels.tolist() == [[3, 3, 3, 1, 1]]
+    assert batch.targets.tolist() == [[IGNORED, 3, IGNORED, 5, IGNORED]]
+    assert TokenSequence((1, 2, 3, 4, 5), 2, 3, unscored=(3,)).num_answer_tokens == 2
 
 
 def test_batches_by_length_hold_every_sequence_once_within_the_token_limit() -> None:

@@ -29,9 +29,9 @@ def direct_nll(roster: Roster, sequences: list[TokenSequence], label: int) -> fl
 
 def test_base_likelihood_is_the_bare_models_whatever_the_batching(roster: Roster, make_sequences: Sequences) -> None:
     sequences = make_sequences(9)
-    results = evaluate_policy(roster.routed, sequences, roster.names, roster.base_plans())
+    results = evaluate_policy(roster.routed, sequences, roster.tasks, roster.base_plans())
     detach_routing(roster.routed)
-    for label, name in enumerate(roster.names):
+    for label, name in enumerate(roster.names, start=1):
         assert results[name]["nll"] == pytest.approx(direct_nll(roster, sequences, label), abs=1e-4)
         assert results[name]["tokens"] == sum(s.num_answer_tokens for s in sequences if s.label == label)
 
@@ -43,9 +43,9 @@ def test_a_router_that_always_picks_the_first_adapter_equals_that_adapter(
     router = RouterParameters.zeros(roster.gated_projections(), "layer", 3)
     # All logits are 0, ties go to the lower slot, and one kept gate weighs exactly 1.
     artefact = build_artefact(router.detached(), roster, TrainingConfig(top_k=1))
-    routed = evaluate_policy(roster.routed, sequences, roster.names, roster.routed_plans(artefact))
-    first = [roster.own_adapter_plans()[0]] * 3
-    pinned = evaluate_policy(roster.routed, sequences, roster.names, first)
+    routed = evaluate_policy(roster.routed, sequences, roster.tasks, roster.routed_plans(artefact))
+    first = [roster.own_adapter_plans()[1]] * 4
+    pinned = evaluate_policy(roster.routed, sequences, roster.tasks, first)
     for name in roster.names:
         assert routed[name]["nll"] == pytest.approx(pinned[name]["nll"], abs=1e-5)
     assert [routed[name]["own_share"] for name in roster.names] == [1.0, 0.0, 0.0]
@@ -56,8 +56,8 @@ def test_own_adapter_and_uniform_policies_have_the_shares_they_should(
     roster: Roster, make_sequences: Sequences
 ) -> None:
     sequences = make_sequences(3)
-    own = evaluate_policy(roster.routed, sequences, roster.names, roster.own_adapter_plans())
-    uniform = evaluate_policy(roster.routed, sequences, roster.names, roster.uniform_plans())
+    own = evaluate_policy(roster.routed, sequences, roster.tasks, roster.own_adapter_plans())
+    uniform = evaluate_policy(roster.routed, sequences, roster.tasks, roster.uniform_plans())
     assert [own[name]["own_share"] for name in roster.names] == [1.0, 1.0, 1.0]
     assert [uniform[name]["own_share"] for name in roster.names] == pytest.approx([1 / 3] * 3)
 

@@ -178,3 +178,28 @@ def test_balance_alone_lowers_the_largest_load_from_a_skewed_start() -> None:
         )
         optimiser.step()
     assert torch.softmax(leaf.detach(), dim=-1).mean(dim=0).max() < 0.6 * start
+
+
+def test_a_prior_moves_the_optimum_of_the_balance_term_to_the_expected_traffic() -> None:
+    prior = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    at_prior = loss.balance_term(prior.repeat(4, 1), prior, prior=prior)
+    assert float(at_prior) == pytest.approx(1.0)
+    uniform = torch.full((3,), 1 / 3, dtype=torch.float64)
+    assert float(loss.balance_term(uniform.repeat(4, 1), uniform, prior=prior)) > 1.5
+    # A choice above its share costs, one below it does not: with equal shares it would be the other way round.
+    logits = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
+    frequency = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(loss.balance_term(torch.softmax(logits, -1), frequency, prior=prior), logits)
+    assert gradient[0, 1] > gradient[0, 0]
+    (plain,) = torch.autograd.grad(loss.balance_term(torch.softmax(logits, -1), frequency), logits)
+    assert plain[0, 0] > plain[0, 1]
+
+
+def test_a_uniform_prior_is_the_papers_balance_term() -> None:
+    generator = torch.Generator().manual_seed(5)
+    probabilities = torch.softmax(torch.randn(2, 6, 4, generator=generator), -1)
+    frequency = torch.softmax(torch.randn(2, 4, generator=generator), -1)
+    torch.testing.assert_close(
+        loss.balance_term(probabilities, frequency, prior=torch.full((4,), 0.25)),
+        loss.balance_term(probabilities, frequency),
+    )

@@ -2,68 +2,16 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from router_training.__main__ import build_parser, main
 from router_training.settings import TrainingConfig
 from server.routing.router import load_artefact
 
-BASE = "tiny/llama"
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-ADAPTERS = {"letters": ["q_proj", "v_proj"], "digits": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 QUICK = ["--samples", "16", "--max-length", "64", "--warm-start-samples", "8", "--steps", "2", "--batch-size", "4"]
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """256 bytes and ChatML's control tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={piece: index for index, piece in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", chat_template=CHATML
-    )
-
-
-def chat_line(task: str, index: int) -> str:
-    question = "abcdefgh"[index % 8] * 3 if task == "letters" else str(index) * 3
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": question[:2]}]
-    return json.dumps({"task": task, "messages": messages}) + "\n"
-
-
-@pytest.fixture
-def project(tiny_llama: Callable[..., Any], make_adapter: Callable[..., Path], tmp_path: Path) -> Path:
-    """A folder with adapters.yaml, a tiny base model, two adapters, and data for both."""
-    model = tiny_llama(eos_token_id=257, bos_token_id=256)
-    model.save_pretrained(tmp_path / "base")
-    byte_tokenizer().save_pretrained(tmp_path / "base")
-    for seed, (name, targets) in enumerate(ADAPTERS.items()):
-        folder = make_adapter(tmp_path / name, model, 4, targets, seed=seed)
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        config["base_model_name_or_path"] = BASE
-        (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-        for split, count in (("train", 12), ("validation", 4)):
-            path = tmp_path / "data" / name / f"{split}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(chat_line(name, index) for index in range(count)), encoding="utf-8")
-    content = {
-        "base_model": {"name": BASE, "source": str(tmp_path / "base"), "dtype": "float32"},
-        "adapters": [{"name": name, "source": name} for name in ADAPTERS],
-    }
-    (tmp_path / "adapters.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    return tmp_path
 
 
 def run(project: Path, command: str, *flags: str) -> int:
@@ -79,8 +27,8 @@ def test_train_writes_an_artefact_the_server_accepts_with_its_record(
     assert run(project, "train", "--out", str(out), "--granularity", granularity, *QUICK) == 0
     artefact = load_artefact(out)
     assert artefact.granularity == granularity
-    assert [adapter.name for adapter in artefact.adapters] == list(ADAPTERS)
-    assert [adapter.source for adapter in artefact.adapters] == list(ADAPTERS)
+    assert [adapter.name for adapter in artefact.adapters] == ["letters", "digits"]
+    assert [adapter.source for adapter in artefact.adapters] == ["letters", "digits"]
     assert {f"mean/{key}" for key in artefact.rows} | {f"var/{key}" for key in artefact.rows} == set(
         artefact.background
     )
@@ -129,6 +77,44 @@ def test_every_data_problem_is_printed_before_any_model_is_loaded(
     assert not (project / "router").exists()
 
 
+def test_an_over_long_chat_is_refused_by_line_before_training(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = [{"role": "user", "content": "a" * 80}, {"role": "assistant", "content": "aa"}]
+    path = project / "data/letters/train.jsonl"
+    path.write_text(json.dumps({"messages": long}) + "\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    flags = ["--out", str(project / "router"), *QUICK, "--samples", "26"]
+    assert run(project, "train", *flags) == 1
+    printed = capsys.readouterr().err
+    assert "letters/train.jsonl:1: " in printed
+    assert "tokens, and the longest allowed is 64" in printed
+    assert not (project / "router").exists()
+    assert run(project, "train", *flags, "--too-long", "cut", "--steps", "0", "--validation-rows", "1") == 0
+
+
+def test_a_null_expert_needs_chats_of_its_own_and_becomes_a_choice(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--out", str(project / "router"), *QUICK, "--null-expert"]
+    assert run(project, "train", *flags) == 1
+    assert "'base' has no readable samples" in capsys.readouterr().err
+    shutil.copytree(project / "data/letters", project / "data/base")
+    assert run(project, "train", *flags, "--prior", "base=2") == 0
+    artefact = load_artefact(project / "router")
+    assert [adapter.name for adapter in artefact.adapters] == ["base", "letters", "digits"]
+    assert artefact.adapters[0].digest == "base"
+    evaluation = artefact.training["validation"]
+    assert evaluation["chats"] == {"base": 4, "letters": 4, "digits": 4}
+    assert evaluation["policies"]["own_adapter"]["base"] == evaluation["policies"]["base"]["base"]
+    assert set(evaluation["mean_nll"]) == {"base", "own_adapter", "uniform", "routed"}
+
+
+@pytest.mark.parametrize("prior", ["letters", "letters=1=", "=2", "poetry=1", "letters=-1"])
+def test_a_malformed_prior_is_refused(project: Path, prior: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(project, "train", "--out", str(project / "router"), *QUICK, "--prior", prior) == 1
+    assert "prior" in capsys.readouterr().err
+
+
 def test_an_artefact_of_another_base_is_refused_by_name(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = project / "router"
     run(project, "train", "--out", str(out), *QUICK, "--steps", "0", "--validation-rows", "1")
@@ -150,7 +136,7 @@ def test_an_artefact_of_other_adapters_is_refused_by_name(project: Path, capsys:
 
 
 def test_every_adapter_that_cannot_be_used_is_named(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ADAPTERS:
+    for name in ("letters", "digits"):
         shutil.rmtree(project / name)
     assert run(project, "train", "--out", str(project / "router"), *QUICK) == 1
     printed = capsys.readouterr().err

@@ -3,11 +3,12 @@
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from router_training.encoding import TokenSequence, collate
 from router_training.forward import answer_losses
@@ -21,7 +22,13 @@ Sequences = Callable[..., list[TokenSequence]]
 
 
 def make_trainer(
-    roster: Roster, sequences: list[TokenSequence], *, granularity: Granularity = "layer", **settings: Any
+    roster: Roster,
+    sequences: list[TokenSequence],
+    *,
+    granularity: Granularity = "layer",
+    prior: Tensor | None = None,
+    task_losses: dict[int, float] | None = None,
+    **settings: Any,
 ) -> Trainer:
     config = TrainingConfig.model_validate(
         {
@@ -33,8 +40,10 @@ def make_trainer(
             **settings,
         }
     )
-    router = RouterParameters.zeros(roster.gated_projections(), granularity, len(roster.adapters))
-    return Trainer(roster.routed, router, sequences, config)
+    router = RouterParameters.zeros(
+        roster.gated_projections(), granularity, len(roster.adapters), null_expert=config.null_expert
+    )
+    return Trainer(roster.routed, router, sequences, config, prior=prior, task_losses=task_losses)
 
 
 def checksum(roster: Roster) -> str:
@@ -147,3 +156,43 @@ def test_lambda_ramps_up_and_then_stays() -> None:
     assert config.lambda_at(0) == pytest.approx(0.025)
     assert config.lambda_at(19) == pytest.approx(0.5)
     assert config.lambda_at(99) == pytest.approx(0.5)
+
+
+def test_relative_weighting_divides_each_chat_by_what_its_own_adapter_reaches(
+    roster: Roster, make_sequences: Sequences
+) -> None:
+    sequences = make_sequences(3)
+    alone = [make_trainer(roster, [sequence], batch_size=1).step().lm_loss for sequence in sequences]
+    own = {1: 0.5, 2: 4.0, 3: 1.0}
+    relative = make_trainer(roster, sequences, batch_size=3, lm_weighting="relative", task_losses=own).step().lm_loss
+    assert relative == pytest.approx(sum(loss / own[i + 1] for i, loss in enumerate(alone)) / 3, abs=1e-4)
+    with pytest.raises(ValueError, match="own losses"):
+        make_trainer(roster, sequences, lm_weighting="relative")
+
+
+def test_a_prior_lets_an_adapter_have_more_of_the_traffic(
+    make_roster: Callable[[], Roster], make_sequences: Sequences
+) -> None:
+    share = {}
+    for favourite in (0, 2):
+        prior = torch.full((3,), 0.1)
+        prior[favourite] = 0.8
+        roster = make_roster()
+        trainer = make_trainer(roster, make_sequences(24), prior=prior, steps=20, alpha=5.0, eta=0.0)
+        trainer.run()
+        batch = collate(make_sequences(12))
+        routing = TrainingBatch(roster.routed.bank.snapshot, trainer.router, "dense", top_k=2, temperature=1.0)
+        answer_losses(roster.routed, batch, routing)
+        share[favourite] = torch.softmax(routing.stacked_logits(batch.answer_positions), -1).mean(dim=(0, 1))
+    assert share[0][0] > share[2][0]
+    assert share[2][2] > share[0][2]
+
+
+def test_a_null_expert_is_trained_like_an_adapter(roster: Roster, make_sequences: Sequences) -> None:
+    sequences = [replace(sequence, label=0) for sequence in make_sequences(24)]
+    steps: list[StepMetrics] = []
+    trainer = make_trainer(roster, sequences, null_expert=True, steps=24, eta=20.0)
+    trainer.run(steps.append)
+    assert steps[0].adapter_id == pytest.approx(math.log(4), abs=1e-5)
+    assert mean_of("adapter_id", steps[-4:]) < 0.5 * math.log(4)
+    assert all(row.shape[0] == 4 for row in trainer.router.parameters)

@@ -1,6 +1,7 @@
 """Cached router inputs and the rows fitted to them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from router_training.artefact import background_statistics
 from router_training.encoding import TokenSequence
-from router_training.roster import Roster
+from router_training.roster import FIRST_SLOT, Roster
 from router_training.router_inputs import cache_inputs, concatenate
 from router_training.settings import TrainingConfig
 from router_training.warm_start import fit_ridge, fit_softmax, warm_start
@@ -128,11 +129,30 @@ def test_warm_start_tells_tasks_apart(
         max_answer_tokens=8,
     )
     hits = {
-        key: float(((held_out.inputs[key] @ rows.T).argmax(dim=1) == held_out.labels).float().mean())
+        key: float(((held_out.inputs[key] @ rows.T).argmax(dim=1) + FIRST_SLOT == held_out.labels).float().mean())
         for key, rows in router.detached().items()
     }
     assert rounds == [0, 1]
     assert sum(hits.values()) / len(hits) > 0.6  # chance is a third
+
+
+@pytest.mark.parametrize("method", ["none", "softmax"])
+def test_layers_below_the_first_routed_one_get_no_gate(roster: Roster, make_sequences: Sequences, method: str) -> None:
+    config = TrainingConfig.model_validate({"warm_start": method, "routed_from_layer": 1, "warm_start_rounds": 1})
+    assert sorted(warm_start(roster, make_sequences(6), config).rows) == ["layer.1", "layer.2"]
+
+
+def test_a_null_expert_learns_its_own_chats(roster: Roster, make_sequences: Sequences) -> None:
+    sequences = [replace(sequence, label=0) if sequence.label == 3 else sequence for sequence in make_sequences(60)]
+    config = TrainingConfig(null_expert=True, warm_start_rounds=1)
+    router = warm_start(roster, sequences, config)
+    assert router.first_slot == 0
+    held_out = cache_inputs(
+        roster.routed, sequences[:30], roster.base_plans(), "layer", max_prompt_tokens=0, max_answer_tokens=8
+    )
+    chosen = (held_out.inputs["layer.1"] @ router.detached()["layer.1"].T).argmax(dim=1)
+    assert float((chosen == held_out.labels).float().mean()) > 0.6
+    assert float((chosen == 3).float().mean()) < 0.05  # nobody's chats
 
 
 def test_no_warm_start_gives_zero_rows(roster: Roster, make_sequences: Sequences) -> None:

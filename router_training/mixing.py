@@ -1,0 +1,79 @@
+"""The training mix: which chats of which tasks, framed how and joined with what, as a pure function of the settings."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from router_training.composites import CompositeChat, encode_composite, pair_up
+from router_training.data import Chat, TrainingDataError, balanced_sample, data_digest
+from router_training.encoding import ChatRenderer, TokenSequence, encode_chats
+from router_training.rephrasing import rephrase_some
+from router_training.settings import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Chats in order of training; every so many of them a composite takes a place."""
+
+    chats: tuple[Chat, ...]
+    composites: tuple[CompositeChat, ...]
+
+    @property
+    def digest(self) -> str:
+        """sha256 over everything the router is trained on, in order."""
+        parts = [part for composite in self.composites for part in (composite.first, composite.second)]
+        return data_digest([*self.chats, *parts])
+
+    def count(self, task: str) -> int:
+        """Single chats of a task."""
+        return sum(chat.task == task for chat in self.chats)
+
+
+def draw_mix(chats: Mapping[str, Sequence[Chat]], config: TrainingConfig) -> Mix:
+    """`config.samples` chats and composites together."""
+    num_composites = round(config.samples * config.composite_fraction)
+    single = balanced_sample(chats, config.samples - num_composites, config.seed)
+    composites = pair_up(chats, num_composites, config.seed) if num_composites else []
+    return Mix(tuple(rephrase_some(single, config.rephrase_fraction, config.seed)), tuple(composites))
+
+
+def encode_mix(
+    mix: Mix,
+    label_of_task: Mapping[str, int],
+    tokenizer: ChatRenderer,
+    eos_token_ids: Collection[int],
+    config: TrainingConfig,
+) -> list[TokenSequence]:
+    """Token sequences in order of training, composites spread evenly among the single chats.
+
+    Raises TrainingDataError as `encode_chats` does. A composite longer than `max_length` is left out where chats may be
+    cut, because cutting would lose its seam; the chats themselves have been checked.
+    """
+    single = encode_chats(
+        mix.chats, label_of_task, tokenizer, eos_token_ids, max_length=config.max_length, too_long=config.too_long
+    )
+    joined = [encode_composite(composite, label_of_task, tokenizer, eos_token_ids) for composite in mix.composites]
+    return interleave(single, [sequence for sequence in joined if len(sequence) <= config.max_length])
+
+
+def interleave(single: Sequence[TokenSequence], joined: Sequence[TokenSequence]) -> list[TokenSequence]:
+    """Both in order, the second spread evenly among the first."""
+    total = len(single) + len(joined)
+    result, taken = [], 0
+    for index in range(total):
+        if taken < len(joined) and (taken + 0.5) * total <= (index + 0.5) * len(joined):
+            result.append(joined[taken])
+            taken += 1
+        else:
+            result.append(single[index - taken])
+    return result
+
+
+def check_longest(sequences: Sequence[TokenSequence], max_model_len: int, chats: Sequence[Chat]) -> None:
+    """Refuse chats that the base model cannot read whole. Raises TrainingDataError with file and line of each."""
+    problems = [
+        f"{chat.origin}: {len(sequence)} tokens, and the base model reads {max_model_len}"
+        for chat, sequence in zip(chats, sequences, strict=True)
+        if len(sequence) > max_model_len
+    ]
+    if problems:
+        raise TrainingDataError(problems)

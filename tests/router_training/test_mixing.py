@@ -1,0 +1,129 @@
+"""The training mix: shares, composites with their seams, new framings."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router_training.composites import SEPARATOR, CompositeChat, Kind, encode_composite, pair_up
+from router_training.data import Chat, TrainingDataError
+from router_training.encoding import TokenSequence, collate
+from router_training.mixing import check_longest, draw_mix, encode_mix, interleave
+from router_training.rephrasing import rephrase_some
+from router_training.settings import TrainingConfig
+from tests.router_training.test_encoding import END, ByteRenderer
+
+
+def chat(task: str, question: str, answer: str, origin: str = "data:1") -> Chat:
+    messages = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+    return Chat(task, messages, origin)
+
+
+def chats(count: int) -> dict[str, list[Chat]]:
+    return {task: [chat(task, f"{task} {n}?", f"{n}", f"{task}:{n}") for n in range(count)] for task in "abc"}
+
+
+LABELS = {"base": 0, "a": 1, "b": 2, "c": 3}
+
+
+@pytest.mark.parametrize("kind", ["conversation", "answer"])
+def test_each_scored_token_of_a_composite_belongs_to_the_adapter_of_its_answer(kind: Kind) -> None:
+    composite = CompositeChat(kind, chat("a", "AAAA", "xx"), chat("b", "BBBB", "yyy"))
+    sequence = encode_composite(composite, LABELS, ByteRenderer(), {END})
+    batch = collate([sequence])
+    scored = batch.answer_positions
+    targets = batch.targets.flatten()[scored].tolist()
+    labels = batch.token_labels[scored].tolist()
+    first = [*b"xx", END] if kind == "conversation" else [*b"xx"]
+    assert targets == [*first, *b"yyy", END]
+    assert labels == [1] * len(first) + [2] * 4
+    # Question tokens belong to their own task.
+    by_token = dict(zip(sequence.token_ids, batch.token_labels.tolist(), strict=False))
+    assert by_token[ord("A")] == 1
+    assert by_token[ord("B")] == 2
+    assert sequence.num_answer_tokens == len(targets)
+
+
+def test_pairs_join_two_tasks_and_follow_from_the_seed() -> None:
+    pairs = pair_up(chats(5), 12, seed=1)
+    assert all(pair.first.task != pair.second.task for pair in pairs)
+    assert Counter(pair.first.task for pair in pairs) == {"a": 4, "b": 4, "c": 4}
+    assert Counter(pair.kind for pair in pairs) == {"conversation": 6, "answer": 6}
+    assert pairs == pair_up(chats(5), 12, seed=1)
+    assert pairs != pair_up(chats(5), 12, seed=2)
+
+
+def test_pairs_need_two_tasks_with_single_questions() -> None:
+    with pytest.raises(ValueError, match="at least two tasks"):
+        pair_up({"a": chats(2)["a"], "b": []}, 3, seed=0)
+
+
+def test_a_mix_has_the_shares_it_was_asked_for_and_one_digest_per_content() -> None:
+    config = TrainingConfig(samples=40, composite_fraction=0.25, rephrase_fraction=0.5, max_length=200)
+    mix = draw_mix(chats(20), config)
+    assert (len(mix.chats), len(mix.composites)) == (30, 10)
+    assert sum(mix.count(task) for task in "abc") == 30
+    plain = draw_mix(chats(20), config.model_copy(update={"rephrase_fraction": 0.0}))
+    changed = sum(left.messages != right.messages for left, right in zip(mix.chats, plain.chats, strict=True))
+    assert 8 <= changed <= 15  # of 15 chosen, some draw no change at all
+    assert mix.digest == draw_mix(chats(20), config).digest
+    assert mix.digest != plain.digest
+    sequences = encode_mix(mix, LABELS, ByteRenderer(), {END}, config)
+    assert sum(bool(sequence.label_changes) for sequence in sequences) == 10
+    short = encode_mix(
+        mix, LABELS, ByteRenderer(), {END}, config.model_copy(update={"max_length": 8, "too_long": "cut"})
+    )
+    assert len(short) == 30  # no composite fits
+
+
+@given(st.integers(0, 30), st.integers(0, 10))
+def test_interleaving_loses_nothing_and_keeps_both_orders(num_single: int, num_joined: int) -> None:
+    single = [TokenSequence((n, n), 1, 1) for n in range(num_single)]
+    joined = [TokenSequence((n, n), 1, 2) for n in range(num_joined)]
+    result = interleave(single, joined)
+    assert [s for s in result if s.label == 1] == single
+    assert [s for s in result if s.label == 2] == joined
+
+
+def test_interleaving_spreads_evenly() -> None:
+    result = interleave([TokenSequence((0, 0), 1, 1)] * 9, [TokenSequence((0, 0), 1, 2)] * 3)
+    assert [sequence.label for sequence in result].count(2) == 3
+    assert all(2 in [sequence.label for sequence in result[start : start + 4]] for start in (0, 4, 8))
+
+
+def test_rephrasing_keeps_the_question_its_answer_and_its_label() -> None:
+    originals = [chat("a", f"first line {n}\nsecond line {n}", f"answer {n}") for n in range(200)]
+    rephrased = rephrase_some(originals, 1.0, seed=4)
+    for before, after in zip(originals, rephrased, strict=True):
+        question = next(message["content"] for message in after.messages if message["role"] == "user")
+        assert all(line in question for line in before.messages[0]["content"].split("\n"))
+        assert after.messages[-1] == before.messages[-1]
+        assert (after.task, after.origin) == (before.task, before.origin)
+    assert len({message["content"] for chat in rephrased for message in chat.messages}) > 250
+    assert rephrased == rephrase_some(originals, 1.0, seed=4)
+    assert rephrased != rephrase_some(originals, 1.0, seed=5)
+
+
+def test_questions_of_many_lines_keep_their_order() -> None:
+    lines = "Pick one.\nA. red\nB. blue"
+    assert all(
+        lines in message["content"]
+        for rephrased in rephrase_some([chat("a", lines, "A")] * 50, 1.0, seed=0)
+        for message in rephrased.messages
+        if message["role"] == "user"
+    )
+
+
+def test_chats_longer_than_the_base_model_reads_are_refused_by_line() -> None:
+    sequences = [TokenSequence((1,) * length, 1, 1) for length in (3, 9)]
+    rows = [chat("a", "q", "r", "f.jsonl:1"), chat("a", "q", "r", "f.jsonl:4711")]
+    check_longest(sequences, 9, rows)
+    with pytest.raises(TrainingDataError, match=r"f\.jsonl:4711: 9 tokens, and the base model reads 8"):
+        check_longest(sequences, 8, rows)
+
+
+def test_the_separator_of_two_answers_is_nobodys() -> None:
+    composite = CompositeChat("answer", chat("a", "AAAA", "xx"), chat("b", "BBBB", "yyy"))
+    sequence = encode_composite(composite, LABELS, ByteRenderer(), {END})
+    assert bytes(sequence.token_ids[position] for position in sequence.unscored) == SEPARATOR.encode()

@@ -1,0 +1,110 @@
+"""Runs killed at random moments and repeated end in the bytes of a run that nobody touched."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from router_training.__main__ import main
+from router_training.checkpoint import CHECKPOINT_NAME, Checkpoint
+from server.errors import ConfigError
+
+FLAGS = {
+    "--samples": "16",
+    "--max-length": "64",
+    "--warm-start-samples": "8",
+    "--warm-start-rounds": "1",
+    "--steps": "40",
+    "--batch-size": "2",
+    "--checkpoint-every": "3",
+    "--lr": "0.05",
+    "--lm-weighting": "relative",
+    "--validation-rows": "2",
+}
+ARTEFACT = ("router.json", "router.safetensors")
+
+
+def command(project: Path, out: str) -> list[str]:
+    inputs = ["--config", str(project / "adapters.yaml"), "--data", str(project / "data")]
+    return ["train", *inputs, "--out", str(project / out), *(part for pair in FLAGS.items() for part in pair)]
+
+
+def steps_done(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return path.read_text(encoding="utf-8").count("\n") if path.exists() else 0
+
+
+def kill_after(project: Path, out: str, num_steps: int, delay_s: float) -> None:
+    """Run the command in a process of its own and SIGKILL it some time after `num_steps` steps."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "router_training", *command(project, out)],
+        cwd=Path(__file__).resolve().parents[2],
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 300
+    while steps_done(project / out) < num_steps and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(delay_s)
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors.decode()
+
+
+def test_a_run_killed_at_three_random_moments_ends_in_the_same_bytes(project: Path) -> None:
+    assert main(command(project, "whole")) == 0
+    generator = random.Random()  # not seeded: any moment must do
+    moments = [(generator.randrange(start, start + 10), generator.random() * 0.02) for start in (0, 11, 22)]
+    for num_steps, delay_s in moments:
+        kill_after(project, "killed", num_steps, delay_s)
+    assert not (project / "killed" / "router.json").exists()
+    assert main(command(project, "killed")) == 0
+    for name in ARTEFACT:
+        assert (project / "killed" / name).read_bytes() == (project / "whole" / name).read_bytes(), moments
+    steps = [
+        [json.loads(line) for line in (project / out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        for out in ("whole", "killed")
+    ]
+    assert [step["step"] for step in steps[1]] == list(range(40))
+    assert [step["loss"] for step in steps[1]] == [step["loss"] for step in steps[0]]
+    assert not (project / "killed" / CHECKPOINT_NAME).exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_kept(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = project / "router"
+    out.mkdir()
+    Checkpoint(out, "another run").save({"trainer": {}})
+    assert main(command(project, "router")) == 1
+    assert "belongs to an unfinished run" in capsys.readouterr().err
+    assert Checkpoint(out, "another run").load() == {"trainer": {}}
+
+
+def test_a_damaged_checkpoint_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / CHECKPOINT_NAME).write_bytes(b"half a file")
+    with pytest.raises(ConfigError, match=r"damaged .*delete it"):
+        Checkpoint(tmp_path, "run").load()
+
+
+def test_saving_replaces_the_old_checkpoint_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint(tmp_path, "run")
+    assert checkpoint.load() is None
+    checkpoint.save({"step": 1})
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", crash)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save({"step": 2})
+    assert checkpoint.load() == {"step": 1}
+    monkeypatch.undo()
+    checkpoint.delete()
+    assert list(tmp_path.iterdir()) == []
