@@ -10,11 +10,17 @@ from router_training.encoding import IGNORED, TokenBatch, TokenSequence, batches
 from router_training.forward import answer_losses
 from router_training.roster import BASE_TASK
 from server.routing.attach import RoutedModel
-from server.routing.context import GateBatch, build_gate_batch
+from server.routing.context import GateBatch, RoutingBatch, build_gate_batch
 from server.routing.policy import GatePlan
+
+EVALUATED_GENERATION = 1
+"""Router generation that evaluations publish; there is never another beside it."""
 
 MAX_BATCH_TOKENS = 1024
 """Padded tokens per forward pass; more gains nothing on two cores."""
+
+BatchMaker = Callable[[TokenBatch], RoutingBatch | None]
+"""Gates for one padded batch; None runs the bare base model."""
 
 
 @dataclass
@@ -38,7 +44,6 @@ def gate_batch(
     )
 
 
-@torch.inference_mode()
 def evaluate_policy(
     routed: RoutedModel,
     sequences: Sequence[TokenSequence],
@@ -51,18 +56,37 @@ def evaluate_policy(
     gates over answer positions `own_share` (mean weight of the own adapter) and `own_top1` (share of (token, gate)
     pairs whose largest weight is the own adapter's).
     """
+    return evaluate_batches(
+        routed,
+        sequences,
+        tasks,
+        lambda batch: gate_batch(routed, batch, plan_of_label, collect_layers=True),
+        on_batch=on_batch,
+    )
+
+
+@torch.inference_mode()
+def evaluate_batches(
+    routed: RoutedModel,
+    sequences: Sequence[TokenSequence],
+    tasks: Sequence[str],
+    make_batch: BatchMaker,
+    *,
+    on_batch: Callable[[int], None] = lambda _: None,
+) -> dict[str, dict[str, float]]:
+    """As `evaluate_policy`, for any maker of routing batches; gate statistics only where the gates are the server's."""
     sums = [_Sums() for _ in tasks]
     for group in batches_by_length(sequences, MAX_BATCH_TOKENS):
         batch = collate([sequences[index] for index in group])
-        gates = gate_batch(routed, batch, plan_of_label, collect_layers=True)
+        gates = make_batch(batch)
         losses = answer_losses(routed, batch, gates)
         labels = batch.token_labels[(batch.targets != IGNORED).flatten()]  # (N,)
         for label in sorted(set(labels.tolist())):
             own = losses[labels == label]
             sums[label].loss += float(own.sum())
             sums[label].tokens += own.numel()
-        if gates is not None:
-            _add_gate_statistics(sums, gates, batch, plan_of_label[0].router_generation)
+        if isinstance(gates, GateBatch):
+            _add_gate_statistics(sums, gates, batch)
         on_batch(len(group))
     return {
         task: {
@@ -76,11 +100,11 @@ def evaluate_policy(
     }
 
 
-def _add_gate_statistics(sums: Sequence[_Sums], gates: GateBatch, batch: TokenBatch, generation: int | None) -> None:
+def _add_gate_statistics(sums: Sequence[_Sums], gates: GateBatch, batch: TokenBatch) -> None:
     positions = batch.answer_positions
     labels = batch.token_labels[positions]
     own = gates.share[positions].gather(1, labels[:, None])[:, 0]
-    layers = gates.layer_gates(generation)
+    layers = gates.layer_gates(EVALUATED_GENERATION)
     first = torch.zeros_like(own)
     for layer in layers:
         first += (layer[positions].argmax(dim=1) == labels).float() / len(layers)
