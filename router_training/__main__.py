@@ -46,6 +46,21 @@ def build_parser() -> argparse.ArgumentParser:
     _add_inputs(evaluate)
     evaluate.add_argument("--router", type=Path, metavar="DIR", help="artefact folder (default: the config's router)")
     evaluate.add_argument("--out", type=Path, metavar="FILE", help="also write the record as JSON")
+    evaluate.add_argument("--baselines", action="store_true", help="every baseline too (default off)")
+    evaluate.add_argument(
+        "--composites", type=int, default=0, metavar="N", help="chats that join two tasks (default 0: none)"
+    )
+    evaluate.add_argument(
+        "--generate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="chats per task with an answer generated and scored by the task's metric (default 0: none)",
+    )
+    evaluate.add_argument("--max-new-tokens", type=int, default=200, help="tokens of a generated answer (default 200)")
+    evaluate.add_argument(
+        "--cache", type=Path, metavar="DIR", help="keep finished measurements here and reuse them (default: none)"
+    )
     evaluate.set_defaults(action=_evaluate)
     report = commands.add_parser("report", help="render evaluation records as Markdown")
     report.add_argument("records", type=Path, nargs="+", metavar="FILE", help="JSON written by train or evaluate")
@@ -131,12 +146,20 @@ def _train(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from router_training.run import evaluate_folder, write_json
+    from router_training.suite import SuiteOptions
 
     config = load_config(options.config)
     router = options.router or config.router_folder
     if router is None:
         raise ConfigError("the config names no router; pass --router DIR")
-    record = evaluate_folder(config, options.data, router, validation_rows=options.validation_rows)
+    suite = SuiteOptions(
+        baselines=options.baselines,
+        composites=options.composites,
+        generated_rows=options.generate,
+        max_new_tokens=options.max_new_tokens,
+        cache=options.cache,
+    )
+    record = evaluate_folder(config, options.data, router, suite, validation_rows=options.validation_rows)
     if options.out is not None:
         write_json(record, options.out)
     print(f"{evaluation_table(record)}\n\n{evaluation_verdict(record)}")

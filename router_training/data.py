@@ -42,6 +42,8 @@ class Chat:
     messages: tuple[Mapping[str, str], ...]
     origin: str
     """`file:line`, for messages to people."""
+    tests: tuple[str, ...] = ()
+    """Assertions that a generated program must pass (field `tests` of the line); task metrics use them."""
 
 
 def read_splits(
@@ -103,7 +105,7 @@ def _read_file(path: Path, task: str, problems: list[str]) -> list[Chat]:
         if isinstance(found, str):
             problems.append(f"{origin}: {found}")
         else:
-            chats.append(Chat(task, found, origin))
+            chats.append(Chat(task, found, origin, _tests(line)))
     if not any(line.strip() for line in lines):
         problems.append(f"{path}: the file is empty, so adapter {task!r} has no samples")
     return chats
@@ -130,6 +132,11 @@ def _check_line(line: str) -> tuple[Mapping[str, str], ...] | str:
     if not messages[-1]["content"].strip():
         return "the answer is empty"
     return tuple({"role": message["role"], "content": message["content"]} for message in messages)
+
+
+def _tests(line: str) -> tuple[str, ...]:
+    tests = json.loads(line).get("tests", [])
+    return tuple(tests) if isinstance(tests, list) and all(isinstance(test, str) for test in tests) else ()
 
 
 def _check_message(message: Any) -> str | None:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from router_training.settings import BASE_NAME
+
 POLICY_TITLES = {"base": "base", "own_adapter": "own adapter", "uniform": "uniform mix", "routed": "routed"}
 """Column order and titles of the policies."""
 
@@ -24,7 +26,7 @@ def evaluation_table(record: Mapping[str, Any]) -> str:
 
 def evaluation_verdict(record: Mapping[str, Any]) -> str:
     """One sentence: on which tasks the router wins."""
-    tasks = list(record["ratio_to_own_adapter"])
+    tasks = [task for task in record["ratio_to_own_adapter"] if task != BASE_NAME]
     losses = {
         name: [task for task in tasks if task not in record[field]]
         for name, field in (("the base model", "beats_base"), ("the uniform mix", "beats_uniform"))

@@ -13,7 +13,7 @@ from router_training.artefact import background_statistics, build_artefact
 from router_training.checkpoint import Checkpoint, run_fingerprint
 from router_training.data import Chat, read_splits
 from router_training.encoding import TokenSequence, encode_chats
-from router_training.evaluation import compare_policies, evaluate_policy
+from router_training.evaluation import evaluate_policy
 from router_training.frozen import check_frozen, frozen_digests
 from router_training.gates import RouterParameters
 from router_training.mixing import Mix, check_longest, draw_mix, encode_mix
@@ -22,11 +22,11 @@ from router_training.roster import BASE_TASK, Roster, check_artefact, load_roste
 from router_training.router_inputs import cache_inputs
 from router_training.settings import TrainingConfig, check_prior, prior_shares
 from router_training.step_log import StepLog
+from router_training.suite import Suite, SuiteOptions
 from router_training.trainer import StepMetrics, Trainer
 from router_training.warm_start import warm_start
 from server.config import ServerConfig
-from server.routing.policy import GatePlan
-from server.routing.router import RouterArtefact, load_artefact, save_artefact
+from server.routing.router import load_artefact, save_artefact
 
 EVALUATION_NAME = "evaluation.json"
 
@@ -48,9 +48,9 @@ def train(config: ServerConfig, data: Path, out: Path, settings: TrainingConfig,
     mix = draw_mix(splits["train"], settings)
     roster = load_with_progress(config)
     sequences = encode_mix(mix, roster.label_of_task, roster.loaded.tokenizer, roster.loaded.eos_token_ids, settings)
-    held_out = first_rows(splits["validation"], validation_rows)
-    validation = _encode(roster, held_out, None)
-    check_longest(validation, roster.loaded.max_model_len, held_out)
+    validation = first_rows(splits["validation"], validation_rows)
+    held_out = [chat for rows in validation.values() for chat in rows]
+    check_longest(_encode(roster, held_out), roster.loaded.max_model_len, held_out)
     record = _record(roster, mix, sequences, settings)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint(out, run_fingerprint(record))
@@ -64,45 +64,32 @@ def train(config: ServerConfig, data: Path, out: Path, settings: TrainingConfig,
     check_frozen(roster, before)
     # Saved before the evaluation too: a run that is cut there has lost nothing.
     save_artefact(artefact, out)
-    evaluation = evaluate(roster, artefact, validation)
+    evaluation = Suite(roster, artefact, SuiteOptions()).run(validation)
     record = {**record, "validation": evaluation}
     save_artefact(build_artefact(rows, roster, settings, background=background, training=record), out)
     write_json(evaluation, out / EVALUATION_NAME)
     checkpoint.delete()
 
 
-def evaluate_folder(config: ServerConfig, data: Path, router: Path, *, validation_rows: int) -> dict[str, Any]:
-    """Evaluate a saved artefact. Raises RouterArtefactError if it belongs to another base model or other adapters."""
+def evaluate_folder(
+    config: ServerConfig, data: Path, router: Path, options: SuiteOptions, *, validation_rows: int
+) -> dict[str, Any]:
+    """Evaluate a saved artefact. Raises RouterArtefactError if it belongs to another base model or other adapters.
+
+    Off-domain chats are taken from the data folder `base` where there is one.
+    """
     artefact = load_artefact(router)
     names = [spec.name for spec in config.adapters if spec.routed]
-    chats = first_rows(read_splits(data, names, ("validation",))["validation"], validation_rows)
+    tasks = [*([BASE_TASK] if (data / BASE_TASK).is_dir() else []), *names]
+    chats = first_rows(read_splits(data, tasks, ("validation",))["validation"], validation_rows)
     roster = load_with_progress(config)
     check_artefact(artefact, roster)
-    return evaluate(roster, artefact, _encode(roster, chats, None))
+    return Suite(roster, artefact, options).run(chats)
 
 
-def evaluate(roster: Roster, artefact: RouterArtefact, sequences: Sequence[TokenSequence]) -> dict[str, Any]:
-    """Answer likelihood per task of base, own adapter, uniform mix and `artefact`, as a JSON-able record."""
-    plans: Mapping[str, list[GatePlan]] = {
-        "base": roster.base_plans(),
-        "own_adapter": roster.own_adapter_plans(),
-        "uniform": roster.uniform_plans(),
-        "routed": roster.routed_plans(artefact),
-    }
-    results = {}
-    with Progress("evaluation", total=len(sequences) * len(plans), unit="chat") as progress:
-        for policy, plan_of_label in plans.items():
-            results[policy] = evaluate_policy(
-                roster.routed, sequences, roster.tasks, plan_of_label, on_batch=progress.advance
-            )
-    counts = {name: sum(s.label == label for s in sequences) for label, name in enumerate(roster.tasks)}
-    chats = {name: count for name, count in counts.items() if count}
-    return {"chats": chats, **compare_policies(results)}
-
-
-def first_rows(chats: Mapping[str, Sequence[Chat]], count: int) -> list[Chat]:
+def first_rows(chats: Mapping[str, Sequence[Chat]], count: int) -> dict[str, Sequence[Chat]]:
     """The first `count` chats of every task; 0 means all."""
-    return [chat for rows in chats.values() for chat in (rows[:count] if count else rows)]
+    return {task: rows[:count] if count else rows for task, rows in chats.items()}
 
 
 def load_with_progress(config: ServerConfig) -> Roster:
@@ -187,9 +174,9 @@ def _record(roster: Roster, mix: Mix, sequences: Sequence[TokenSequence], settin
     }
 
 
-def _encode(roster: Roster, chats: Sequence[Chat], max_length: int | None) -> list[TokenSequence]:
+def _encode(roster: Roster, chats: Sequence[Chat]) -> list[TokenSequence]:
     loaded = roster.loaded
-    return encode_chats(chats, roster.label_of_task, loaded.tokenizer, loaded.eos_token_ids, max_length=max_length)
+    return encode_chats(chats, roster.label_of_task, loaded.tokenizer, loaded.eos_token_ids)
 
 
 def _background(

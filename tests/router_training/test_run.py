@@ -63,6 +63,31 @@ def test_evaluate_and_report_show_the_trained_router(project: Path, capsys: pyte
     assert "mean ratio to own adapter" in capsys.readouterr().out
 
 
+def test_the_whole_evaluation_covers_every_set_and_reuses_what_it_measured(project: Path) -> None:
+    shutil.copytree(project / "data/letters", project / "data/base")
+    run(project, "train", "--out", str(project / "router"), *QUICK, "--steps", "0", "--validation-rows", "1")
+    flags = ["--router", str(project / "router"), "--out", str(project / "record.json"), "--baselines"]
+    flags += ["--composites", "6", "--generate", "2", "--max-new-tokens", "4", "--cache", str(project / "cells")]
+    assert run(project, "evaluate", *flags) == 0
+    record = json.loads((project / "record.json").read_text(encoding="utf-8"))
+    singles = {"only_letters", "only_digits"}
+    weights = {"arrow", "spectr", "seqr_norm", "lag"}
+    routers = {"routed", "routed_k1", "per_request", "per_request_opening"}
+    expected = {"base", "own_adapter", "uniform"} | singles | weights | routers
+    assert (
+        set(record["policies"]) == set(record["composite"]["policies"]) == set(record["off_domain"]["nll"]) == expected
+    )
+    assert record["composite"]["chats"] == 6
+    assert record["off_domain"]["ratio_to_base"]["base"] == 1.0
+    assert set(record["metrics"]) == {"base", "own_adapter", "uniform", "routed"}
+    assert record["metrics"]["routed"]["letters"].keys() == {"metric", "value", "chats"}
+    cells = {path: path.stat().st_mtime_ns for path in (project / "cells").iterdir()}
+    assert len(cells) == 2 * len(expected) + 4 * 2
+    assert run(project, "evaluate", *flags) == 0
+    assert {path: path.stat().st_mtime_ns for path in (project / "cells").iterdir()} == cells
+    assert json.loads((project / "record.json").read_text(encoding="utf-8")) == record
+
+
 def test_every_data_problem_is_printed_before_any_model_is_loaded(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

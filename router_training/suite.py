@@ -1,0 +1,177 @@
+"""The whole evaluation: every policy on single-task, composite and off-domain chats, and task metrics of answers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from router_training.baselines import fixed_baselines, opening_length, per_request, routed_at, weight_baselines
+from router_training.cells import CellCache
+from router_training.composites import encode_composite, pair_up
+from router_training.data import Chat, data_digest
+from router_training.encoding import TokenSequence, encode_chats
+from router_training.evaluation import BatchMaker, compare_policies, evaluate_batches
+from router_training.generation import generate_answers
+from router_training.metrics import Answer, metric_of
+from router_training.progress import Progress
+from router_training.roster import BASE_TASK, Roster
+from server.routing.policy import GatePlan
+from server.routing.router import RouterArtefact
+
+CALIBRATION_CHATS = 64
+"""Chats that the standardised norm score sees, from the beginning of the validation sets."""
+
+COMPOSITE_SEED = 1
+"""Which validation chats are joined; one fixed draw, so that records compare."""
+
+
+@dataclass(frozen=True)
+class SuiteOptions:
+    """How much of the evaluation to do."""
+
+    baselines: bool = False
+    """Every baseline beside base, own adapter, uniform mix and router."""
+    composites: int = 0
+    """Composite chats; 0 leaves the set out."""
+    generated_rows: int = 0
+    """Chats per task that get an answer generated and scored; 0 leaves task metrics out."""
+    max_new_tokens: int = 200
+    cache: Path | None = None
+    """Folder of finished measurements."""
+
+
+class Suite:
+    """One roster, one router, and the policies to compare over them."""
+
+    def __init__(self, roster: Roster, artefact: RouterArtefact, options: SuiteOptions) -> None:
+        self._roster = roster
+        self._artefact = artefact
+        self._options = options
+        self._cells = CellCache(options.cache)
+
+    def run(self, chats: Mapping[str, Sequence[Chat]]) -> dict[str, Any]:
+        """The record: the single-task comparison, and one key per further set. Off-domain chats are task `base`."""
+        rows = [chat for task in chats.values() for chat in task]
+        sequences = self._encode(rows)
+        makers = self._makers(sequences)
+        results = self._measure("single", sequences, makers)
+        counts = {task: len(list_of) for task, list_of in chats.items() if list_of}
+        record: dict[str, Any] = {"chats": counts, "data_sha256": data_digest(rows), **compare_policies(results)}
+        if BASE_TASK in record["ratio_to_own_adapter"]:
+            record["off_domain"] = off_domain_summary(results)
+        if self._options.composites:
+            record["composite"] = self._composites(chats, makers)
+        if self._options.generated_rows:
+            record["metrics"] = self._metrics(chats)
+        return record
+
+    def _makers(self, calibration: Sequence[TokenSequence]) -> dict[str, BatchMaker]:
+        roster, artefact = self._roster, self._artefact
+        makers = fixed_baselines(roster)
+        if not self._options.baselines:
+            makers = {name: makers[name] for name in ("base", "own_adapter", "uniform")}
+            return {**makers, "routed": routed_at(roster, artefact)}
+        step = max(1, len(calibration) // CALIBRATION_CHATS)
+        makers |= weight_baselines(roster, calibration[::step])
+        router = routed_at(roster, artefact)
+        num_choices = len(artefact.adapters)
+        for top_k in sorted({k for k in (1, 2, 3, num_choices) if k <= num_choices} - {artefact.top_k}):
+            makers[f"routed_k{top_k}"] = routed_at(roster, artefact, top_k)
+        makers["per_request"] = per_request(roster, router)
+        makers["per_request_opening"] = per_request(roster, router, opening_length(roster.loaded.tokenizer))
+        return {**makers, "routed": router}
+
+    def _measure(
+        self, name: str, sequences: Sequence[TokenSequence], makers: Mapping[str, BatchMaker]
+    ) -> dict[str, dict[str, dict[str, float]]]:
+        results = {}
+        content = [[s.token_ids, s.answer_start, s.label, s.label_changes, s.unscored] for s in sequences]
+        with Progress(f"{name} chats", total=len(sequences) * len(makers), unit="chat") as progress:
+            for policy, maker in makers.items():
+
+                def compute(maker: BatchMaker = maker) -> Any:
+                    return evaluate_batches(
+                        self._roster.routed, sequences, self._roster.tasks, maker, on_batch=progress.advance
+                    )
+
+                results[policy] = self._cells.get(self._facts(policy, content), compute)
+        return results
+
+    def _facts(self, policy: str, content: Any) -> dict[str, Any]:
+        """Everything that decides a measurement. Only routed policies depend on the router."""
+        depends = policy.startswith(("routed", "per_request"))
+        return {
+            "policy": policy,
+            "sequences": content,
+            "base": self._roster.loaded.source_sha256 or self._roster.loaded.name,
+            "adapters": [adapter.digest for adapter in self._roster.adapters],
+            "router": [self._artefact.settings, self._artefact.top_k, self._artefact.row_digests()]
+            if depends
+            else None,
+            "dtype": str(next(self._roster.routed.model.parameters()).dtype),
+            "torch": torch.__version__,
+        }
+
+    def _composites(self, chats: Mapping[str, Sequence[Chat]], makers: Mapping[str, BatchMaker]) -> dict[str, Any]:
+        roster = self._roster
+        usable = {task: rows for task, rows in chats.items() if task != BASE_TASK}
+        pairs = pair_up(usable, self._options.composites, COMPOSITE_SEED)
+        tokenizer, ends = roster.loaded.tokenizer, roster.loaded.eos_token_ids
+        sequences = [encode_composite(pair, roster.label_of_task, tokenizer, ends) for pair in pairs]
+        fitting = [sequence for sequence in sequences if len(sequence) <= roster.loaded.max_model_len]
+        return {"chats": len(fitting), **compare_policies(self._measure("composite", fitting, makers))}
+
+    def _metrics(self, chats: Mapping[str, Sequence[Chat]]) -> dict[str, dict[str, Any]]:
+        """policy -> task -> metric and value, for the policies that are plans."""
+        roster = self._roster
+        plans: dict[str, Sequence[GatePlan]] = {
+            "base": roster.base_plans(),
+            "own_adapter": roster.own_adapter_plans(),
+            "uniform": roster.uniform_plans(),
+            "routed": roster.routed_plans(self._artefact),
+        }
+        tasks = [task for task in chats if task != BASE_TASK and chats[task]]
+        rows = {task: list(chats[task][: self._options.generated_rows]) for task in tasks}
+        total = len(plans) * sum(map(len, rows.values()))
+        with Progress("answers", total=total, unit="chat") as progress:
+            return {
+                policy: {task: self._score(policy, plan, task, rows[task], progress) for task in tasks}
+                for policy, plan in plans.items()
+            }
+
+    def _score(
+        self, policy: str, plans: Sequence[GatePlan], task: str, rows: Sequence[Chat], progress: Progress
+    ) -> dict[str, Any]:
+        loaded = self._roster.loaded
+        sequences = self._encode(rows)
+
+        def compute() -> list[list[int]]:
+            return generate_answers(
+                self._roster.routed,
+                sequences,
+                plans,
+                loaded.eos_token_ids,
+                self._options.max_new_tokens,
+                on_batch=progress.advance,
+            )
+
+        content = [[s.token_ids[: s.answer_start] for s in sequences], self._options.max_new_tokens]
+        generated = self._cells.get(self._facts(policy, ["answers", content]), compute)
+        answers = [
+            Answer(loaded.tokenizer.decode(tokens), chat.messages[-1]["content"], chat.tests)
+            for tokens, chat in zip(generated, rows, strict=True)
+        ]
+        metric = metric_of(task)
+        return {"metric": metric.name, "value": metric.compute(answers), "chats": len(answers)}
+
+    def _encode(self, chats: Sequence[Chat]) -> list[TokenSequence]:
+        loaded = self._roster.loaded
+        return encode_chats(chats, self._roster.label_of_task, loaded.tokenizer, loaded.eos_token_ids)
+
+
+def off_domain_summary(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+    """Nats per answer token on chats that no adapter was trained for, by policy, and as ratio to the base model."""
+    nll = {policy: measures[BASE_TASK]["nll"] for policy, measures in results.items()}
+    return {"nll": nll, "ratio_to_base": {policy: value / nll["base"] for policy, value in nll.items()}}
