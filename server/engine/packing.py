@@ -14,6 +14,7 @@ from server.engine.sequence import ScheduledSequence
 from server.model.attention import AttentionBatch, PrefillRow
 from server.model.kv_cache import SCRATCH_BLOCK
 from server.routing.policy import BASE_PLAN
+from server.routing.upload import upload
 
 TOKEN_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 """Packed batches are padded to one of these sizes, then to multiples of 64, so that few shapes ever run."""
@@ -47,7 +48,7 @@ class BatchPacker:
             input_ids=self._tensor(layout.token_ids() + [0] * padding)[None],
             positions=self._tensor(layout.positions() + [0] * padding)[None],
             attention=self._attention_batch(layout.rows, layout.starts, padding),
-            plan_of_token=plan_rows.repeat_interleave(counts).to(self._device),
+            plan_of_token=upload(plan_rows.repeat_interleave(counts), self._device),
         )
 
     def _attention_batch(self, rows: List[ScheduledSequence], starts: List[int], padding: int) -> AttentionBatch:
@@ -83,7 +84,7 @@ class BatchPacker:
         )
 
     def _tensor(self, values: List[int] | List[List[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+        return upload(torch.tensor(values, dtype=torch.int64), self._device)
 
 
 def pad_tokens(num_tokens: int) -> int:

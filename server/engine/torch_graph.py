@@ -14,6 +14,7 @@ from server.engine.packing import BatchPacker
 from server.model.attention import PagedAttention
 from server.routing.attach import RoutedModel
 from server.routing.context import build_gate_batch
+from server.routing.upload import upload
 
 
 class TorchGraph:
@@ -52,4 +53,4 @@ class TorchGraph:
         self._attention.cache.clear(self._tensor(blocks))
 
     def _tensor(self, values: List[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+        return upload(torch.tensor(values, dtype=torch.int64), self._device)

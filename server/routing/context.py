@@ -16,6 +16,7 @@ from server.routing import ops
 from server.routing.bank import BankSnapshot, ProjectionInfo
 from server.routing.policy import GatePlan, Policy
 from server.routing.router_bank import RouterBank, RouterGeneration
+from server.routing.upload import upload
 
 
 class RoutingBatch(Protocol):
@@ -145,12 +146,12 @@ def build_gate_batch(
         groups.append(
             RoutedGroup(
                 routers.generations[generation],
-                allowed.to(device).index_select(0, plan_of_token),
-                top_k.to(device).index_select(0, plan_of_token),
+                upload(allowed, device).index_select(0, plan_of_token),
+                upload(top_k, device).index_select(0, plan_of_token),
                 collect_layers=collect_layers,
             )
         )
-    return GateBatch(bank, fixed.to(device).index_select(0, plan_of_token), groups)
+    return GateBatch(bank, upload(fixed, device).index_select(0, plan_of_token), groups)
 
 
 def _routed_rows(plans: Sequence[GatePlan], generation: int, num_slots: int) -> tuple[Tensor, Tensor]:
