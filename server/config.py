@@ -72,7 +72,7 @@ class ServerSettings(_Frozen):
     """Tokens in one K/V cache block."""
     max_num_seqs: Annotated[int, Field(ge=1)] = 64
     """Most sequences computed in one step."""
-    max_num_batched_tokens: Annotated[int, Field(ge=1)] = 512
+    max_num_batched_tokens: Annotated[int, Field(ge=1)] = 256
     """Most tokens computed in one step; longer prompts are prefilled in chunks."""
     prefix_caching: bool = True
     """Reuse K/V of equal prefixes computed under equal effective gates."""

@@ -58,7 +58,7 @@ class Stage {
 
   protected:
     static constexpr int kPhases = 24;              // at most, of one layer
-    static constexpr int64_t kRowsAtOnce = 192;     // rows whose results of a piece stay in the first-level caches
+    static constexpr int64_t kRowsAtOnce = 256;     // rows whose results of a piece stay in the first-level caches
     static constexpr int64_t kRowUnit = 32;         // kRowsAtOnce is a multiple
     static constexpr int64_t kPanelsAtOnce = 4;     // panels in the largest piece
 
