@@ -23,7 +23,7 @@ def machine_facts() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cpu_model": _first_value(Path("/proc/cpuinfo"), "model name") or platform.processor() or "unknown",
         "memory_gib": _memory_gib(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.release().partition('-')[0]}",
     }
 
 

@@ -78,7 +78,7 @@ class Step(Structure):
 @cache
 def libraries() -> tuple[ctypes.CDLL, ...]:
     """Every built library that this CPU can run, best first; empty where none was built or none fits."""
-    features = _cpu_features()
+    features = cpu_features()
     folder = Path(__file__).parent
     found = []
     for name, needed in VARIANTS:
@@ -101,7 +101,8 @@ def num_cores() -> int:
         return len(cpus)
 
 
-def _cpu_features() -> frozenset[str]:
+def cpu_features() -> frozenset[str]:
+    """What this CPU and kernel offer, named as in /proc/cpuinfo; empty where there is no such file."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
