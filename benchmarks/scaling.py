@@ -22,7 +22,7 @@ from benchmarks.loads import Loader
 from benchmarks.peers.environments import ROOT
 from benchmarks.results_file import write_json
 from benchmarks.server_process import serving
-from benchmarks.step_cost import SchedulerTimer, step_cost
+from benchmarks.step_cost import EngineTimer, step_cost
 from benchmarks.synthetic import projection_shapes, write_adapter, write_router
 from server.api.services import Services
 from server.bench.facts import OtherLoad, machine_facts, version_facts
@@ -84,7 +84,7 @@ class Scaling:
     async def _demo_curves(self) -> None:
         """Concurrency, context and step costs with the demo's adapters and router."""
         settings = self._demo.server.model_copy(update={"max_num_seqs": max(64, *self.scale.concurrency)})
-        timer = SchedulerTimer()
+        timer = EngineTimer()
         async with in_process(self._demo.model_copy(update={"server": settings}), timer.attach) as (target, _):
             loader = Loader(target)
             for concurrency in self.scale.concurrency:

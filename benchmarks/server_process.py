@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -33,6 +34,17 @@ class ServerProcess:
         """Resident memory now, or with `VmHWM` at its peak; Linux only."""
         lines = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def runtime_bytes() -> int:
+    """Resident memory of a process that has imported what the server imports, and loaded nothing."""
+    program = (
+        "import server.app, server.assembly, transformers.models.llama.modeling_llama, pathlib;"
+        "print(next(line.split()[1] for line in pathlib.Path('/proc/self/status').read_text().splitlines()"
+        " if line.startswith('VmRSS:')))"
+    )
+    output = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
+    return int(output.stdout) * 1024
 
 
 @asynccontextmanager

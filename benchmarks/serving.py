@@ -20,7 +20,7 @@ from benchmarks.peers.environments import ROOT
 from benchmarks.peers.protocol import prompts
 from benchmarks.registration import recompiled_in_process, stall_over_http
 from benchmarks.results_file import write_json
-from benchmarks.server_process import ServerProcess, serving
+from benchmarks.server_process import ServerProcess, runtime_bytes, serving
 from benchmarks.synthetic import projection_shapes, write_adapter
 from server.bench.facts import machine_facts, version_facts
 from server.bench.load import Answer, Job
@@ -68,7 +68,7 @@ async def measure(effort: Effort, work: Path) -> dict[str, Any]:
     async with serving(environment={"LORA_MIXER_CACHE": str(work / "cache")}) as server:
         first_start_s = server.ready_s
     note("warm start")
-    async with serving(["--adapter-root", str(work)]) as server:
+    async with serving(["--adapter-root", str(work), "--registry-file", str(work / "registered")]) as server:
         note("HTTP beside the engine in process")
         http = [_http_ratio(server, effort) for _ in range(effort.repeat)]
         async with await HttpTarget.connect(server.url, None) as target:
@@ -178,6 +178,7 @@ def _memory(server: ServerProcess, config: ServerConfig, model: Path, registered
         "base_bytes": base,
         "kv_bytes": config.server.kv_cache_mib * 2**20,
         "adapter_bytes": adapters,
+        "runtime_bytes": runtime_bytes(),
         "allowed_bytes": allowed,
         "met": resident <= allowed,
     }

@@ -119,6 +119,7 @@ def serving_tables(result: Result) -> str:
             f"≤ {memory['allowed_bytes'] // MEBIBYTE} MiB",
             _yes(memory["met"]),
         ],
+        ["of it Python and its libraries, nothing loaded", f"{memory['runtime_bytes'] // MEBIBYTE} MiB", "–", "–"],
     ]
     return "\n\n".join([facts(result), f"`{result['command']}`", table(["what", "measured", "target", "met"], rows)])
 

@@ -31,8 +31,8 @@ class GraphOutput(NamedTuple):
     """(P, V) float32 at the positions asked for."""
     gates: StepGates | None
     """None when no token of the step had gates."""
-    greatest: tuple[Tensor, Tensor] | None = None
-    """Greatest logit (P,) float32, NaN if any is, and its lowest token (P,) int64; None if nobody looked."""
+    greatest: tuple[list[float], list[int]] | None = None
+    """Per position the greatest logit, NaN if any is, and the lowest token that has it; None if nobody looked."""
 
 
 class Graph(Protocol):

@@ -3,6 +3,7 @@
 Knows sequences, blocks and plans; nothing about queues, budgets or text. Runs on the engine thread only.
 """
 
+import math
 from collections.abc import Sequence as List
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from server.engine.graph import Graph, GraphOutput, StepGates
 from server.engine.layout import StepLayout, lay_out
-from server.engine.sampler import sample, score_tokens
+from server.engine.sampler import SampledToken, is_plainly_greedy, sample, score_tokens
 from server.engine.sampling_ops import greatest
 from server.engine.sequence import (
     RoutingStats,
@@ -56,18 +57,19 @@ class ModelRunner:
                 cursor += len(targets[index])
             last.append(cursor)
             cursor += 1
-        best, best_ids = greatest(logits) if computed.greatest is None else computed.greatest
-        finite = best[last].isfinite().tolist()
+        best, best_ids = computed.greatest or [found.tolist() for found in greatest(logits)]
+        finite = [math.isfinite(best[where]) for where in last]
         scored = {
             index: self._score(layout.rows[index], logits[span], targets[index])
             for index, span in spans.items()
             if finite[index]
         }
-        sampling = [index for index, row in enumerate(layout.rows) if row.samples and finite[index]]
-        where = [last[index] for index in sampling]
-        final = logits if len(where) == logits.shape[0] else logits[where]  # (rows that sample, V)
-        sequences = [layout.rows[index].sequence for index in sampling]
-        sampled = dict(zip(sampling, sample(final, sequences, (best[where], best_ids[where])), strict=True))
+        rows = {index: row.sequence for index, row in enumerate(layout.rows) if row.samples and finite[index]}
+        plain = {index for index, sequence in rows.items() if is_plainly_greedy(sequence)}
+        sampled = {index: SampledToken(best_ids[last[index]], None) for index in plain}
+        if drawn := [index for index in rows if index not in plain]:
+            final = logits[[last[index] for index in drawn]]  # (rows that are not plainly greedy, V)
+            sampled |= zip(drawn, sample(final, [rows[index] for index in drawn]), strict=True)
         outputs = []
         for index, row in enumerate(layout.rows):
             if not finite[index]:

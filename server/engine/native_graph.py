@@ -91,7 +91,7 @@ class NativeGraph:
             **{name: array.ctypes.data for name, array in arrays.items()},
         )
         self._native.run(step)
-        greatest = torch.from_numpy(arrays["greatest"]), torch.from_numpy(arrays["greatest_id"]).long()
+        greatest = arrays["greatest"].tolist(), arrays["greatest_id"].tolist()
         return GraphOutput(logits, None if share is None else NativeGates(share, layers), greatest)
 
     def clear(self, blocks: List[int]) -> None:

@@ -30,12 +30,13 @@ class SampledToken(NamedTuple):
     logprobs: TokenLogprobs | None
 
 
-def sample(
-    logits: Tensor, rows: ListLike[Sequence], greatest: tuple[Tensor, Tensor] | None = None
-) -> list[SampledToken]:
-    """Choose one token per row. `logits` (S, V) of any float type, untouched; row i belongs to `rows[i]`.
+def is_plainly_greedy(sequence: Sequence) -> bool:
+    """Whether the sequence's next token is the greatest of its logits as they are, and nothing else is asked for."""
+    return sequence.params.temperature == 0 and sequence.params.logprobs is None and not _adjusts_logits(sequence)
 
-    `greatest` is what `sampling_ops.greatest` says of the logits, where somebody has looked already; changed in place.
+
+def sample(logits: Tensor, rows: ListLike[Sequence]) -> list[SampledToken]:
+    """Choose one token per row. `logits` (S, V) of any float type, untouched; row i belongs to `rows[i]`.
 
     A row depends on its own logits, parameters, tokens and random numbers only: one number is taken from
     `sequence.rng` per sampled token if its temperature is above 0, none otherwise. Raises EngineError that names the
@@ -44,7 +45,7 @@ def sample(
     if not rows:
         return []
     logits = logits.float()
-    best, token_ids = ops.greatest(logits) if greatest is None else greatest  # (S,), (S,)
+    best, token_ids = ops.greatest(logits)  # (S,), (S,)
     _require_finite(best, rows)
     adjusted, place = logits, {}  # place: row of `logits` -> its row in `adjusted`
     if adjusting := [index for index, sequence in enumerate(rows) if _adjusts_logits(sequence)]:

@@ -62,7 +62,13 @@ def serving_result() -> dict[str, Any]:
         "second_turn": [turn],
         "registration": {"stall_ms": 260.5, "gap_without_ms": gaps, "recompiled_graphs": 0, "target_ms": 250},
         "start": {"first_s": 30.0, "warm_s": 8.0, "first_target_s": 60, "warm_target_s": 10},
-        "memory": {"resident_bytes": 900 << 20, "peak_bytes": 950 << 20, "allowed_bytes": 1400 << 20, "met": True},
+        "memory": {
+            "resident_bytes": 900 << 20,
+            "peak_bytes": 950 << 20,
+            "allowed_bytes": 1400 << 20,
+            "runtime_bytes": 300 << 20,
+            "met": True,
+        },
     }
 
 
@@ -102,6 +108,7 @@ def test_scaling_and_serving_tables_hold_every_figure() -> None:
         in serving
     )
     assert "| resident memory | 900 MiB (peak 950) | ≤ 1400 MiB | yes |" in serving
+    assert "nothing loaded | 300 MiB |" in serving
 
 
 def test_tables_have_as_many_cells_in_every_row() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -175,8 +176,8 @@ def test_mixed_batches_have_the_torch_graphs_logits_and_gates(
                 torch.testing.assert_close(left, right[:num_tokens], atol=1e-4, rtol=0)
         assert found.greatest is not None
         values, ids = found.greatest
-        assert torch.equal(values, found.logits.amax(-1))
-        assert torch.equal(ids, found.logits.argmax(-1))
+        assert values == found.logits.amax(-1).tolist()
+        assert ids == found.logits.argmax(-1).tolist()
 
 
 def test_ties_between_slots_go_to_the_lower_one() -> None:
@@ -200,8 +201,8 @@ def test_a_row_that_is_not_finite_shows_and_spares_the_others() -> None:
     bad, good = rig.make_sequence([*PROMPT[:20], poison, 5], 1), rig.make_sequence(PROMPT[:22], 20)
     output = rig.step(side, [(bad, 22), (good, 22)])
     assert output.greatest is not None
-    assert output.greatest[0][20:22].isnan().all(), "the row ends in something that is not a number"
-    assert output.greatest[0][22:].isfinite().all()
+    assert all(map(math.isnan, output.greatest[0][20:22])), "the row ends in something that is not a number"
+    assert all(map(math.isfinite, output.greatest[0][22:]))
     side.graph.clear(bad.block_table)
     reused = rig.make_sequence(PROMPT[:22], 1)
     assert torch.equal(rig.step(side, [(reused, 22)]).logits, output.logits[22:])
