@@ -27,17 +27,39 @@ struct GateSet {
     }
 };
 
-template <class T>
-inline float dot(const T* x, const float* row, int64_t n) {
-    __m512 sum0 = _mm512_setzero_ps(), sum1 = _mm512_setzero_ps();
+// Dot products of `x` (n,) with N rows, each summed as if it were alone.
+template <int N, class T>
+inline void dots(const T* x, const float* const* rows, int64_t n, float* out) {
+    __m512 sums[N][2];
+    for (int i = 0; i < N; ++i) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
     int64_t k = 0;
     for (; k + 2 * kVec <= n; k += 2 * kVec) {
-        sum0 = _mm512_fmadd_ps(load16(x + k), _mm512_loadu_ps(row + k), sum0);
-        sum1 = _mm512_fmadd_ps(load16(x + k + kVec), _mm512_loadu_ps(row + k + kVec), sum1);
+        const __m512 low = load16(x + k), high = load16(x + k + kVec);
+        for (int i = 0; i < N; ++i) {
+            sums[i][0] = _mm512_fmadd_ps(low, _mm512_loadu_ps(rows[i] + k), sums[i][0]);
+            sums[i][1] = _mm512_fmadd_ps(high, _mm512_loadu_ps(rows[i] + k + kVec), sums[i][1]);
+        }
     }
-    float total = _mm512_reduce_add_ps(_mm512_add_ps(sum0, sum1));
-    for (; k < n; ++k) total += to_float(x[k]) * row[k];
-    return total;
+    for (int i = 0; i < N; ++i) {
+        out[i] = _mm512_reduce_add_ps(_mm512_add_ps(sums[i][0], sums[i][1]));
+        for (int64_t j = k; j < n; ++j) out[i] += to_float(x[j]) * rows[i][j];
+    }
+}
+
+// Logits of up to four slots from `slots`, biases and temperature included.
+template <class T>
+inline void slot_logits(const T* x, int64_t d_in, const Router& router, int gate, const int32_t* slots, int count,
+                        float* out) {
+    const float* rows[4];
+    for (int i = 0; i < count; ++i) rows[i] = router.rows[gate] + slots[i] * d_in;
+    if (count == 4)
+        dots<4>(x, rows, d_in, out);
+    else
+        for (int i = 0; i < count; ++i) dots<1>(x, rows + i, d_in, out + i);
+    for (int i = 0; i < count; ++i) {
+        if (router.biases[gate]) out[i] += router.biases[gate][slots[i]];
+        out[i] /= router.temperature;
+    }
 }
 
 // One token's gates from router logits: mask, keep the `top_k` largest (ties to the lower slot), softmax over the kept.
@@ -46,11 +68,12 @@ template <class T>
 int32_t top_k_gates(const T* x, int64_t d_in, const Router& router, int gate, const Plan& plan, int32_t* slots,
                     float* weights) {
     int32_t kept = 0;
+    float logits[4];
     for (int32_t i = 0; i < plan.num_slots; ++i) {
+        if (i % 4 == 0)
+            slot_logits(x, d_in, router, gate, plan.slots + i, std::min(4, plan.num_slots - i), logits);
         const int32_t slot = plan.slots[i];
-        float logit = dot(x, router.rows[gate] + slot * d_in, d_in);
-        if (router.biases[gate]) logit += router.biases[gate][slot];
-        logit /= router.temperature;
+        const float logit = logits[i % 4];
         if (!(logit > kMinusInf)) continue;
         // Kept ones stand by falling logit; an equal logit goes behind, for slots come in ascending order.
         int32_t place = kept < plan.top_k ? kept : plan.top_k;
