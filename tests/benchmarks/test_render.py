@@ -1,5 +1,6 @@
 """Tables and plots say what the result files say, and the README in the repository is what its results make of it."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -151,3 +152,18 @@ def test_the_readme_is_what_the_results_say(capsys: pytest.CaptureFixture[str]) 
         for file, _ in PICTURES[name]:
             assert (FIGURES / file).exists(), f"run `make bench-report`: {file} is missing"
     assert README.exists()
+
+
+def test_the_speed_table_of_the_readme_is_what_the_results_say() -> None:
+    ratios = json.loads((RESULTS / "compare.json").read_text(encoding="utf-8"))["ratios"]
+    median = {(ratio["name"], ratio["size"]): ratio["median"] for ratio in ratios}
+    readme = (README.parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = {
+        "our own bare base model": ("routed / our base", 2),
+        "vLLM's bare base model": ("routed / vLLM base", 1),
+        "vLLM with the eight adapters, one per request": ("routed / vLLM with eight adapters", 1),
+        "PEFT's per-token routing (Arrow)": ("routed / PEFT Arrow", 1),
+    }
+    for label, (name, digits) in rows.items():
+        cells = [f"{median[name, size]:.{digits}f}" for size in ("1", "8", "32")]
+        assert f"| {label} | {' | '.join(cells)} |" in readme
