@@ -62,6 +62,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--cache", type=Path, metavar="DIR", help="keep finished measurements here and reuse them (default: none)"
     )
     evaluate.set_defaults(action=_evaluate)
+    background = commands.add_parser(
+        "background", help="add the statistics that gate rows without retraining need to a router artefact"
+    )
+    _add_sources(background)
+    background.add_argument("--router", type=Path, metavar="DIR", help="artefact folder (default: the config's router)")
+    background.set_defaults(action=_background)
     report = commands.add_parser("report", help="render evaluation records as Markdown")
     report.add_argument("records", type=Path, nargs="+", metavar="FILE", help="JSON written by train or evaluate")
     report.set_defaults(action=_report)
@@ -69,6 +75,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    _add_sources(parser)
+    parser.add_argument(
+        "--validation-rows", type=int, default=0, metavar="N", help="validation chats per task (default 0: all)"
+    )
+
+
+def _add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         type=Path,
@@ -82,9 +95,6 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="DIR",
         help="one folder per adapter name with {train,validation}.jsonl",
-    )
-    parser.add_argument(
-        "--validation-rows", type=int, default=0, metavar="N", help="validation chats per task (default 0: all)"
     )
 
 
@@ -163,6 +173,19 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.out is not None:
         write_json(record, options.out)
     print(f"{evaluation_table(record)}\n\n{evaluation_verdict(record)}")
+    return 0
+
+
+def _background(options: argparse.Namespace) -> int:
+    from router_training.background import add_background
+    from router_training.run import load_with_progress
+
+    config = load_config(options.config)
+    router = options.router or config.router_folder
+    if router is None:
+        raise ConfigError("the config names no router; pass --router DIR")
+    add_background(config, options.data, router, load_with_progress)
+    print(f"The router artefact in {router} has background statistics.", file=sys.stderr)
     return 0
 
 

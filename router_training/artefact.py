@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor
 
 from router_training.roster import BASE_TASK, Roster
-from router_training.router_inputs import CachedInputs
 from router_training.settings import TrainingConfig
 from server.routing.policy import BASE_DIGEST
 from server.routing.router import ArtefactAdapter, RouterArtefact
@@ -51,13 +50,3 @@ def _trained_adapters(roster: Roster) -> tuple[ArtefactAdapter, ...]:
         )
         for adapter in roster.adapters
     )
-
-
-def background_statistics(cached: CachedInputs) -> dict[str, Tensor]:
-    """`mean/<gate key>` and `var/<gate key>` of router inputs, (d,) float32 each, for hot columns."""
-    statistics = {}
-    for key, inputs in cached.inputs.items():
-        x = inputs.float()
-        statistics[f"mean/{key}"] = x.mean(dim=0)
-        statistics[f"var/{key}"] = x.var(dim=0)
-    return statistics

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from router_training.artefact import background_statistics, build_artefact
+from router_training.artefact import build_artefact
+from router_training.background import with_background
 from router_training.checkpoint import Checkpoint, run_fingerprint
 from router_training.data import Chat, read_splits
 from router_training.encoding import TokenSequence, encode_chats
@@ -19,7 +19,6 @@ from router_training.gates import RouterParameters
 from router_training.mixing import Mix, check_longest, draw_mix, encode_mix
 from router_training.progress import Progress
 from router_training.roster import BASE_TASK, Roster, check_artefact, load_roster
-from router_training.router_inputs import cache_inputs
 from router_training.settings import TrainingConfig, check_prior, prior_shares
 from router_training.step_log import StepLog
 from router_training.suite import Suite, SuiteOptions
@@ -59,7 +58,8 @@ def train(config: ServerConfig, data: Path, out: Path, settings: TrainingConfig,
     torch.manual_seed(settings.seed)
     router = _train_router(roster, sequences, settings, out, checkpoint, state)
     rows = router.detached()
-    background = _background(roster, sequences, rows, settings)
+    plain = build_artefact(rows, roster, settings)
+    background = with_background(plain, roster, sequences[:BACKGROUND_CHATS], roster.routed_plans(plain)).background
     artefact = build_artefact(rows, roster, settings, background=background, training=record)
     check_frozen(roster, before)
     # Saved before the evaluation too: a run that is cut there has lost nothing.
@@ -177,17 +177,3 @@ def _record(roster: Roster, mix: Mix, sequences: Sequence[TokenSequence], settin
 def _encode(roster: Roster, chats: Sequence[Chat]) -> list[TokenSequence]:
     loaded = roster.loaded
     return encode_chats(chats, roster.label_of_task, loaded.tokenizer, loaded.eos_token_ids)
-
-
-def _background(
-    roster: Roster, sequences: Sequence[TokenSequence], rows: Mapping[str, Tensor], settings: TrainingConfig
-) -> dict[str, Tensor]:
-    cached = cache_inputs(
-        roster.routed,
-        sequences[:BACKGROUND_CHATS],
-        roster.routed_plans(build_artefact(rows, roster, settings)),
-        settings.granularity,
-        max_prompt_tokens=settings.warm_start_prompt_tokens,
-        max_answer_tokens=settings.warm_start_answer_tokens,
-    )
-    return background_statistics(cached)

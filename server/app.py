@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from server import __version__
-from server.api import adapters, chat, completions, models, router, system, tokenize
+from server.api import adapters, calibrate, chat, completions, models, router, system, tokenize
 from server.api.auth import ApiKeyGate
 from server.api.errors import install_error_handlers
 from server.api.middleware import BodyGate, RequestScope
@@ -36,7 +36,7 @@ def create_app(services: Services) -> FastAPI:
     )
     app.state.services = services
     install_error_handlers(app)
-    for module in (chat, completions, tokenize, models, adapters, router, system):
+    for module in (chat, completions, tokenize, models, adapters, calibrate, router, system):
         app.include_router(module.router)
     app.mount("/playground", system.PlaygroundFiles(directory=system.PLAYGROUND_FOLDER))
     services.metrics.watch(

@@ -4,6 +4,7 @@ Part of the composition root (`app.py` puts HTTP around the result; `lora-mixer 
 """
 
 import ctypes
+import functools
 import gc
 import logging
 import time
@@ -14,6 +15,7 @@ from typing import TypeVar
 
 import torch
 
+from server.adapters.examples import encode_examples
 from server.adapters.hub import HubSource
 from server.adapters.records import AdapterState
 from server.adapters.registry import AdapterRegistry
@@ -120,6 +122,7 @@ def build_services(config: ServerConfig, secrets: Secrets) -> Services:
         journal=config.registry_file,
         root=config.root,
         on_load=metrics.count_load,
+        encode_examples=functools.partial(encode_examples, tokenizer=parts.loaded.tokenizer),
     )
     _load_adapters(registry, config)
     engine = AsyncEngine(
@@ -199,6 +202,8 @@ def _load_adapters(registry: AdapterRegistry, config: ServerConfig) -> None:
     failed = sum(registry.wait(name).state is AdapterState.FAILED for name in names)
     if config.router_folder is not None:
         registry.swap_router(config.router_folder)
+        for name in names:  # until gate rows are made: nothing may compute beside the engine once that runs
+            registry.wait(name)
     for info in registry.list():
         if info.state is AdapterState.READY and not info.routed:
             logger.warning("adapter %s is served by name only: %s", info.name, info.reason)

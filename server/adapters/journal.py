@@ -119,10 +119,10 @@ class Journal:
             record = {
                 "version": JOURNAL_VERSION,
                 "adapters": [
-                    {"spec": entry.spec.model_dump(), "generation": entry.generation, "digest": entry.digest}
+                    {"spec": _spec_record(entry.spec), "generation": entry.generation, "digest": entry.digest}
                     for entry in entries.values()
                 ],
-                "retired": [spec.model_dump() for spec in retired.values()],
+                "retired": [_spec_record(spec) for spec in retired.values()],
                 "generations": generations,
             }
             try:
@@ -166,6 +166,11 @@ class Journal:
             raise ConfigError(f"{path} is damaged: {type(error).__name__}: {error}; {advice}") from error
         self._entries = {entry.spec.name: entry for entry in entries}
         self._retired = {spec.name: spec for spec in retired}
+
+
+def _spec_record(spec: AdapterSpec) -> dict[str, Any]:
+    """Every field, but `routed` only if it was said: asking for routing and not objecting to it are not the same."""
+    return spec.model_dump(exclude=set() if "routed" in spec.model_fields_set else {"routed"})
 
 
 def _entry(record: Mapping[str, Any]) -> JournalEntry:

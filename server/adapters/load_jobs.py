@@ -33,9 +33,13 @@ class LoadJobs:
         *,
         decisions: threading.Lock,
         configured: Mapping[str, AdapterSpec],
+        on_ready: Callable[[Record], object],
         on_load: Callable[[str, float], object],
     ) -> None:
-        """`decisions` is held while the journal changes; `configured` lists the configuration's adapters by name."""
+        """`decisions` is held while the journal changes; `configured` lists the configuration's adapters by name.
+
+        `on_ready` hears of every adapter that has come to serve.
+        """
         self._loader = loader
         self._state = state
         self._publisher = publisher
@@ -43,6 +47,7 @@ class LoadJobs:
         self._journal = journal
         self._decisions = decisions
         self._configured = configured
+        self._on_ready = on_ready
         self._on_load = on_load
 
     def run(self, record: Record) -> None:
@@ -59,6 +64,7 @@ class LoadJobs:
                 raise AdapterRefusedError(record.spec.name, [_changed_content(record, adapter.digest)])
             self._confirm(record, adapter.digest)
             self._publisher.run(lambda: self._residency.admit(record, adapter))
+            self._on_ready(record)
             self._publisher.enqueue(self._residency.collect)
         except CancelledLoadError:
             outcome = "cancelled"

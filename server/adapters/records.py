@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from server.adapters.calibration import Calibration
+from server.adapters.examples import Example
 from server.adapters.roster import ResidentAdapter
 from server.adapters.weights import Adapter
 from server.config import AdapterSpec
@@ -62,6 +64,8 @@ class AdapterInfo:
     """Bytes of the download in all; 0 while unknown, and for local folders."""
     traffic_alarm: bool = False
     """Whether it captures far more of the recent traffic than its even share."""
+    calibration: Mapping[str, Any] | None = None
+    """How its gate row was made without training, with the canary's numbers; None where there is no such row."""
     replacement: "AdapterInfo | None" = None
     """The next generation of this name while it loads, or why it failed."""
 
@@ -69,6 +73,12 @@ class AdapterInfo:
     def etag(self) -> str:
         """What If-Match compares: changes with every generation and every content."""
         return f'"{self.generation}-{(self.digest or self.state)[:16]}"'
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is under way that its registration, replacement or calibration started."""
+        is_loading = self.state.is_loading or (self.replacement is not None and self.replacement.state.is_loading)
+        return not is_loading and (self.calibration or {}).get("state") != "running"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, every field by its name, and the etag."""
@@ -100,6 +110,12 @@ class Record:
     expected_digest: str | None = None
     """Restored from the journal: the digest that was acknowledged."""
     has_alarm: bool = False
+    examples: tuple[Example, ...] = ()
+    calibration: Calibration | None = None
+    calibration_problem: str | None = None
+    """Why the last calibration made no row."""
+    num_calibrations: int = 1
+    """Asked for and not finished. The first is its registration's own."""
     cancelled: threading.Event = field(default_factory=threading.Event)
     """Set when it is retired while it loads; read without the mutex."""
 
@@ -108,7 +124,9 @@ class Record:
         """Its place in the bank; None while it has none."""
         if self.slot is None or self.adapter is None:
             return None
-        return ResidentAdapter(self.spec.name, self.slot, self.adapter.digest, self.spec.routed)
+        problem = "its gate row is being calibrated" if self.num_calibrations else self.calibration_problem
+        digest = self.adapter.digest
+        return ResidentAdapter(self.spec.name, self.slot, digest, self.spec.routed, self.calibration, problem)
 
     def info(
         self, *, unrouted_reason: str | None, total_gate_mass: float, replacement: "Record | None" = None
@@ -143,4 +161,18 @@ class Record:
             download_bytes=self.download_bytes,
             traffic_alarm=is_ready and self.has_alarm,
             replacement=None if replacement is None else replacement.info(unrouted_reason=None, total_gate_mass=0.0),
+            calibration=self._calibration_facts() if is_ready else None,
         )
+
+    def _calibration_facts(self) -> Mapping[str, Any] | None:
+        if self.num_calibrations:
+            return {"state": "running", "num_examples": len(self.examples)}
+        if self.calibration is None:
+            return None
+        report = self.calibration.report
+        return {
+            "state": "refused" if report.problems else "passed",
+            "method": self.calibration.method,
+            "num_examples": self.calibration.num_examples,
+            **asdict(report),
+        }

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from server.adapters.examples import Example
 from server.adapters.journal import Journal, JournalEntry
 from server.adapters.load_jobs import LoadJobs
 from server.adapters.loading import AdapterLoader
@@ -47,6 +48,7 @@ class Registrations:
         base_model_name: str,
         max_adapters: int,
         max_loading: int,
+        on_ready: Callable[[Record], object],
         on_retired: Callable[[Record], object],
         on_load: Callable[[str, float], object],
     ) -> None:
@@ -73,6 +75,7 @@ class Registrations:
             journal,
             decisions=self._decisions,
             configured=self._configured,
+            on_ready=on_ready,
             on_load=on_load,
         )
 
@@ -103,7 +106,9 @@ class Registrations:
             self._loaders.submit(self._jobs.run, record)
         return names
 
-    def register(self, spec: AdapterSpec, expected: Collection[str] | None) -> AdapterInfo:
+    def register(
+        self, spec: AdapterSpec, expected: Collection[str] | None, examples: tuple[Example, ...] = ()
+    ) -> AdapterInfo:
         """See `AdapterRegistry.register`."""
         if reserved_by(spec.name, self._base_model_name):
             message = f"{spec.name!r} is reserved for routing and the base model; choose another name"
@@ -122,6 +127,7 @@ class Registrations:
                     info = self._state.info(self._state.record(spec.name))
                 if record is None:
                     return info
+                record.examples = examples
                 self._keep(record, is_replacement=record is not self._state.records.get(spec.name))
             self._loaders.submit(self._jobs.run, record)
             return info

@@ -4,10 +4,14 @@ Threads. Loader threads download and check; the publisher's lane stages bank and
 between two steps; callers take the state's mutex for a moment. At no instant is anything half registered.
 """
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from server.adapters.calibration import Calibrator
+from server.adapters.examples import EncodeExamples
+from server.adapters.hot_rows import HotRows, refuse_examples
 from server.adapters.hub import HubSource
 from server.adapters.journal import Journal
 from server.adapters.leases import AdapterLease
@@ -46,6 +50,7 @@ class AdapterRegistry:
         journal: Path | None = None,
         root: Path = Path(),
         on_load: Callable[[str, float], object] = _ignore_load,
+        encode_examples: EncodeExamples = refuse_examples,
     ) -> None:
         """`root` is the folder that relative sources are relative to.
 
@@ -67,6 +72,8 @@ class AdapterRegistry:
         self._state = RegistryState(base_model_name, alarm_factor=settings.traffic_alarm_factor)
         self._publisher = Publisher(routed, run_between_steps)
         self._residency = Residency(routed, self._state, self._publisher, self._forget_source)
+        publish_rows = functools.partial(self._publisher.run, self._residency.refresh_router)
+        self._hot_rows = HotRows(self._state, Calibrator(routed, run_between_steps), publish_rows, encode_examples, root)
         self._registrations = Registrations(
             self.loader,
             self._state,
@@ -76,6 +83,7 @@ class AdapterRegistry:
             base_model_name=base_model_name,
             max_adapters=min(settings.max_adapters, routed.num_slots - 1),
             max_loading=settings.max_loading_adapters,
+            on_ready=self._hot_rows.start,
             on_retired=self._forget_source,
             on_load=on_load,
         )
@@ -117,8 +125,10 @@ class AdapterRegistry:
         """
         return tuple(self._registrations.restore(configured, admit))
 
-    def register(self, spec: AdapterSpec, *, expected: Collection[str] | None = None) -> AdapterInfo:
-        """Start to load an adapter; `get` and `wait` tell how it goes on.
+    def register(
+        self, spec: AdapterSpec, examples: Sequence[Any] = (), *, expected: Collection[str] | None = None
+    ) -> AdapterInfo:
+        """Start to load an adapter; `get` and `wait` tell how it goes on. `examples` are those of `encode_examples`.
 
         Idempotent: the same spec while it loads, or equal content under a READY name, gives the existing adapter (for
         a READY local folder this call reads the folder to compare). A FAILED name starts anew. `expected` holds etags,
@@ -127,7 +137,12 @@ class AdapterRegistry:
         TooManyRegistrationsError, InvalidRequestError for a reserved name or contradictory spec, NotReadyError at
         shutdown, LoraMixerError when the journal cannot be written; then nothing has changed.
         """
-        return self._registrations.register(spec, expected)
+        encoded = self._hot_rows.encode(examples)
+        info = self._registrations.register(spec, expected, encoded)
+        if not encoded:
+            return info
+        self._hot_rows.merge(spec.name, encoded)  # the adapter may have been there already
+        return self.get(spec.name)
 
     def retire(self, name: str, *, expected: Collection[str] | None = None) -> AdapterInfo:
         """Stop serving an adapter: refused to new requests at once, gone when the last request that uses it ends.
@@ -154,9 +169,15 @@ class AdapterRegistry:
         """Block until the name is free, or the time is up; whether it is free."""
         return self._state.wait_until_gone(name, timeout_s)
 
+    def calibrate(self, name: str, examples: Sequence[Any]) -> AdapterInfo:
+        """Make its gate row anew with more examples; `wait` tells when. Raises as `HotRows.add_examples`."""
+        self._hot_rows.add_examples(name, examples)
+        return self.get(name)
+
     def close(self) -> None:
         """Abandon loads and stop the threads. Leases may still be released afterwards."""
         self._registrations.close()
+        self._hot_rows.close()
 
     # Router
 
@@ -173,6 +194,7 @@ class AdapterRegistry:
         artefact = load_checked_artefact(folder, self._routed, self._base_model_name)
         self._publisher.run(lambda: self._residency.install_router(artefact, folder))
         self._publisher.enqueue(self._residency.collect)
+        self._hot_rows.renew()
         return self.router_info()
 
     def _forget_source(self, record: Record) -> None:

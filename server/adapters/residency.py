@@ -9,7 +9,7 @@ from pathlib import Path
 
 from server.adapters.publisher import Publisher
 from server.adapters.records import AdapterState, Record
-from server.adapters.roster import ResidentAdapter, routed_slots
+from server.adapters.roster import ResidentAdapter, hot_rows, routed_slots
 from server.adapters.router_swap import check_digests
 from server.adapters.state import RegistryState
 from server.adapters.weights import Adapter
@@ -115,17 +115,38 @@ class Residency:
                 return slot
         raise AdapterConflictError("every slot of the bank is taken; retire an adapter", code="too_many_adapters")
 
+    def refresh_router(self) -> None:
+        """Publish the rows that calibrations have made, changed or given up."""
+        state = self._state
+        with state.mutex:
+            residents, current = state.residents(), state.router
+        router = self._staged_router(residents)
+
+        def commit() -> None:
+            with state.mutex:
+                state.commit(router)
+
+        if router is not current:
+            self._publisher.publish(router=router, commit=commit)
+
     def _staged_router(self, residents: Sequence[ResidentAdapter]) -> RouterGeneration | None:
         """The current generation with a row for exactly these adapters; itself if that is so already.
 
-        A retiring adapter keeps its row until its slot is free: requests that may choose it are still running. Slots
-        compare as well as digests would, for a slot changes hands only after a change of this lane took it out.
+        A retiring adapter keeps its row until its slot is free: requests that may choose it are still running. A row
+        that changes or goes while its slot stays makes a new generation, so that those requests keep the old one.
+        Slots compare as well as digests would, for a slot changes hands only after a change of this lane took it out.
         """
         router = self._state.router
         if router is None:
             return None
         known = {adapter.digest for adapter in router.artefact.adapters}
-        wanted = {slot for digest, slot in routed_slots(residents).items() if digest in known}
-        if wanted == router.slots - {BASE_SLOT}:
+        trained = {slot for digest, slot in routed_slots(residents).items() if digest in known}
+        hot = hot_rows(residents, router.artefact)
+        staying = {adapter.slot for adapter in residents} & router.slots
+        has_changed = any(router.row_digest_of_slot[slot] != hot[slot].digest for slot in staying & set(hot))
+        has_changed |= bool(staying - trained - set(hot))
+        if trained | set(hot) == router.slots - {BASE_SLOT} and not has_changed:
             return router
-        return self._routed.routers.stage(router.id, router.artefact, routed_slots(residents))
+        self._num_routers += has_changed
+        generation = self._num_routers if has_changed else router.id
+        return self._routed.routers.stage(generation, router.artefact, routed_slots(residents), hot)

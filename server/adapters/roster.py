@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
+from server.adapters.calibration import Calibration
 from server.errors import InvalidRequestError, ModelNotFoundError
 from server.routing.policy import BASE_DIGEST, BASE_PLAN, BASE_SLOT, GatePlan, Policy, fixed_plan, routed_plan
+from server.routing.prototypes import HotRow
+from server.routing.router import RouterArtefact
 from server.routing.router_bank import RouterGeneration
 
 AUTO_MODEL = "auto"
@@ -31,6 +34,10 @@ class ResidentAdapter:
     slot: int
     digest: str
     wants_routing: bool
+    calibration: Calibration | None = None
+    """Its gate row made without training, and the canary's verdict on it."""
+    calibration_problem: str | None = None
+    """Why there is no such row, if one was asked for."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,19 @@ def routed_slots(resident: Iterable[ResidentAdapter]) -> dict[str, int]:
     return slots
 
 
+def hot_rows(resident: Iterable[ResidentAdapter], artefact: RouterArtefact) -> dict[int, HotRow]:
+    """slot -> row of adapters that the router was not trained with and whose row for it has passed the canary."""
+    known = {adapter.digest for adapter in artefact.adapters}
+    rows = {}
+    for adapter in resident:
+        hot = adapter.calibration
+        is_sound = hot is not None and hot.artefact is artefact and not hot.report.problems
+        if hot is not None and is_sound and adapter.wants_routing and adapter.digest not in known:
+            rows[adapter.slot] = hot.row
+            known.add(adapter.digest)
+    return rows
+
+
 def build_roster(base_model_name: str, ready: Iterable[ResidentAdapter], router: RouterGeneration | None) -> Roster:
     """Roster of the resident adapters; one is routed iff it wants to be and the router has a gate row in its slot."""
     resident = tuple(ready)
@@ -190,6 +210,10 @@ def _unrouted_reason(
                 f"the router artefact's gate row for {adapter.name!r} belongs to other weights "
                 f"(digest {known.digest[:12]}, here {adapter.digest[:12]}): served by name only"
             )
+    if adapter.calibration_problem is not None:
+        return f"{adapter.calibration_problem}: served by name only"
+    if adapter.calibration is not None and (problems := adapter.calibration.report.problems):
+        return f"{' and '.join(problems)}: served by name only"
     return "no gate row in the router artefact: served by name only"
 
 

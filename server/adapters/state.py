@@ -92,9 +92,11 @@ class RegistryState:
                 self._judge_traffic()
 
     def wait_while_loading(self, name: str, timeout_s: float | None) -> AdapterInfo:
-        """Its next generation too. Raises AdapterNotFoundError, at once or when it is gone before it was loaded."""
+        """Until it and its next generation are loaded and calibrated. Raises AdapterNotFoundError, at once or when it
+        is gone before that.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: not self.is_loading(name), timeout_s)
+            self._changed.wait_for(lambda: self.info(self.record(name)).is_settled, timeout_s)
             return self.info(self.record(name))
 
     def wait_until_gone(self, name: str, timeout_s: float | None) -> bool:
@@ -109,11 +111,6 @@ class RegistryState:
         if (record := self.records.get(name)) is None:
             raise AdapterNotFoundError(f"no adapter is registered as {name[:200]!r}", param="name")
         return record
-
-    def is_loading(self, name: str) -> bool:
-        """Whether the adapter or its next generation loads. Raises AdapterNotFoundError."""
-        replacement = self.replacements.get(name)
-        return self.record(name).state.is_loading or (replacement is not None and replacement.state.is_loading)
 
     def all_records(self) -> tuple[Record, ...]:
         """Every generation that may have a slot."""

@@ -7,12 +7,13 @@ import asyncio
 import functools
 import time
 from collections.abc import Collection, Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Header
 from pydantic import Field
 from starlette.responses import PlainTextResponse, Response
 
+from server.adapters.examples import MAX_EXAMPLES
 from server.adapters.records import AdapterInfo, AdapterState
 from server.adapters.sameness import ANY_ETAG
 from server.api.auth import AdminOnly
@@ -36,13 +37,13 @@ router = APIRouter(tags=["adapters"], responses=ERROR_RESPONSES)
 AdapterName = Annotated[str, Field(pattern=ADAPTER_NAME_PATTERN)]
 IfMatch = Annotated[str | None, Header(max_length=2000)]
 """Etags as GET answers them, or `*`."""
+Examples = Annotated[list[Any], Field(max_length=MAX_EXAMPLES)]
+"""Each a prompt, `{"prompt": text}` or `{"messages": [...]}`; `adapters.examples` checks them."""
 SourceText = Annotated[Text, Field(min_length=1, max_length=1024)]
 
 
 class RegisterBody(StrictBody):
     """Body of POST /v1/adapters."""
-
-    unsupported: ClassVar[Mapping[str, IsNoOp]] = {"examples": only([])}
 
     name: AdapterName
     source: SourceText
@@ -53,8 +54,10 @@ class RegisterBody(StrictBody):
     routed: bool = True
     """Whether `auto` may route to it; false serves it by name only."""
     description: Annotated[Text, Field(max_length=1000)] = ""
+    examples: Examples = Field(default_factory=list)
+    """For a gate row without retraining: none, or 2 to 64 prompts or chats that the adapter is for."""
     wait: bool = False
-    """Answer when the adapter is served or refused, not at once."""
+    """Answer when the adapter is served or refused, and its gate row made or not, instead of at once."""
 
 
 class LoadBody(StrictBody):
@@ -97,7 +100,7 @@ async def register_adapter(body: RegisterBody, services: InjectedServices, if_ma
     """
     info = await _register(services, body, param="name", expected=_etags(if_match))
     if body.wait:
-        info = await _settled(services, info)
+        info = await settled(services, info)
     newest = info.replacement or info
     _raise_failure(newest)
     return _answer(info, 201 if newest.state is AdapterState.READY else 202)
@@ -116,7 +119,7 @@ async def load_lora_adapter(body: LoadBody, services: InjectedServices) -> Respo
     registration = RegisterBody(name=body.lora_name, source=body.lora_path)
     is_known = any(info.name == body.lora_name for info in services.registry.list())
     expected = (ANY_ETAG,) if body.load_inplace and is_known else None
-    info = await _settled(services, await _register(services, registration, param="lora_name", expected=expected))
+    info = await settled(services, await _register(services, registration, param="lora_name", expected=expected))
     _raise_failure(info.replacement or info)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
@@ -138,11 +141,11 @@ async def _register(
         source=body.source,
         revision=body.revision,
         subfolder=body.subfolder,
-        routed=body.routed,
         description=body.description,
+        **({"routed": body.routed} if "routed" in body.model_fields_set else {}),  # said or not makes a difference
     )
     return await asyncio.to_thread(
-        lambda: services.registry.register(checked_source(services.config, spec), expected=expected)
+        lambda: services.registry.register(checked_source(services.config, spec), body.examples, expected=expected)
     )
 
 
@@ -157,10 +160,10 @@ def _etags(header: str | None) -> tuple[str, ...] | None:
     return tuple(part.strip() for part in header.split(","))
 
 
-async def _settled(services: Services, info: AdapterInfo) -> AdapterInfo:
-    """Its state once the registration, or the replacement, has ended, or after WAIT_LIMIT_S."""
+async def settled(services: Services, info: AdapterInfo) -> AdapterInfo:
+    """Its state once registration, replacement and calibration have ended, or after WAIT_LIMIT_S."""
     deadline_s = time.monotonic() + WAIT_LIMIT_S
-    while (info.replacement or info).state.is_loading and time.monotonic() < deadline_s:
+    while not info.is_settled and time.monotonic() < deadline_s:
         info = await asyncio.to_thread(services.registry.wait, info.name, WAIT_SLICE_S)
     return info
 

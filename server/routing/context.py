@@ -72,6 +72,8 @@ class RoutedGroup:
         gates = None
         if (rows := self.generation.rows.get(self.generation.key(info))) is not None:
             logits = F.linear(tokens.float(), rows)  # (T, E)
+            if (bias := self.generation.biases.get(self.generation.key(info))) is not None:
+                logits = logits + bias
             gates = ops.top_k_gates(logits, self._allowed, self._top_k, self.generation.temperature)
             self._total += gates
             self._num_gates += 1

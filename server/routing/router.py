@@ -19,7 +19,9 @@ from torch import Tensor
 from server.errors import RouterArtefactError
 from server.routing.bank import ProjectionInfo
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Written. 2 added the background statistics of `routing.background`; gates and record are those of 1."""
+READABLE_VERSIONS = (1, 2)
 JSON_NAME = "router.json"
 TENSORS_NAME = "router.safetensors"
 Granularity = Literal["layer", "projection"]
@@ -56,9 +58,9 @@ class RouterArtefact:
     rows: Mapping[str, Tensor]
     """gate key -> (len(adapters), d) float32, rows in the order of `adapters`."""
     gate_mode: str = "convex"
-    """`convex`: the kept gates sum to 1. The only mode of format version 1."""
+    """`convex`: the kept gates sum to 1. The only mode so far."""
     background: Mapping[str, Tensor] = field(default_factory=dict)
-    """Statistics of the router's training inputs: `mean/<gate key>` and `var/<gate key>`, (d,) float32."""
+    """Statistics of the router's inputs for hot rows, as `routing.background` lays them out; may be empty."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Loss, coefficients, sign, data digest, seed, metrics; for people and reports, never read by the server."""
 
@@ -82,9 +84,9 @@ class RouterArtefact:
 def save_artefact(artefact: RouterArtefact, folder: Path) -> None:
     """Write `router.json` and `router.safetensors`; equal artefacts give equal bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"gate/{key}": rows for key, rows in artefact.rows.items()}
+    tensors = {f"gate/{key}": rows.float() for key, rows in artefact.rows.items()}
     tensors |= {f"background/{key}": value for key, value in artefact.background.items()}
-    save_file({key: tensors[key].float().contiguous() for key in sorted(tensors)}, folder / TENSORS_NAME)
+    save_file({key: tensors[key].contiguous() for key in sorted(tensors)}, folder / TENSORS_NAME)
     record = {
         "format_version": FORMAT_VERSION,
         "base_model": {
@@ -116,10 +118,9 @@ def load_artefact(folder: Path) -> RouterArtefact:
     except (ValueError, SafetensorError) as error:
         raise RouterArtefactError(f"router artefact in {folder} is damaged: {error}") from error
     version = record.get("format_version") if isinstance(record, dict) else None
-    if version != FORMAT_VERSION:
-        raise RouterArtefactError(
-            f"{folder / JSON_NAME} has format_version {version!r}; this server reads {FORMAT_VERSION}"
-        )
+    if version not in READABLE_VERSIONS:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
+        raise RouterArtefactError(f"{folder / JSON_NAME} has format_version {version!r}; this server reads {readable}")
     try:
         artefact = _parse(record, tensors)
     except (KeyError, TypeError, ValueError) as error:

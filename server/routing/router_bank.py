@@ -14,6 +14,7 @@ from torch import Tensor
 from server.errors import RouterArtefactError
 from server.routing.bank import ProjectionInfo
 from server.routing.policy import BASE_DIGEST, BASE_SLOT
+from server.routing.prototypes import HotRow
 from server.routing.router import Granularity, RouterArtefact, gate_key
 
 
@@ -30,6 +31,8 @@ class RouterGeneration:
     """Slots that have a gate row; holds `BASE_SLOT` when the router has a null expert."""
     artefact: RouterArtefact
     row_digest_of_slot: Mapping[int, str] = field(default_factory=dict)
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+    """gate key -> (E,) float32, added to the logits; empty while no row has a bias."""
 
     def key(self, info: ProjectionInfo) -> str:
         """Which gate decides for this projection; where `rows` lacks it, routed tokens stay on the base."""
@@ -62,11 +65,16 @@ class RouterBank:
         self.generations: Mapping[int, RouterGeneration] = MappingProxyType({})
 
     def stage(
-        self, generation_id: int, artefact: RouterArtefact, slot_of_digest: Mapping[str, int]
+        self,
+        generation_id: int,
+        artefact: RouterArtefact,
+        slot_of_digest: Mapping[str, int],
+        hot_rows: Mapping[int, HotRow] = MappingProxyType({}),
     ) -> RouterGeneration:
         """Lay out an artefact's rows by slot. Adapters of the artefact that hold no slot are left out.
 
-        Compare `check_base` first. The null expert's row goes to the base slot.
+        Compare `check_base` first. The null expert's row goes to the base slot. `hot_rows` (slot -> row) are those of
+        adapters that the artefact does not know; they leave every other row as it is, bit for bit.
         """
         slots = {**slot_of_digest, BASE_DIGEST: BASE_SLOT}
         placed = [(index, slots[a.digest]) for index, a in enumerate(artefact.adapters) if a.digest in slots]
@@ -75,17 +83,29 @@ class RouterBank:
             by_slot = torch.zeros(self.num_slots, values.shape[1])
             for index, slot in placed:
                 by_slot[slot] = values[index]
+            for slot, hot in hot_rows.items():
+                by_slot[slot] = hot.columns[key].row
             rows[key] = by_slot.to(self.device)
         row_digests = artefact.row_digests()
+        trained = {slot: row_digests[artefact.adapters[index].digest] for index, slot in placed}
         return RouterGeneration(
             id=generation_id,
             granularity=artefact.granularity,
             temperature=artefact.temperature,
             rows=rows,
-            slots=frozenset(slot for _, slot in placed),
+            slots=frozenset(trained) | frozenset(hot_rows),
             artefact=artefact,
-            row_digest_of_slot={slot: row_digests[artefact.adapters[index].digest] for index, slot in placed},
+            row_digest_of_slot={**trained, **{slot: hot.digest for slot, hot in hot_rows.items()}},
+            biases=self._biases(hot_rows),
         )
+
+    def _biases(self, hot_rows: Mapping[int, HotRow]) -> dict[str, Tensor]:
+        """Zero for every trained row, so that their logits keep their bits; nothing at all without hot rows."""
+        biases: dict[str, Tensor] = {}
+        for slot, hot in hot_rows.items():
+            for key, column in hot.columns.items():
+                biases.setdefault(key, torch.zeros(self.num_slots))[slot] = column.bias
+        return {key: bias.to(self.device) for key, bias in biases.items()}
 
     def publish(self, generation: RouterGeneration) -> None:
         """Add or replace one generation. Only between two steps, on the thread that runs the model."""

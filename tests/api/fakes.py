@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import httpx
 import uvicorn
 
+from server.adapters.examples import encode_examples
 from server.adapters.records import AdapterInfo, AdapterState
 from server.api.services import Services
 from server.app import create_app
@@ -68,6 +69,8 @@ class FakeRegistry:
         self.infos = {name: ready_info(name) for name in ("gsm8k", "mbpp", "sst2")}
         self.leases: list[FakeLease] = []
         self.registered: list[AdapterSpec] = []
+        self.examples: list[Any] = []
+        """Of all registrations and calibrations."""
         self.settles_as: AdapterInfo | None = None
         """What a registration becomes when it is waited for; None: READY."""
         self.router_folders: list[Path] = []
@@ -114,13 +117,18 @@ class FakeRegistry:
             raise AdapterNotFoundError(f"no adapter {name!r}", param="name")
         return self.infos[name]
 
-    def register(self, spec: AdapterSpec, *, expected: Collection[str] | None = None) -> AdapterInfo:
+    def register(
+        self, spec: AdapterSpec, examples: Sequence[Any] = (), *, expected: Collection[str] | None = None
+    ) -> AdapterInfo:
         self.expected = expected
         if self.fails_with is not None:
             raise self.fails_with
         if spec.name in self.infos and self.infos[spec.name].source != spec.source:
             raise AdapterConflictError(f"{spec.name!r} is taken by other content", param="name")
+        if examples:
+            encode_examples(examples, ByteTokenizer())
         self.registered.append(spec)
+        self.examples.extend(examples)
         if spec.name in self.infos and self.infos[spec.name].replacement is not None:
             return self.infos[spec.name]
         self.infos[spec.name] = AdapterInfo(spec.name, AdapterState.DOWNLOADING, spec.source)
@@ -130,6 +138,12 @@ class FakeRegistry:
         assert timeout_s > 0
         settled = self.settles_as or ready_info(name)
         self.infos[name] = dataclasses.replace(settled, name=name, source=self.infos[name].source)
+        return self.infos[name]
+
+    def calibrate(self, name: str, examples: Sequence[Any]) -> AdapterInfo:
+        encode_examples(examples, ByteTokenizer())
+        self.infos[name] = dataclasses.replace(self.get(name), calibration={"state": "running"})
+        self.examples.extend(examples)
         return self.infos[name]
 
     def retire(self, name: str, *, expected: Collection[str] | None = None) -> AdapterInfo:

@@ -10,6 +10,7 @@ from router_training.settings import TrainingConfig
 from server.adapters.weights import load_adapter
 from server.config import load_config
 from server.routing.attach import find_projections
+from server.routing.background import from_tensors
 from server.routing.bank import ProjectionInfo
 from server.routing.router import RouterArtefact, load_artefact
 
@@ -51,7 +52,9 @@ def test_it_has_one_gate_per_layer_with_background_statistics(artefact: RouterAr
     assert (artefact.granularity, artefact.top_k, artefact.temperature) == ("layer", 2, 1.0)
     assert set(artefact.rows) == {f"layer.{index}" for index in range(30)}
     assert sum(rows.numel() for rows in artefact.rows.values()) == 17_280 * 8
-    assert set(artefact.background) == {f"{kind}/{key}" for kind in ("mean", "var") for key in artefact.rows}
+    background = from_tensors(artefact.background, artefact.rows)
+    assert set(background.domains.tolist()) == set(range(8))
+    assert sum(file.stat().st_size for file in (ROOT / "examples/demo/router").iterdir()) < 8_000_000
 
 
 def test_its_record_shows_it_ahead_of_base_and_uniform_on_every_task(artefact: RouterArtefact) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 from router_training.__main__ import build_parser, main
 from router_training.settings import TrainingConfig
-from server.routing.router import load_artefact
+from server.routing.background import from_tensors
+from server.routing.router import load_artefact, save_artefact
 
 QUICK = ["--samples", "16", "--max-length", "64", "--warm-start-samples", "8", "--steps", "2", "--batch-size", "4"]
 
@@ -29,9 +31,7 @@ def test_train_writes_an_artefact_the_server_accepts_with_its_record(
     assert artefact.granularity == granularity
     assert [adapter.name for adapter in artefact.adapters] == ["letters", "digits"]
     assert [adapter.source for adapter in artefact.adapters] == ["letters", "digits"]
-    assert {f"mean/{key}" for key in artefact.rows} | {f"var/{key}" for key in artefact.rows} == set(
-        artefact.background
-    )
+    assert set(from_tensors(artefact.background, artefact.rows).domains.tolist()) == {0, 1}
     assert artefact.training["data_chats"] == {"letters": 8, "digits": 8}
     assert TrainingConfig(**artefact.training["settings"]).steps == 2
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -86,6 +86,19 @@ def test_the_whole_evaluation_covers_every_set_and_reuses_what_it_measured(proje
     assert run(project, "evaluate", *flags) == 0
     assert {path: path.stat().st_mtime_ns for path in (project / "cells").iterdir()} == cells
     assert json.loads((project / "record.json").read_text(encoding="utf-8")) == record
+
+
+def test_statistics_are_added_to_an_artefact_that_has_none(project: Path) -> None:
+    out = project / "router"
+    assert run(project, "train", "--out", str(out), "--validation-rows", "1", *QUICK) == 0
+    trained = load_artefact(out)
+    save_artefact(replace(trained, background={}), out)
+    assert run(project, "background", "--router", str(out)) == 0
+    upgraded = load_artefact(out)
+    assert from_tensors(upgraded.background, upgraded.rows).gates
+    assert upgraded.row_digests() == trained.row_digests()
+    assert upgraded.training["background"]["chats"] == 24
+    assert upgraded.training["settings"] == trained.training["settings"]
 
 
 def test_every_data_problem_is_printed_before_any_model_is_loaded(

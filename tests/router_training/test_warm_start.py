@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from router_training.artefact import background_statistics
 from router_training.encoding import TokenSequence
 from router_training.roster import FIRST_SLOT, Roster
 from router_training.router_inputs import cache_inputs, concatenate
@@ -158,14 +157,3 @@ def test_a_null_expert_learns_its_own_chats(roster: Roster, make_sequences: Sequ
 def test_no_warm_start_gives_zero_rows(roster: Roster, make_sequences: Sequences) -> None:
     router = warm_start(roster, make_sequences(3), TrainingConfig(warm_start="none"))
     assert all(not row.any() for row in router.detached().values())
-
-
-def test_background_statistics_are_mean_and_variance(roster: Roster, make_sequences: Sequences) -> None:
-    cached = cache_inputs(
-        roster.routed, make_sequences(6), roster.base_plans(), "layer", max_prompt_tokens=4, max_answer_tokens=4
-    )
-    statistics = background_statistics(cached)
-    x = cached.inputs["layer.2"]
-    torch.testing.assert_close(statistics["mean/layer.2"], x.mean(dim=0))
-    torch.testing.assert_close(statistics["var/layer.2"], x.var(dim=0))
-    assert len(statistics) == 6

@@ -1,6 +1,7 @@
 """Gates of a mixed batch, and the layers that apply them, on a tiny model."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -161,6 +162,23 @@ def test_routed_gates_match_the_formula_on_the_attention_input(tiny_llama: TinyL
     torch.testing.assert_close(layer_gates[0], expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(batch.share, torch.stack(layer_gates).mean(dim=0), atol=1e-6, rtol=0)
     torch.testing.assert_close(batch.share.sum(dim=-1), torch.ones(8), atol=1e-5, rtol=0)
+
+
+def test_a_bias_moves_the_gate_of_its_slot_only(tiny_llama: TinyLlama) -> None:
+    """An overwhelming bias makes routing equal to pinning; a bias of a slot outside the pool changes no bit."""
+    routed = make_routed(tiny_llama())
+    plain = logits(routed, routed_request({1: "d1", 2: "d2"}))
+    generation = routed.routers.generations[1]
+
+    def biased(slot: int) -> Tensor:
+        bias = torch.zeros(routed.num_slots)
+        bias[slot] = 1e6
+        routed.routers.publish(replace(generation, biases=dict.fromkeys(generation.rows, bias)))
+        return logits(routed, routed_request({1: "d1", 2: "d2"}))
+
+    assert torch.equal(biased(3), plain)
+    pinned = logits(routed, fixed_plan(Policy.PINNED, {2: 1.0}, SLOTS))
+    torch.testing.assert_close(biased(2), pinned, rtol=0, atol=1e-5)
 
 
 def test_layers_without_a_gate_stay_on_the_base(tiny_llama: TinyLlama) -> None:

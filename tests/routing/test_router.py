@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from server.errors import RouterArtefactError
 from server.routing.bank import ProjectionInfo
+from server.routing.prototypes import GateColumn, HotRow
 from server.routing.router import ArtefactAdapter, RouterArtefact, load_artefact, save_artefact
 from server.routing.router_bank import RouterBank, check_base
 
@@ -145,3 +146,43 @@ def test_a_layer_router_has_a_gate_for_every_projection_of_its_layers() -> None:
     generation = RouterBank(num_slots=4, device=torch.device("cpu")).stage(1, make_artefact(), {"d1": 1})
     assert generation.key(ProjectionInfo("layers.1.mlp.up_proj", 16, 32, 1, False)) in generation.rows
     assert generation.key(ProjectionInfo("layers.2.mlp.up_proj", 16, 32, 2, False)) not in generation.rows
+
+
+def hot_row(seed: int, bias: float) -> HotRow:
+    generator = torch.Generator().manual_seed(seed)
+    return HotRow({key: GateColumn(torch.randn(16, generator=generator), bias) for key in make_artefact().rows})
+
+
+def test_hot_rows_stand_beside_trained_ones_that_keep_every_bit() -> None:
+    bank = RouterBank(num_slots=6, device=torch.device("cpu"))
+    slots = {"d1": 1, "d2": 2}
+    plain, hot = bank.stage(1, make_artefact(), slots), bank.stage(1, make_artefact(), slots, {4: hot_row(0, -2.5)})
+    assert plain.biases == {}
+    assert hot.slots == {0, 1, 2, 4}
+    assert hot.row_digest_of_slot == {**plain.row_digest_of_slot, 4: hot_row(0, -2.5).digest}
+    tokens = torch.randn(7, 16, generator=torch.Generator().manual_seed(9))
+    for key, rows in hot.rows.items():
+        assert torch.equal(rows[[0, 1, 2, 3, 5]], plain.rows[key][[0, 1, 2, 3, 5]])
+        assert torch.equal(rows[4], hot_row(0, -2.5).columns[key].row)
+        assert hot.biases[key].tolist() == [0, 0, 0, 0, -2.5, 0]
+        logits = tokens @ rows.T + hot.biases[key]
+        assert torch.equal(logits[:, [0, 1, 2]], (tokens @ plain.rows[key].T)[:, [0, 1, 2]])
+
+
+def test_hot_rows_commute() -> None:
+    bank = RouterBank(num_slots=6, device=torch.device("cpu"))
+    one, other = {3: hot_row(1, 1.0)}, {5: hot_row(2, -1.0)}
+    first = bank.stage(1, make_artefact(), {"d1": 1}, {**one, **other})
+    second = bank.stage(1, make_artefact(), {"d1": 1}, {**other, **one})
+    for key in first.rows:
+        assert torch.equal(first.rows[key], second.rows[key])
+        assert torch.equal(first.biases[key], second.biases[key])
+    assert first.row_digest_of_slot == second.row_digest_of_slot
+
+
+def test_artefacts_of_format_1_still_load(tmp_path: Path) -> None:
+    save_artefact(make_artefact(), tmp_path)
+    record = json.loads((tmp_path / "router.json").read_text())
+    assert record["format_version"] == 2
+    (tmp_path / "router.json").write_text(json.dumps({**record, "format_version": 1}))
+    assert load_artefact(tmp_path).row_digests() == make_artefact().row_digests()

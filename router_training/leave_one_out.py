@@ -1,0 +1,198 @@
+"""What a gate row without retraining is worth: each adapter in turn loses its trained row and is registered hot.
+
+Trains nothing: the other rows stay as they are, the statistics are made from their own chats alone. Run with
+`python -m router_training.leave_one_out --data DIR`; writes JSON and renders the table of docs/hot-routing.md.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from router_training.background import CHATS_PER_ADAPTER, encode, with_background
+from router_training.data import Chat, Split, read_splits
+from router_training.encoding import TokenSequence
+from router_training.evaluation import evaluate_policy
+from router_training.report import markdown_table
+from router_training.roster import FIRST_SLOT, Roster
+from router_training.run import load_with_progress, write_json
+from server.adapters.calibration import Calibration, Calibrator
+from server.adapters.examples import encode_examples
+from server.config import load_config
+from server.routing.policy import GatePlan, routed_plan
+from server.routing.prototypes import HotRow
+from server.routing.router import RouterArtefact, load_artefact
+
+COUNTS = (0, 4, 16, 64)
+"""Examples given; 0: from the weights alone."""
+SHORT_ANSWERS = 5.0
+"""Tasks whose answers have fewer tokens on average get more chats: a label is one noisy token."""
+Splits = Mapping[Split, dict[str, list[Chat]]]
+TABLE_START, TABLE_END = "<!-- leave-one-out: begin -->\n", "<!-- leave-one-out: end -->\n"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Validation chats: of the held-out task and of each other one, and how many times more of short-answer tasks."""
+
+    own: int
+    others: int
+    short_factor: int = 3
+
+
+def without_row(artefact: RouterArtefact, index: int) -> RouterArtefact:
+    """The artefact less one adapter and its rows."""
+    kept = [position for position in range(len(artefact.adapters)) if position != index]
+    adapters = tuple(artefact.adapters[position] for position in kept)
+    rows = {key: values[kept].contiguous() for key, values in artefact.rows.items()}
+    return dataclasses.replace(artefact, adapters=adapters, rows=rows, background={})
+
+
+class HeldOut:
+    """One adapter of a roster without its trained row."""
+
+    def __init__(self, roster: Roster, artefact: RouterArtefact, label: int, train: dict[str, list[Chat]]) -> None:
+        self.roster = roster
+        self.label = label
+        self.slot = label + FIRST_SLOT
+        self._train = train
+        digest = roster.adapters[label].digest
+        index = [adapter.digest for adapter in artefact.adapters].index(digest)
+        self.artefact = without_row(artefact, index)
+        self.trained_slots = {d: slot for d, slot in roster.slot_of_digest.items() if d != digest}
+        chats = [chat for task in train if task != self.name for chat in train[task][:CHATS_PER_ADAPTER]]
+        self.artefact = with_background(self.artefact, roster, encode(roster, chats), self.plans(None))
+
+    @property
+    def name(self) -> str:
+        return self.roster.names[self.label]
+
+    def plans(self, row: HotRow | None) -> list[GatePlan]:
+        """One plan per label, all equal: routed by the remaining rows, and by `row` if there is one."""
+        routers = self.roster.routed.routers
+        hot = {} if row is None else {self.slot: row}
+        staged = routers.stage(1, self.artefact, self.trained_slots, hot)
+        routers.publish(staged)
+        allowed = {slot: self.roster.digest_of_slot[slot] for slot in staged.slots}
+        plan = routed_plan(allowed, staged.row_digest_of_slot, 1, self.artefact.settings, self.artefact.top_k)
+        return [plan] * len(self.roster.adapters)
+
+    def calibrate(self, num_examples: int) -> Calibration:
+        """As the server does it, with training chats that follow those of the statistics."""
+        chats = self._train[self.name][CHATS_PER_ADAPTER:][:num_examples]
+        raw = [{"messages": [dict(message) for message in chat.messages]} for chat in chats]
+        examples = encode_examples(raw, self.roster.loaded.tokenizer) if raw else ()
+        calibrator = Calibrator(self.roster.routed, _inline)
+        return calibrator.calibrate(self.slot, examples, self.artefact, self.trained_slots)
+
+
+def measure(roster: Roster, artefact: RouterArtefact, label: int, chats: Splits, sizes: Sizes) -> dict[str, Any]:
+    """One adapter held out: answer NLL before and after, per count of examples."""
+    held_out = HeldOut(roster, artefact, label, chats["train"])
+    name = held_out.name
+    sequences = _validation(roster, chats["validation"], name, sizes)
+    own = [sequence for sequence in sequences if sequence.label == label]
+    pinned = evaluate_policy(roster.routed, own, roster.names, roster.own_adapter_plans())[name]["nll"]
+    trained = _nll(roster, sequences, roster.routed_plans(artefact))
+    before = _nll(roster, sequences, held_out.plans(None))
+    cases = {}
+    for count in COUNTS:
+        calibration = held_out.calibrate(count)
+        after = _nll(roster, sequences, held_out.plans(calibration.row))
+        cases[str(count)] = {
+            "nll": after,
+            "problems": list(calibration.report.problems),
+            **dataclasses.asdict(calibration.report),
+        }
+    return {"pinned": pinned, "trained_row": trained, "without_row": before, "examples": cases}
+
+
+def table(record: dict[str, Any]) -> str:
+    """Per adapter: routed NLL over pinned, with the trained row and with each hot row, and what the others lose."""
+    header = ["held out", "pinned", "trained row", "no row"]
+    header += [text for count in COUNTS for text in (f"{count} ex.", "others")]
+    rows = []
+    for name, case in record["adapters"].items():
+        pinned = case["pinned"]
+        cells = [name, f"{pinned:.3f}", f"{case['trained_row'][name] / pinned:.2f}"]
+        cells.append(f"{case['without_row'][name] / pinned:.2f}")
+        for count in COUNTS:
+            found = case["examples"][str(count)]
+            mark = "*" if found["problems"] else ""
+            cells += [f"{found['nll'][name] / pinned:.2f}{mark}", f"{100 * _others(case, found, name):+.1f} %"]
+        rows.append(cells)
+    return markdown_table(header, rows)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m router_training.leave_one_out", description=__doc__)
+    parser.add_argument("--config", type=Path, default=Path("adapters.yaml"), metavar="FILE")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="as for lora-mixer-train")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="adapters to hold out (default: all)")
+    parser.add_argument("--own-chats", type=int, default=12, help="validation chats of the held-out task (default 12)")
+    parser.add_argument("--other-chats", type=int, default=5, help="validation chats of each other task (default 5)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/leave_one_out.json"), metavar="FILE")
+    parser.add_argument("--document", type=Path, metavar="FILE", help="Markdown file whose table is replaced")
+    options = parser.parse_args()
+    config = load_config(options.config)
+    assert config.router_folder is not None, "the config names no router"
+    artefact = load_artefact(config.router_folder)
+    roster = load_with_progress(config)
+    chats = read_splits(options.data, roster.names)
+    sizes = Sizes(options.own_chats, options.other_chats)
+    record = json.loads(options.out.read_text()) if options.out.exists() else {"adapters": {}}
+    record["sizes"] = dataclasses.asdict(sizes)
+    for label, name in enumerate(roster.names):
+        if not options.only or name in options.only:
+            record["adapters"][name] = measure(roster, artefact, label, chats, sizes)
+            write_json(record, options.out)
+            print(table(record), flush=True)
+    if options.document is not None:
+        _replace_table(options.document, table(record))
+
+
+def _others(case: dict[str, Any], found: dict[str, Any], name: str) -> float:
+    """Mean over the other tasks of the relative change of NLL that the hot row makes."""
+    changes: list[float] = [found["nll"][task] / nll - 1 for task, nll in case["without_row"].items() if task != name]
+    return sum(changes) / len(changes)
+
+
+def _nll(roster: Roster, sequences: Sequence[TokenSequence], plans: Sequence[GatePlan]) -> dict[str, float]:
+    measures = evaluate_policy(roster.routed, sequences, roster.names, plans)
+    return {task: measure["nll"] for task, measure in measures.items()}
+
+
+def _validation(roster: Roster, chats: dict[str, list[Chat]], name: str, sizes: Sizes) -> list[TokenSequence]:
+    sequences = []
+    for task, rows in chats.items():
+        count = sizes.own if task == name else sizes.others
+        encoded = encode(roster, rows[: count * sizes.short_factor])
+        is_short = sum(sequence.num_answer_tokens for sequence in encoded) < SHORT_ANSWERS * len(encoded)
+        sequences += encoded if is_short else encoded[:count]
+    return sequences
+
+
+def _inline(step: Callable[[], None]) -> "Future[None]":
+    """Runs at once: there is no engine whose steps it could disturb."""
+    future: Future[None] = Future()
+    step()
+    future.set_result(None)
+    return future
+
+
+def _replace_table(document: Path, content: str) -> None:
+    text = document.read_text(encoding="utf-8")
+    head, tail = text.index(TABLE_START) + len(TABLE_START), text.index(TABLE_END)
+    document.write_text(f"{text[:head]}{content}\n{text[tail:]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

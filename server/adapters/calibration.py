@@ -1,0 +1,246 @@
+"""Makes the gate row of one adapter that the router was not trained with: from examples, or from its weights alone.
+
+Runs examples through the server's own routed forward on the model's thread, one chat at a time between two steps.
+Decides nothing about names and states; `hot_rows` does.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from server.adapters.examples import Example
+from server.adapters.publisher import RunBetweenSteps
+from server.routing.attach import RoutedModel
+from server.routing.background import Background, from_tensors
+from server.routing.bank import BankSnapshot, LoraWeights, ProjectionInfo
+from server.routing.context import RoutingBatch, build_gate_batch
+from server.routing.policy import GatePlan, Policy
+from server.routing.prototypes import (
+    CanaryReport,
+    GateColumn,
+    HotRow,
+    column_from_examples,
+    column_from_weights,
+    judge,
+    win_rate,
+)
+from server.routing.recording import InputProbe, InputRecorder
+from server.routing.router import RouterArtefact
+from server.routing.router_bank import RouterBank
+
+ROUNDS = 2
+"""Passes over the examples: under the trained rows alone, then with the first row too, whose adapter leaves its mark
+in the states of later layers. A row fitted on the first pass only does not know its own adapter's states."""
+MAX_TOKENS_PER_PART = 24
+"""Tokens kept of an example's prompt, and of its answer, evenly spread."""
+
+NEVER = -1e4
+"""Bias of a gate that an adapter without weights there must not win: no trained logit comes near."""
+_GENERATION = 1
+"""Id of the one generation in a calibration's private router bank."""
+
+T = TypeVar("T")
+
+PollCancelled = Callable[[], None]
+"""Raises what the calibration should end with when nobody wants it any more."""
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """A row with its canary's verdict."""
+
+    row: HotRow
+    report: CanaryReport
+    method: str
+    """`examples` or `weights`."""
+    num_examples: int
+    artefact: RouterArtefact
+    """What it was fitted against; under another artefact it means nothing."""
+
+
+class Calibrator:
+    """Rows for one model. Every method runs on a worker thread, one call at a time."""
+
+    def __init__(self, routed: RoutedModel, run_between_steps: RunBetweenSteps) -> None:
+        self._routed = routed
+        self._run_between_steps = run_between_steps
+
+    def calibrate(
+        self,
+        slot: int,
+        examples: Sequence[Example],
+        artefact: RouterArtefact,
+        trained_slots: Mapping[str, int],
+        poll: PollCancelled = lambda: None,
+    ) -> Calibration:
+        """The row of the adapter that stands in bank slot `slot`.
+
+        `trained_slots` are the slots of the artefact's own adapters by digest: no other hot row takes part, so the
+        result does not depend on who else is registered. Raises RouterArtefactError when the artefact has no
+        statistics, and what `poll` raises.
+        """
+        background = from_tensors(artefact.background, artefact.rows)
+        if examples:
+            row, own = self._from_examples(slot, examples, artefact, background, trained_slots, poll)
+        else:
+            row, own = self._from_weights(slot, artefact, background), None
+        report = judge(
+            row,
+            artefact.rows,
+            background,
+            top_k=artefact.top_k,
+            temperature=artefact.temperature,
+            own_win_rate=own,
+        )
+        return Calibration(row, report, "examples" if examples else "weights", len(examples), artefact)
+
+    def _from_examples(
+        self,
+        slot: int,
+        examples: Sequence[Example],
+        artefact: RouterArtefact,
+        background: Background,
+        trained_slots: Mapping[str, int],
+        poll: PollCancelled,
+    ) -> tuple[HotRow, float]:
+        """The row, and the win rate on examples that a row fitted without them has: two halves judge each other."""
+        halves: list[list[dict[str, Tensor]]] = [[], []]
+        row: HotRow | None = None
+        for _ in range(ROUNDS):
+            batches = _RoutedPass(self._routed, artefact, trained_slots, slot, row)
+            for index, example in enumerate(examples):
+                poll()
+                halves[index % 2].append(self._states(example, batches))
+            row = _fit(halves[0] + halves[1], artefact, background)
+        assert row is not None
+        rates = [
+            win_rate(_fit(halves[fitted], artefact, background), _joined(halves[1 - fitted]), artefact.rows)
+            for fitted in (0, 1)
+        ]
+        return row, sum(rates) / 2
+
+    def _states(self, example: Example, batches: "_RoutedPass") -> dict[str, Tensor]:
+        """Router inputs of an example's telling tokens."""
+        return self._between_steps(lambda: batches.inputs(example))
+
+    def _from_weights(self, slot: int, artefact: RouterArtefact, background: Background) -> HotRow:
+        probe = self._between_steps(lambda: _probed(self._routed, artefact))
+        columns = {}
+        for key, rows in artefact.rows.items():
+            weights = _weights_of(slot, probe.readers.get(key, ()), probe.bank)
+            if weights:
+                columns[key] = column_from_weights(
+                    weights, rows, background.gates[key], temperature=artefact.temperature
+                )
+            else:
+                columns[key] = GateColumn(torch.zeros(rows.shape[1]), NEVER)
+        return HotRow(columns)
+
+    def _between_steps(self, work: Callable[[], T]) -> T:
+        """What `work` gives on the model's thread. Raises what it raises; NotReadyError when the engine has stopped."""
+        results: list[T] = []
+        self._run_between_steps(lambda: results.append(work())).result()
+        return results[0]
+
+
+class _RoutedPass:
+    """Examples under the trained rows, and under the newcomer's row once there is one. On the model's thread."""
+
+    def __init__(
+        self,
+        routed: RoutedModel,
+        artefact: RouterArtefact,
+        trained_slots: Mapping[str, int],
+        slot: int,
+        row: HotRow | None,
+    ) -> None:
+        self._routed = routed
+        self._artefact = artefact
+        # A bank of its own: nothing of it can reach a request.
+        self._routers = RouterBank(num_slots=routed.num_slots, device=routed.bank.device)
+        generation = self._routers.stage(_GENERATION, artefact, trained_slots, {} if row is None else {slot: row})
+        self._routers.publish(generation)
+        self._plan = GatePlan(
+            Policy.ROUTED,
+            fingerprint=b"",
+            allowed_slots=tuple(sorted(generation.slots)),
+            router_generation=_GENERATION,
+            top_k=min(artefact.top_k, len(generation.slots)),
+        )
+
+    @torch.inference_mode()
+    def inputs(self, example: Example) -> dict[str, Tensor]:
+        """gate key -> (N, d) float32 of the example's chosen tokens."""
+        device = self._routed.bank.device
+        plan_of_token = torch.zeros(len(example.token_ids), dtype=torch.int64, device=device)
+        bank = self._routed.bank.snapshot
+        gates = None
+        if self._plan.allowed_slots:
+            gates = build_gate_batch([self._plan], plan_of_token, bank=bank, routers=self._routers)
+        recorder = InputRecorder(
+            gates,
+            bank,
+            granularity=self._artefact.granularity,
+            keys=self._artefact.rows,
+            positions=chosen_positions(example).to(device),
+        )
+        _run(self._routed, recorder, example.token_ids)
+        return recorder.inputs
+
+
+def chosen_positions(example: Example) -> Tensor:
+    """(T,) bool: the last prompt token, and evenly spread others of what is the example's own."""
+    chosen = torch.zeros(len(example.token_ids), dtype=torch.bool)
+    last_prompt = example.answer_start - 1
+    chosen[_spread(min(example.start, last_prompt), last_prompt)] = True
+    chosen[_spread(last_prompt, len(example.token_ids))] = True
+    chosen[last_prompt] = True
+    return chosen
+
+
+def _spread(start: int, stop: int) -> Tensor:
+    length = stop - start
+    if length <= MAX_TOKENS_PER_PART:
+        return torch.arange(start, stop)
+    return start + torch.arange(MAX_TOKENS_PER_PART) * length // MAX_TOKENS_PER_PART
+
+
+def _fit(parts: Sequence[Mapping[str, Tensor]], artefact: RouterArtefact, background: Background) -> HotRow:
+    inputs = _joined(parts)
+    return HotRow(
+        {
+            key: column_from_examples(inputs[key], rows, background.gates[key], temperature=artefact.temperature)
+            for key, rows in artefact.rows.items()
+        }
+    )
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def _weights_of(slot: int, readers: Sequence[ProjectionInfo], bank: BankSnapshot) -> list[LoraWeights]:
+    """The adapter's rows of these projections, as the bank holds them."""
+    weights = []
+    for info in readers:
+        if (projection := bank.projections.get(info.name)) is not None and (projection.owner == slot).any():
+            mine = projection.owner == slot
+            weights.append(LoraWeights(projection.a[mine].float().cpu(), projection.b[:, mine].float().cpu()))
+    return weights
+
+
+@torch.inference_mode()
+def _probed(routed: RoutedModel, artefact: RouterArtefact) -> InputProbe:
+    probe = InputProbe(routed.bank.snapshot, artefact.granularity)
+    _run(routed, probe, (0, 0))
+    return probe
+
+
+def _run(routed: RoutedModel, batch: RoutingBatch, token_ids: Sequence[int]) -> None:
+    """One chat from its beginning, without its output head and without a place in the K/V cache."""
+    model: Any = routed.model
+    with routed.context.running(batch):
+        model.base_model(input_ids=torch.tensor([token_ids], device=routed.bank.device), use_cache=False)

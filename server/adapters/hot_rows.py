@@ -1,0 +1,181 @@
+"""Gate rows of adapters that the router was not trained with: when they are made, kept, renewed and shown.
+
+One thread of its own calibrates, one adapter at a time, so that neither downloads nor requests wait for it.
+`Calibrator` does the maths, `Residency` publishes.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from server.adapters.calibration import Calibration, Calibrator
+from server.adapters.examples import MAX_EXAMPLES, EncodeExamples, Example, read_examples
+from server.adapters.records import AdapterState, Record
+from server.adapters.residency import CancelledLoadError
+from server.adapters.roster import routed_slots
+from server.adapters.sources import local_folder
+from server.adapters.state import RegistryState
+from server.errors import AdapterConflictError, InvalidRequestError, LoraMixerError, NotReadyError
+from server.routing.router import RouterArtefact
+
+logger = logging.getLogger(__name__)
+
+
+def refuse_examples(_raw: Sequence[Any]) -> tuple[Example, ...]:
+    """`EncodeExamples` of a registry that has no tokenizer."""
+    raise InvalidRequestError("this server cannot read examples: it has no chat tokenizer", param="examples")
+
+
+class HotRows:
+    """The calibrating thread of one registry. Every method may be called from any thread."""
+
+    def __init__(
+        self,
+        state: RegistryState,
+        calibrator: Calibrator,
+        publish: Callable[[], None],
+        encode: EncodeExamples,
+        root: Path,
+    ) -> None:
+        """`publish` brings the router in line with the records; `root` is the folder of relative sources."""
+        self._state = state
+        self._calibrator = calibrator
+        self._publish = publish
+        self._encode = encode
+        self._root = root
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-calibrator")
+
+    def encode(self, raw: Sequence[Any]) -> tuple[Example, ...]:
+        """Checked examples; none for an empty list. Raises InvalidRequestError."""
+        return self._encode(raw) if raw else ()
+
+    def add_examples(self, name: str, raw: Sequence[Any]) -> None:
+        """Calibrate an adapter anew with these examples besides the ones it has, of which the oldest fall out.
+
+        Raises AdapterNotFoundError, InvalidRequestError, and AdapterConflictError for one that is not READY or has a
+        trained row.
+        """
+        examples = self._encode(raw)
+        with self._state.mutex:
+            record = self._state.record(name)
+            if record.state is not AdapterState.READY or record.adapter is None:
+                raise AdapterConflictError(f"adapter {name!r} is {record.state}; it cannot be calibrated", param="name")
+            router = self._state.router
+            if router is not None and record.adapter.digest in trained_digests(router.artefact):
+                message = f"the router was trained with {name!r}; its gate row needs no examples"
+                raise AdapterConflictError(message, param="name")
+            record.examples = _merged(record.examples, examples)
+            record.num_calibrations += 1
+        self._submit(record)
+
+    def merge(self, name: str, examples: tuple[Example, ...]) -> None:
+        """Examples that came with a registration: those that the adapter, or its loading next generation, lacks count
+        as well, and a READY one is calibrated anew. Raises AdapterNotFoundError.
+        """
+        with self._state.mutex:
+            record = self._state.record(name)
+            pending = self._state.replacements.get(name)
+            if pending is not None and pending.state.is_loading:
+                record = pending
+            if set(examples) <= set(record.examples):
+                return
+            record.examples = _merged(record.examples, examples)
+            if record.state is not AdapterState.READY:
+                return  # its first calibration is still to come
+            record.num_calibrations += 1
+        self._submit(record)
+
+    def start(self, record: Record) -> None:
+        """Make the row of an adapter that has just become READY, if it wants one and the router has none."""
+        self._submit(record)  # the record has counted this one from its beginning, so that `wait` waits for it
+
+    def renew(self) -> None:
+        """Make every row anew, for another router."""
+        with self._state.mutex:
+            records = [record for record in self._state.records.values() if record.state is AdapterState.READY]
+            for record in records:
+                record.num_calibrations += 1
+        for record in records:
+            self._submit(record)
+
+    def close(self) -> None:
+        """End the running calibration, forget the waiting ones."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(self, record: Record) -> None:
+        try:
+            self._thread.submit(self._run, record)
+        except RuntimeError:  # the registry is closing; nobody will look
+            self._finish(record)
+
+    def _run(self, record: Record) -> None:
+        problem: str | None = None
+        calibration: Calibration | None = None
+        try:
+            calibration = self._calibrate(record)
+        except CancelledLoadError:
+            pass
+        except NotReadyError:
+            problem = "the server is shutting down"
+        except LoraMixerError as error:
+            problem = error.message
+        except Exception as error:
+            logger.exception("adapter %s could not be calibrated", record.spec.name)
+            problem = f"its gate row could not be made ({type(error).__name__})"
+        with self._state.mutex:
+            record.calibration, record.calibration_problem = calibration, problem
+        try:
+            self._publish()
+        except Exception:
+            logger.exception("the gate row of adapter %s could not be published", record.spec.name)
+        self._finish(record)
+
+    def _finish(self, record: Record) -> None:
+        with self._state.mutex:
+            record.num_calibrations -= 1
+            self._state.commit(self._state.router)
+
+    def _calibrate(self, record: Record) -> Calibration | None:
+        """None when nobody asked for a row, there is no router, or the router knows the adapter."""
+        state = self._state
+        with state.mutex:
+            router, slot, adapter = state.router, record.slot, record.adapter
+            trained = {} if router is None else _trained_slots(state, router.artefact)
+        if router is None or slot is None or adapter is None or adapter.digest in trained_digests(router.artefact):
+            return None
+        folder = local_folder(record.spec, self._root)
+        if not record.examples and folder is not None and (raw := read_examples(folder)) is not None:
+            record.examples = self._encode(raw)
+        if not record.examples and not (record.spec.routed and "routed" in record.spec.model_fields_set):
+            return None
+
+        def poll() -> None:
+            if record.cancelled.is_set() or record.state is not AdapterState.READY:
+                raise CancelledLoadError
+
+        calibration = self._calibrator.calibrate(slot, record.examples, router.artefact, trained, poll)
+        logger.info(
+            "adapter %s calibrated from %s: %s",
+            record.spec.name,
+            f"{calibration.num_examples} examples" if calibration.num_examples else "its weights",
+            "; ".join(calibration.report.problems) or "passed",
+        )
+        return calibration
+
+
+def _merged(known: tuple[Example, ...], more: tuple[Example, ...]) -> tuple[Example, ...]:
+    """Each once; of too many, the oldest fall out."""
+    return tuple(dict.fromkeys((*known, *more)))[-MAX_EXAMPLES:]
+
+
+def trained_digests(artefact: RouterArtefact) -> frozenset[str]:
+    """Digests of the adapters that the router has rows of its own for."""
+    return frozenset(adapter.digest for adapter in artefact.adapters)
+
+
+def _trained_slots(state: RegistryState, artefact: RouterArtefact) -> dict[str, int]:
+    """digest -> slot of the resident adapters that the router was trained with. With the mutex."""
+    known = trained_digests(artefact)
+    return {digest: slot for digest, slot in routed_slots(state.residents()).items() if digest in known}

@@ -1,0 +1,217 @@
+"""Adapters that the router was not trained with: routed after their canary, refused with numbers, never in the way."""
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from server.adapters.examples import encode_examples
+from server.adapters.records import AdapterInfo
+from server.adapters.registry import AdapterRegistry
+from server.config import AdapterSpec, ServerSettings
+from server.errors import AdapterConflictError, InvalidRequestError
+from server.routing.attach import RoutedModel, attach_routing
+from server.routing.router import save_artefact
+from tests.adapters.calibrating import ORDINARY, OWN, ByteRenderer, router_with_statistics
+from tests.adapters.folders import BASE, copied
+from tests.adapters.harness import run_inline, save_router
+
+
+@pytest.fixture(scope="session")
+def folders(
+    tmp_path_factory: pytest.TempPathFactory, llama: "LlamaForCausalLM", save_adapter: Callable[..., Path]
+) -> Path:
+    root = tmp_path_factory.mktemp("hot")
+    for index, name in enumerate("abcd"):
+        save_adapter(root / name, llama, index + 1, ["q_proj", "v_proj"], seed=index)
+    return root
+
+
+@pytest.fixture
+def routed(tiny_llama: "Callable[..., LlamaForCausalLM]") -> RoutedModel:
+    return attach_routing(tiny_llama(), num_slots=6)
+
+
+Start = Callable[..., AdapterRegistry]
+
+
+@pytest.fixture
+def start(routed: RoutedModel, folders: Path, tmp_path: Path) -> Iterator[Start]:
+    """A registry with a and b under a router that was trained with them."""
+    made: list[AdapterRegistry] = []
+
+    def build(*, has_statistics: bool = True) -> AdapterRegistry:
+        registry = AdapterRegistry(
+            routed,
+            base_model_name=BASE,
+            settings=ServerSettings(max_adapters=5),
+            run_between_steps=run_inline,
+            root=folders,
+            encode_examples=functools.partial(encode_examples, tokenizer=ByteRenderer()),
+        )
+        made.append(registry)
+        known = [(name, str(add(registry, name).digest)) for name in "ab"]
+        if has_statistics:
+            save_artefact(router_with_statistics(routed, known), tmp_path / "router")
+        else:
+            save_router(tmp_path / "router", routed, known)
+        registry.swap_router(tmp_path / "router")
+        return registry
+
+    yield build
+    for registry in made:
+        registry.close()
+
+
+def add(registry: AdapterRegistry, name: str, examples: list[Any] | None = None, **fields: Any) -> AdapterInfo:
+    registry.register(AdapterSpec(name=name, source=fields.pop("source", f"./{name}"), **fields), examples or [])
+    return registry.wait(name, 60)
+
+
+def test_an_adapter_with_examples_is_routed_and_its_calibration_is_shown(start: Start) -> None:
+    registry = start()
+    info = add(registry, "c", OWN)
+    assert info.routed, info.reason
+    calibration = info.to_dict()["calibration"]
+    assert (calibration["state"], calibration["method"], calibration["num_examples"]) == ("passed", "examples", 6)
+    assert calibration["own_win_rate"] >= 0.5
+    assert json.dumps(info.to_dict())
+    slot = registry.roster.adapters["c"].slot
+    assert slot in registry.lease("auto").plan.allowed_slots
+
+
+def test_other_rows_and_fingerprints_keep_every_bit(start: Start, routed: RoutedModel) -> None:
+    registry = start()
+    before = registry.roster.router
+    pool = registry.lease("auto", adapters=["a", "b"]).plan
+    assert before is not None
+    assert add(registry, "c", OWN).routed
+    after = registry.roster.router
+    assert after is not None
+    assert after.id == before.id
+    newcomer = registry.roster.adapters["c"].slot
+    others = [slot for slot in range(routed.num_slots) if slot != newcomer]
+    for key, rows in before.rows.items():
+        assert torch.equal(after.rows[key][others], rows[others])
+        assert not after.biases[key][others].any()
+    assert registry.lease("auto", adapters=["a", "b"]).plan == pool, "a pool without the newcomer keeps its cache"
+    assert registry.lease("auto").plan.fingerprint != pool.fingerprint
+
+
+def test_registrations_commute(start: Start) -> None:
+    """The same rows whoever came first, in whatever slots."""
+    registry = start()
+    digests = []
+    for order in ("cd", "dc"):
+        for name in order:
+            add(registry, name, OWN if name == "c" else OWN[::-1][:4])
+        router = registry.roster.router
+        assert router is not None
+        digests.append({name: router.row_digest_of_slot.get(registry.roster.adapters[name].slot) for name in "cd"})
+        for name in order:
+            registry.retire(name)
+            assert registry.wait_retired(name, 30)
+    assert digests[0] == digests[1]
+    assert None not in digests[0].values()
+
+
+def test_a_newcomer_whose_examples_are_other_adapters_business_is_refused_with_numbers(start: Start) -> None:
+    registry = start()
+    info = add(registry, "c", ORDINARY)
+    assert not info.routed
+    assert info.state == "READY"
+    assert "%" in str(info.reason)
+    assert str(info.reason).endswith(": served by name only")
+    assert info.to_dict()["calibration"]["state"] == "refused"
+    with pytest.raises(InvalidRequestError, match=r"is not routed: (its gate row|it would lower)"):
+        registry.lease("auto", adapters=["c"])
+    assert registry.lease("c").plan.weights
+
+
+def test_calibrating_anew_leaves_running_requests_their_row(start: Start, routed: RoutedModel) -> None:
+    registry = start()
+    add(registry, "c", OWN[:3])
+    running = registry.lease("auto")
+    old = registry.roster.router
+    assert old is not None
+    registry.calibrate("c", [{"messages": [{"role": "user", "content": t}]} for t in OWN[3:]])
+    info = registry.wait("c", 60)
+    assert info.to_dict()["calibration"]["num_examples"] == 6
+    new = registry.roster.router
+    assert new is not None
+    slot = registry.roster.adapters["c"].slot
+    assert new.row_digest_of_slot[slot] != old.row_digest_of_slot[slot]
+    assert new.id != running.plan.router_generation
+    assert routed.routers.generations[old.id] is old, "the running request's generation stands as it was"
+    running.release()
+
+
+def test_a_row_is_made_from_weights_only_when_routing_was_asked_for(start: Start) -> None:
+    registry = start()
+    assert add(registry, "c").reason == "no gate row in the router artefact: served by name only"
+    asked = add(registry, "d", routed=True)
+    assert asked.to_dict()["calibration"]["method"] == "weights"
+    assert asked.to_dict()["calibration"]["own_win_rate"] is None
+
+
+def test_examples_do_not_route_what_asked_not_to_be(start: Start) -> None:
+    registry = start()
+    info = add(registry, "c", OWN, routed=False)
+    assert info.reason == "registered with routed: false: served by name only"
+    assert info.to_dict()["calibration"]["state"] == "passed"
+
+
+def test_a_router_without_statistics_says_what_to_do(start: Start) -> None:
+    info = add(start(has_statistics=False), "c", OWN)
+    assert not info.routed
+    assert "lora-mixer-train background" in str(info.reason)
+
+
+def test_examples_beside_an_adapter_are_found(start: Start, folders: Path) -> None:
+    folder = copied(folders / "c", folders / "with-examples")
+    (folder / "examples.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in OWN) + "\n")
+    registry = start()
+    info = add(registry, "c", source="./with-examples")
+    assert info.to_dict()["calibration"]["num_examples"] == 6
+    assert info.routed, info.reason
+
+
+def test_damaged_examples_beside_an_adapter_are_named_and_do_no_harm(start: Start, folders: Path) -> None:
+    folder = copied(folders / "d", folders / "bad-examples")
+    (folder / "examples.jsonl").write_text('"fine"\n{broken\n')
+    info = add(start(), "d", source="./bad-examples")
+    assert info.state == "READY"
+    assert "examples.jsonl, line 2 is not JSON" in str(info.reason)
+
+
+def test_another_router_gets_rows_of_its_own(start: Start, routed: RoutedModel, tmp_path: Path) -> None:
+    registry = start()
+    add(registry, "c", OWN)
+    first = registry.roster.router
+    assert first is not None
+    known = [(adapter.name, adapter.digest) for adapter in first.artefact.adapters]
+    save_artefact(router_with_statistics(routed, known, seed=5), tmp_path / "other")
+    registry.swap_router(tmp_path / "other")
+    assert registry.wait("c", 60).routed
+    second = registry.roster.router
+    assert second is not None
+    slot = registry.roster.adapters["c"].slot
+    assert second.row_digest_of_slot[slot] != first.row_digest_of_slot[slot]
+
+
+def test_a_trained_adapter_is_not_calibrated(start: Start) -> None:
+    registry = start()
+    with pytest.raises(AdapterConflictError, match="needs no examples"):
+        registry.calibrate("a", OWN)
+
+
+def test_bad_examples_are_refused_before_anything_starts(start: Start) -> None:
+    registry = start()
+    with pytest.raises(InvalidRequestError, match=r"examples\[1\] is an empty prompt"):
+        registry.register(AdapterSpec(name="c", source="./c"), ["fine", " "])
+    assert "c" not in {info.name for info in registry.list()}

@@ -1,0 +1,57 @@
+"""Statistics for gate rows without retraining: of the right states, for the right adapters, added without a change."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from router_training.artefact import build_artefact
+from router_training.background import with_background
+from router_training.encoding import TokenSequence
+from router_training.gates import RouterParameters
+from router_training.leave_one_out import without_row
+from router_training.roster import Roster
+from router_training.router_inputs import cache_inputs
+from router_training.settings import TrainingConfig
+from server.routing.background import from_tensors
+from server.routing.router import RouterArtefact
+
+Sequences = Callable[..., list[TokenSequence]]
+
+
+@pytest.fixture
+def artefact(roster: Roster) -> RouterArtefact:
+    config = TrainingConfig()
+    parameters = RouterParameters.zeros(roster.gated_projections(), config.granularity, len(roster.adapters))
+    generator = torch.Generator().manual_seed(0)
+    rows = {key: torch.randn(row.shape, generator=generator) for key, row in parameters.detached().items()}
+    return build_artefact(rows, roster, config)
+
+
+def test_statistics_are_of_routed_states_with_their_domains(
+    roster: Roster, artefact: RouterArtefact, make_sequences: Sequences
+) -> None:
+    plans = roster.routed_plans(artefact)
+    finished = with_background(artefact, roster, make_sequences(9), plans)
+    cached = cache_inputs(roster.routed, make_sequences(9), plans, "layer", max_prompt_tokens=24, max_answer_tokens=24)
+    background = from_tensors(finished.background, finished.rows)
+    for key, gate in background.gates.items():
+        torch.testing.assert_close(gate.mean, cached.inputs[key].mean(dim=0))
+        assert torch.equal(finished.rows[key], artefact.rows[key])
+    states = background.gates["layer.0"].states
+    for state, domain in zip(states, background.domains, strict=True):
+        nearest = int((cached.inputs["layer.0"] - state).square().sum(dim=1).argmin())
+        assert int(cached.labels[nearest]) == int(domain)
+    assert set(background.domains.tolist()) == {0, 1, 2}
+
+
+def test_domains_follow_the_artefact_not_the_roster(
+    roster: Roster, artefact: RouterArtefact, make_sequences: Sequences
+) -> None:
+    """Without the first adapter's row, the others' indices move up."""
+    smaller = without_row(artefact, 0)
+    sequences = [sequence for sequence in make_sequences(9) if sequence.label > 0]
+    finished = with_background(smaller, roster, sequences, roster.base_plans())
+    assert set(from_tensors(finished.background, finished.rows).domains.tolist()) == {0, 1}
+    for key, rows in smaller.rows.items():
+        assert torch.equal(rows, artefact.rows[key][1:])
