@@ -17,17 +17,16 @@ from server.routing import ops
 from server.routing.background import Background, GateBackground, soft_maximum
 from server.routing.bank import LoraWeights
 
-OWN_MARGIN = 9.0
-"""How far above the trained rows a newcomer's logit is aimed on its own examples. The penalty keeps it well below."""
-BACKGROUND_MARGIN = 15.0
+OWN_MARGIN = 12.0
+"""How far above the trained rows a newcomer's logit is aimed on its own examples. A linear row gets nowhere near that;
+aiming far is what keeps the mean squared error from being content with a row that hardly moves."""
+BACKGROUND_MARGIN = 30.0
 """How far below them on the background; more, since most tokens that a server sees are not the newcomer's."""
 OWN_WEIGHT = 0.5
 """Weight of the examples in the fit; the background has the rest."""
-PENALTY = 3.0
-"""L2 penalty on the row, per mean background variance of an input. Large penalty with far aims did best of what was
-tried (docs/hot-routing.md): the row leans on directions in which examples and background differ much."""
-NORM_PENALTY = 0.1
-"""The same for the regression of a norm score, which has all of the background to learn from."""
+PENALTY = 0.1
+"""L2 penalty on a row, per mean background variance of an input. Margins, weight and penalty are the best of what was
+tried: see docs/hot-routing.md."""
 MIN_OWN_WIN_RATE = 0.5
 """Canary: a row with examples must win at least half of their tokens, counted over all gates."""
 MAX_HIT_RATE_DROP = 0.02
@@ -112,7 +111,7 @@ def column_from_weights(
     norms = torch.linalg.vector_norm(states @ factor.T, dim=1)  # (N,)
     centred = states - states.mean(dim=0)
     covariance = background.covariance
-    covariance.diagonal().add_(NORM_PENALTY * covariance.diagonal().mean())
+    covariance.diagonal().add_(PENALTY * covariance.diagonal().mean())
     direction = torch.linalg.solve(covariance, centred.T @ (norms - norms.mean()) / len(norms))
     logits = states @ rows.T
     winners = soft_maximum(logits, temperature)  # (N,)
