@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from router_training.background import CHATS_PER_ADAPTER, encode, with_background
-from router_training.data import Chat, Split, read_splits
+from router_training.data import Chat, Split, TrainingDataError, read_splits
 from router_training.encoding import TokenSequence
 from router_training.evaluation import evaluate_policy
 from router_training.report import markdown_table
@@ -25,6 +25,7 @@ from router_training.run import load_with_progress, write_json
 from server.adapters.calibration import Calibration, Calibrator
 from server.adapters.examples import encode_examples
 from server.config import load_config
+from server.errors import ConfigError
 from server.routing.policy import GatePlan, routed_plan
 from server.routing.prototypes import HotRow
 from server.routing.router import RouterArtefact, load_artefact
@@ -86,6 +87,9 @@ class HeldOut:
     def calibrate(self, num_examples: int) -> Calibration:
         """As the server does it, with training chats that follow those of the statistics."""
         chats = self._train[self.name][CHATS_PER_ADAPTER:][:num_examples]
+        if len(chats) < num_examples:
+            wanted = CHATS_PER_ADAPTER + num_examples
+            raise TrainingDataError([f"{self.name!r} has too few training chats: {wanted} are needed"])
         raw = [{"messages": [dict(message) for message in chat.messages]} for chat in chats]
         examples = encode_examples(raw, self.roster.loaded.tokenizer) if raw else ()
         calibrator = Calibrator(self.roster.routed, _inline)
@@ -130,7 +134,7 @@ def table(record: dict[str, Any]) -> str:
     return markdown_table(header, rows)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m router_training.leave_one_out", description=__doc__)
     parser.add_argument("--config", type=Path, default=Path("adapters.yaml"), metavar="FILE")
@@ -140,9 +144,10 @@ def main() -> None:
     parser.add_argument("--other-chats", type=int, default=5, help="validation chats of each other task (default 5)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/leave_one_out.json"), metavar="FILE")
     parser.add_argument("--document", type=Path, metavar="FILE", help="Markdown file whose table is replaced")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     config = load_config(options.config)
-    assert config.router_folder is not None, "the config names no router"
+    if config.router_folder is None:
+        raise ConfigError("the config names no router to leave adapters out of")
     artefact = load_artefact(config.router_folder)
     roster = load_with_progress(config)
     chats = read_splits(options.data, roster.names)

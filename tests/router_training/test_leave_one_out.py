@@ -1,0 +1,56 @@
+"""The leave-one-out experiment from adapters.yaml to the table in a document, on a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from router_training import leave_one_out
+from router_training.data import TrainingDataError
+from tests.router_training.test_run import QUICK, chat_line, project, run
+
+__all__ = ["project"]  # a fixture
+
+
+@pytest.fixture
+def trained(project: Path) -> Path:
+    """The project with enough chats and a trained router."""
+    for name in ("letters", "digits"):
+        lines = "".join(chat_line(name, index) for index in range(90))
+        (project / "data" / name / "train.jsonl").write_text(lines, encoding="utf-8")
+    assert run(project, "train", "--out", str(project / "router"), "--validation-rows", "1", *QUICK) == 0
+    config = project / "adapters.yaml"
+    content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    config.write_text(yaml.safe_dump({**content, "router": "router"}), encoding="utf-8")
+    return project
+
+
+def arguments(project: Path, *more: str) -> list[str]:
+    paths = ["--config", str(project / "adapters.yaml"), "--data", str(project / "data")]
+    return [*paths, "--out", str(project / "out.json"), *more]
+
+
+def test_every_adapter_is_left_out_and_the_table_lands_in_the_document(trained: Path) -> None:
+    document = trained / "doc.md"
+    document.write_text(f"before\n{leave_one_out.TABLE_START}old\n{leave_one_out.TABLE_END}after\n", encoding="utf-8")
+    leave_one_out.main(arguments(trained, "--document", str(document)))
+    record = json.loads((trained / "out.json").read_text(encoding="utf-8"))["adapters"]
+    assert set(record) == {"letters", "digits"}
+    for name, case in record.items():
+        assert set(case["examples"]) == {"0", "4", "16", "64"}
+        assert case["without_row"][name] != case["examples"]["64"]["nll"][name], "the hot row takes part"
+        assert case["examples"]["0"]["own_win_rate"] is None
+    text = document.read_text(encoding="utf-8")
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    letters = record["letters"]
+    assert f"{letters['examples']['16']['nll']['letters'] / letters['pinned']:.2f}" in text
+
+
+def test_too_few_chats_are_named(trained: Path) -> None:
+    path = trained / "data/letters/train.jsonl"
+    path.write_text("".join(chat_line("letters", index) for index in range(30)), encoding="utf-8")
+    with pytest.raises(TrainingDataError, match="'letters' has too few training chats"):
+        leave_one_out.main(arguments(trained, "--only", "letters"))
