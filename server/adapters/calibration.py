@@ -13,6 +13,7 @@ from torch import Tensor
 
 from server.adapters.examples import Example
 from server.adapters.publisher import RunBetweenSteps
+from server.errors import RouterArtefactError
 from server.routing.attach import RoutedModel
 from server.routing.background import Background, from_tensors
 from server.routing.bank import BankSnapshot, LoraWeights, ProjectionInfo
@@ -80,9 +81,12 @@ class Calibrator:
 
         `trained_slots` are the slots of the artefact's own adapters by digest: no other hot row takes part, so the
         result does not depend on who else is registered. Raises RouterArtefactError when the artefact has no
-        statistics, and what `poll` raises.
+        statistics or the model cannot run in torch, and what `poll` raises.
         """
         background = from_tensors(artefact.background, artefact.rows)
+        if any(parameter.numel() == 0 for parameter in self._routed.model.parameters()):
+            message = "a gate row cannot be made on the native backend, which keeps no torch weights; start the server "
+            raise RouterArtefactError(message + "with server.backend: torch")
         if examples:
             row, own = self._from_examples(slot, examples, artefact, background, trained_slots, poll)
         else:

@@ -180,6 +180,10 @@ class _RouterArrays:
             assert rows.is_contiguous()
             assert rows.dtype is torch.float32
             self._rows[index] = rows.data_ptr()
+            if (bias := generation.biases.get(key)) is not None:
+                assert bias.is_contiguous()
+                assert bias.dtype is torch.float32
+                self._biases[index] = bias.data_ptr()
             self._gate_index[index] = self.num_gates
             self.num_gates += 1
 
