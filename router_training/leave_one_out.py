@@ -26,7 +26,7 @@ from server.adapters.calibration import Calibration, Calibrator
 from server.adapters.examples import encode_examples
 from server.config import load_config
 from server.errors import ConfigError
-from server.routing.policy import GatePlan, routed_plan
+from server.routing.policy import BASE_DIGEST, BASE_SLOT, GatePlan, routed_plan
 from server.routing.prototypes import HotRow
 from server.routing.router import RouterArtefact, load_artefact
 
@@ -61,9 +61,8 @@ class HeldOut:
     def __init__(self, roster: Roster, artefact: RouterArtefact, label: int, train: dict[str, list[Chat]]) -> None:
         self.roster = roster
         self.label = label
-        self.slot = label + FIRST_SLOT
         self._train = train
-        digest = roster.adapters[label].digest
+        digest = roster.digest_of_slot[label]
         index = [adapter.digest for adapter in artefact.adapters].index(digest)
         self.artefact = without_row(artefact, index)
         self.trained_slots = {d: slot for d, slot in roster.slot_of_digest.items() if d != digest}
@@ -72,17 +71,18 @@ class HeldOut:
 
     @property
     def name(self) -> str:
-        return self.roster.names[self.label]
+        return self.roster.tasks[self.label]
 
     def plans(self, row: HotRow | None) -> list[GatePlan]:
         """One plan per label, all equal: routed by the remaining rows, and by `row` if there is one."""
         routers = self.roster.routed.routers
-        hot = {} if row is None else {self.slot: row}
+        hot = {} if row is None else {self.label: row}
         staged = routers.stage(1, self.artefact, self.trained_slots, hot)
         routers.publish(staged)
-        allowed = {slot: self.roster.digest_of_slot[slot] for slot in staged.slots}
+        digests = {BASE_SLOT: BASE_DIGEST, **self.roster.digest_of_slot}
+        allowed = {slot: digests[slot] for slot in staged.slots}
         plan = routed_plan(allowed, staged.row_digest_of_slot, 1, self.artefact.settings, self.artefact.top_k)
-        return [plan] * len(self.roster.adapters)
+        return [plan] * len(self.roster.tasks)
 
     def calibrate(self, num_examples: int) -> Calibration:
         """As the server does it, with training chats that follow those of the statistics."""
@@ -93,7 +93,7 @@ class HeldOut:
         raw = [{"messages": [dict(message) for message in chat.messages]} for chat in chats]
         examples = encode_examples(raw, self.roster.loaded.tokenizer) if raw else ()
         calibrator = Calibrator(self.roster.routed, _inline)
-        return calibrator.calibrate(self.slot, examples, self.artefact, self.trained_slots)
+        return calibrator.calibrate(self.label, examples, self.artefact, self.trained_slots)
 
 
 def measure(roster: Roster, artefact: RouterArtefact, label: int, chats: Splits, sizes: Sizes) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def measure(roster: Roster, artefact: RouterArtefact, label: int, chats: Splits,
     name = held_out.name
     sequences = _validation(roster, chats["validation"], name, sizes)
     own = [sequence for sequence in sequences if sequence.label == label]
-    pinned = evaluate_policy(roster.routed, own, roster.names, roster.own_adapter_plans())[name]["nll"]
+    pinned = evaluate_policy(roster.routed, own, roster.tasks, roster.own_adapter_plans())[name]["nll"]
     trained = _nll(roster, sequences, roster.routed_plans(artefact))
     before = _nll(roster, sequences, held_out.plans(None))
     cases = {}
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes = Sizes(options.own_chats, options.other_chats)
     record = json.loads(options.out.read_text()) if options.out.exists() else {"adapters": {}}
     record["sizes"] = dataclasses.asdict(sizes)
-    for label, name in enumerate(roster.names):
+    for label, name in enumerate(roster.names, start=FIRST_SLOT):
         if not options.only or name in options.only:
             record["adapters"][name] = measure(roster, artefact, label, chats, sizes)
             write_json(record, options.out)
@@ -170,7 +170,7 @@ def _others(case: dict[str, Any], found: dict[str, Any], name: str) -> float:
 
 
 def _nll(roster: Roster, sequences: Sequence[TokenSequence], plans: Sequence[GatePlan]) -> dict[str, float]:
-    measures = evaluate_policy(roster.routed, sequences, roster.names, plans)
+    measures = evaluate_policy(roster.routed, sequences, roster.tasks, plans)
     return {task: measure["nll"] for task, measure in measures.items()}
 
 

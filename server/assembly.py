@@ -122,6 +122,7 @@ def build_services(config: ServerConfig, secrets: Secrets) -> Services:
         journal=config.registry_file,
         root=config.root,
         on_load=metrics.count_load,
+        states=parts.backend.states,
         encode_examples=functools.partial(encode_examples, tokenizer=parts.loaded.tokenizer),
     )
     _load_adapters(registry, config)

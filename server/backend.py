@@ -13,6 +13,7 @@ from server.config import ServerSettings
 from server.engine.graph import Graph
 from server.engine.layout import lay_out
 from server.engine.native_graph import NativeGraph
+from server.engine.native_states import NativeStates, num_state_blocks
 from server.engine.sequence import SamplingParams, ScheduledBatch, ScheduledSequence, Sequence
 from server.engine.torch_graph import TorchGraph
 from server.errors import ConfigError
@@ -20,6 +21,7 @@ from server.model.attention import attach_paged_attention
 from server.native.library import num_cores
 from server.native.model import NativeModel, bytes_per_block, release_weights, why_not
 from server.routing.attach import RoutedModel
+from server.routing.recording import ExampleStates
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ class Backend:
     max_model_len: int
     name: str
     """`native` or `torch`."""
+    states: ExampleStates | None = None
+    """Where gate rows get their states from; None: the torch model."""
 
 
 def build_backend(routed: RoutedModel, settings: ServerSettings, model_limit: int) -> Backend:
@@ -81,7 +85,7 @@ def _build_native(routed: RoutedModel, settings: ServerSettings, model_limit: in
     native = NativeModel(
         routed,
         block_size=settings.block_size,
-        num_blocks=num_blocks,
+        num_blocks=num_blocks + num_state_blocks(settings.block_size),
         max_positions=max_model_len,
         num_threads=settings.num_threads or num_cores(),
     )
@@ -90,7 +94,9 @@ def _build_native(routed: RoutedModel, settings: ServerSettings, model_limit: in
         logger.error("the native step %s; please report this with your CPU's model", difference)
         return f"the native step {difference}"
     routed.bank.pack = native.pack_adapter
-    return Backend(graph, num_blocks, max_model_len, "native")
+    spare = range(num_blocks, num_blocks + num_state_blocks(settings.block_size))  # never in a pool
+    states = NativeStates(native, routed, spare, max_positions=max_model_len)
+    return Backend(graph, num_blocks, max_model_len, "native", states)
 
 
 def _difference(graph: NativeGraph, routed: RoutedModel, max_model_len: int) -> str | None:

@@ -1,24 +1,23 @@
 """Makes the gate row of one adapter that the router was not trained with: from examples, or from its weights alone.
 
-Runs examples through the server's own routed forward on the model's thread, one chat at a time between two steps.
+Runs examples through what computes the server's steps, on the model's thread, one chat at a time between two steps.
 Decides nothing about names and states; `hot_rows` does.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from server.adapters.examples import Example
 from server.adapters.publisher import RunBetweenSteps
-from server.errors import RouterArtefactError
+from server.adapters.torch_states import TorchStates
 from server.routing.attach import RoutedModel
 from server.routing.background import Background, from_tensors
-from server.routing.bank import BankSnapshot, LoraWeights, ProjectionInfo
-from server.routing.context import RoutingBatch, build_gate_batch
-from server.routing.policy import GatePlan, Policy
+from server.routing.policy import BASE_PLAN, GatePlan, Policy
 from server.routing.prototypes import (
     CanaryReport,
     GateColumn,
@@ -28,7 +27,7 @@ from server.routing.prototypes import (
     judge,
     win_rate,
 )
-from server.routing.recording import InputProbe, InputRecorder
+from server.routing.recording import ExampleStates
 from server.routing.router import RouterArtefact
 from server.routing.router_bank import RouterBank
 
@@ -65,9 +64,13 @@ class Calibration:
 class Calibrator:
     """Rows for one model. Every method runs on a worker thread, one call at a time."""
 
-    def __init__(self, routed: RoutedModel, run_between_steps: RunBetweenSteps) -> None:
+    def __init__(
+        self, routed: RoutedModel, run_between_steps: RunBetweenSteps, states: ExampleStates | None = None
+    ) -> None:
+        """`states` are the torch model's own unless something else computes the steps."""
         self._routed = routed
         self._run_between_steps = run_between_steps
+        self._states = TorchStates(routed) if states is None else states
 
     def calibrate(
         self,
@@ -81,12 +84,9 @@ class Calibrator:
 
         `trained_slots` are the slots of the artefact's own adapters by digest: no other hot row takes part, so the
         result does not depend on who else is registered. Raises RouterArtefactError when the artefact has no
-        statistics or the model cannot run in torch, and what `poll` raises.
+        statistics, what `ExampleStates` raises, and what `poll` raises.
         """
         background = from_tensors(artefact.background, artefact.rows)
-        if any(parameter.numel() == 0 for parameter in self._routed.model.parameters()):
-            message = "a gate row cannot be made on the native backend, which keeps no torch weights; start the server "
-            raise RouterArtefactError(message + "with server.backend: torch")
         if examples:
             row, own = self._from_examples(slot, examples, artefact, background, trained_slots, poll)
         else:
@@ -95,6 +95,7 @@ class Calibrator:
             row,
             artefact.rows,
             background,
+            [adapter.name for adapter in artefact.adapters],
             top_k=artefact.top_k,
             temperature=artefact.temperature,
             own_win_rate=own,
@@ -114,10 +115,13 @@ class Calibrator:
         halves: list[list[dict[str, Tensor]]] = [[], []]
         row: HotRow | None = None
         for _ in range(ROUNDS):
-            batches = _RoutedPass(self._routed, artefact, trained_slots, slot, row)
+            routers, plan = self._routing(artefact, trained_slots, {} if row is None else {slot: row})
             for index, example in enumerate(examples):
                 poll()
-                halves[index % 2].append(self._states(example, batches))
+                read = functools.partial(
+                    self._states.inputs, example.token_ids, chosen_positions(example), plan, routers, artefact
+                )
+                halves[index % 2].append(self._between_steps(read))
             row = _fit(halves[0] + halves[1], artefact, background)
         assert row is not None
         rates = [
@@ -126,73 +130,41 @@ class Calibrator:
         ]
         return row, sum(rates) / 2
 
-    def _states(self, example: Example, batches: "_RoutedPass") -> dict[str, Tensor]:
-        """Router inputs of an example's telling tokens."""
-        return self._between_steps(lambda: batches.inputs(example))
-
     def _from_weights(self, slot: int, artefact: RouterArtefact, background: Background) -> HotRow:
-        probe = self._between_steps(lambda: _probed(self._routed, artefact))
+        weights = self._between_steps(lambda: self._states.weights(slot, artefact))
         columns = {}
         for key, rows in artefact.rows.items():
-            weights = _weights_of(slot, probe.readers.get(key, ()), probe.bank)
-            if weights:
+            if readers := weights.get(key):
                 columns[key] = column_from_weights(
-                    weights, rows, background.gates[key], temperature=artefact.temperature
+                    readers, rows, background.gates[key], temperature=artefact.temperature
                 )
             else:
                 columns[key] = GateColumn(torch.zeros(rows.shape[1]), NEVER)
         return HotRow(columns)
 
-    def _between_steps(self, work: Callable[[], T]) -> T:
-        """What `work` gives on the model's thread. Raises what it raises; NotReadyError when the engine has stopped."""
-        results: list[T] = []
-        self._run_between_steps(lambda: results.append(work())).result()
-        return results[0]
-
-
-class _RoutedPass:
-    """Examples under the trained rows, and under the newcomer's row once there is one. On the model's thread."""
-
-    def __init__(
-        self,
-        routed: RoutedModel,
-        artefact: RouterArtefact,
-        trained_slots: Mapping[str, int],
-        slot: int,
-        row: HotRow | None,
-    ) -> None:
-        self._routed = routed
-        self._artefact = artefact
-        # A bank of its own: nothing of it can reach a request.
-        self._routers = RouterBank(num_slots=routed.num_slots, device=routed.bank.device)
-        generation = self._routers.stage(_GENERATION, artefact, trained_slots, {} if row is None else {slot: row})
-        self._routers.publish(generation)
-        self._plan = GatePlan(
+    def _routing(
+        self, artefact: RouterArtefact, trained_slots: Mapping[str, int], hot: Mapping[int, HotRow]
+    ) -> tuple[RouterBank, GatePlan]:
+        """A router bank of its own, so that nothing of it can reach a request, and a plan over all of its rows."""
+        routers = RouterBank(num_slots=self._routed.num_slots, device=self._routed.bank.device)
+        generation = routers.stage(_GENERATION, artefact, trained_slots, hot)
+        routers.publish(generation)
+        if not generation.slots:
+            return routers, BASE_PLAN
+        plan = GatePlan(
             Policy.ROUTED,
             fingerprint=b"",
             allowed_slots=tuple(sorted(generation.slots)),
             router_generation=_GENERATION,
             top_k=min(artefact.top_k, len(generation.slots)),
         )
+        return routers, plan
 
-    @torch.inference_mode()
-    def inputs(self, example: Example) -> dict[str, Tensor]:
-        """gate key -> (N, d) float32 of the example's chosen tokens."""
-        device = self._routed.bank.device
-        plan_of_token = torch.zeros(len(example.token_ids), dtype=torch.int64, device=device)
-        bank = self._routed.bank.snapshot
-        gates = None
-        if self._plan.allowed_slots:
-            gates = build_gate_batch([self._plan], plan_of_token, bank=bank, routers=self._routers)
-        recorder = InputRecorder(
-            gates,
-            bank,
-            granularity=self._artefact.granularity,
-            keys=self._artefact.rows,
-            positions=chosen_positions(example).to(device),
-        )
-        _run(self._routed, recorder, example.token_ids)
-        return recorder.inputs
+    def _between_steps(self, work: Callable[[], T]) -> T:
+        """What `work` gives on the model's thread. Raises what it raises; NotReadyError when the engine has stopped."""
+        results: list[T] = []
+        self._run_between_steps(lambda: results.append(work())).result()
+        return results[0]
 
 
 def chosen_positions(example: Example) -> Tensor:
@@ -224,27 +196,3 @@ def _fit(parts: Sequence[Mapping[str, Tensor]], artefact: RouterArtefact, backgr
 
 def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-
-
-def _weights_of(slot: int, readers: Sequence[ProjectionInfo], bank: BankSnapshot) -> list[LoraWeights]:
-    """The adapter's rows of these projections, as the bank holds them."""
-    weights = []
-    for info in readers:
-        if (projection := bank.projections.get(info.name)) is not None and (projection.owner == slot).any():
-            mine = projection.owner == slot
-            weights.append(LoraWeights(projection.a[mine].float().cpu(), projection.b[:, mine].float().cpu()))
-    return weights
-
-
-@torch.inference_mode()
-def _probed(routed: RoutedModel, artefact: RouterArtefact) -> InputProbe:
-    probe = InputProbe(routed.bank.snapshot, artefact.granularity)
-    _run(routed, probe, (0, 0))
-    return probe
-
-
-def _run(routed: RoutedModel, batch: RoutingBatch, token_ids: Sequence[int]) -> None:
-    """One chat from its beginning, without its output head and without a place in the K/V cache."""
-    model: Any = routed.model
-    with routed.context.running(batch):
-        model.base_model(input_ids=torch.tensor([token_ids], device=routed.bank.device), use_cache=False)

@@ -27,6 +27,7 @@ from server.adapters.state import RegistryState
 from server.adapters.weights import AdapterLimits
 from server.config import AdapterSpec, ServerSettings
 from server.routing.attach import RoutedModel
+from server.routing.recording import ExampleStates
 
 AdapterInfos = list[AdapterInfo]
 
@@ -50,14 +51,15 @@ class AdapterRegistry:
         journal: Path | None = None,
         root: Path = Path(),
         on_load: Callable[[str, float], object] = _ignore_load,
+        states: ExampleStates | None = None,
         encode_examples: EncodeExamples = refuse_examples,
     ) -> None:
         """`root` is the folder that relative sources are relative to.
 
         `run_between_steps` runs a function on the model's thread between two steps, or inline while there is no such
         thread. `on_load` hears of every finished registration: outcome (`ready`, `cancelled` or the failure's code)
-        and seconds. `journal` keeps registrations across restarts. Raises ConfigError when lockfile or journal is
-        damaged.
+        and seconds. `journal` keeps registrations across restarts; `states` is where gate rows get theirs, by default
+        the torch model. Raises ConfigError when lockfile or journal is damaged.
         """
         self.loader = AdapterLoader(
             projections=routed.projections,
@@ -73,7 +75,8 @@ class AdapterRegistry:
         self._publisher = Publisher(routed, run_between_steps)
         self._residency = Residency(routed, self._state, self._publisher, self._forget_source)
         publish_rows = functools.partial(self._publisher.run, self._residency.refresh_router)
-        self._hot_rows = HotRows(self._state, Calibrator(routed, run_between_steps), publish_rows, encode_examples, root)
+        calibrator = Calibrator(routed, run_between_steps, states)
+        self._hot_rows = HotRows(self._state, calibrator, publish_rows, encode_examples, root)
         self._registrations = Registrations(
             self.loader,
             self._state,

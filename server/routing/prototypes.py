@@ -32,6 +32,10 @@ MIN_OWN_WIN_RATE = 0.5
 MAX_HIT_RATE_DROP = 0.02
 """Canary: trained adapters may drop out of the top k on at most this much more of their own tokens."""
 
+MAX_DOMAIN_SHARE = 0.1
+"""Canary: of no trained adapter's tokens may it take more gate weight than this on average. The hit rate does not see
+a newcomer that comes second beside the right adapter, and one domain's loss disappears in the mean of all."""
+
 
 class GateColumn(NamedTuple):
     """A row of one gate: logit = row · x + bias."""
@@ -133,6 +137,10 @@ class CanaryReport:
     """The same once the newcomer takes part."""
     expected_background_share: float
     """Mean gate weight it takes of background tokens: what traffic that is not its own should give it."""
+    most_captured: str
+    """The trained adapter of whose tokens it takes most."""
+    most_captured_share: float
+    """Mean gate weight it takes of that adapter's tokens."""
 
     @property
     def hit_rate_drop(self) -> float:
@@ -153,6 +161,11 @@ class CanaryReport:
                 f"{100 * self.old_hit_rate_before:.1f} % to {100 * self.old_hit_rate_after:.1f} %, more than "
                 f"{100 * MAX_HIT_RATE_DROP:.0f} allowed"
             )
+        if self.most_captured_share > MAX_DOMAIN_SHARE:
+            found.append(
+                f"it would take {100 * self.most_captured_share:.1f} % of the gate weight on the tokens of "
+                f"{self.most_captured!r}, more than {100 * MAX_DOMAIN_SHARE:.0f} % allowed"
+            )
         return tuple(found)
 
 
@@ -160,12 +173,13 @@ def judge(
     row: HotRow,
     rows: Mapping[str, Tensor],
     background: Background,
+    names: Sequence[str],
     *,
     top_k: int,
     temperature: float = 1.0,
     own_win_rate: float | None = None,
 ) -> CanaryReport:
-    """The canary over all gates of a router with trained `rows` (A, d) per gate."""
+    """The canary over all gates of a router with trained `rows` (A, d) per gate, of adapters with these `names`."""
     before, after, share = [], [], []
     for key, column in row.columns.items():
         states = background.gates[key].states
@@ -175,9 +189,12 @@ def judge(
         rank = (trained > own[:, None]).sum(dim=1)
         before.append((rank < top_k).float().mean())
         after.append((rank + (newcomer > own) < top_k).float().mean())
-        share.append(_newcomer_share(trained, newcomer, top_k, temperature).mean())
-    means = [float(torch.stack(values).mean()) for values in (before, after, share)]
-    return CanaryReport(own_win_rate, *means)
+        share.append(_newcomer_share(trained, newcomer, top_k, temperature))
+    hits_before, hits_after, mean_share = (float(torch.stack(values).mean()) for values in (before, after, share))
+    of_token = torch.stack(share).mean(dim=0)  # (N,)
+    of_domain = {index: float(of_token[background.domains == index].mean()) for index in background.domains.tolist()}
+    captured = max(of_domain, key=lambda index: of_domain[index])
+    return CanaryReport(own_win_rate, hits_before, hits_after, mean_share, names[captured], of_domain[captured])
 
 
 def win_rate(row: HotRow, inputs: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> float:

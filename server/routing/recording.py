@@ -1,12 +1,41 @@
 """Router inputs of chosen tokens, caught while a routed forward pass runs. Changes nothing of the pass."""
 
-from collections.abc import Container
+from collections.abc import Container, Mapping, Sequence
+from typing import Protocol
 
 from torch import Tensor
 
-from server.routing.bank import BankSnapshot, ProjectionInfo
+from server.routing.bank import BankSnapshot, LoraWeights, ProjectionInfo
 from server.routing.context import RoutingBatch
-from server.routing.router import Granularity, gate_key
+from server.routing.policy import GatePlan
+from server.routing.router import Granularity, RouterArtefact, gate_key
+from server.routing.router_bank import RouterBank
+
+
+class ExampleStates(Protocol):
+    """What making a gate row needs of the model as it is served. Only on the thread that runs it, between two steps."""
+
+    def inputs(
+        self,
+        token_ids: Sequence[int],
+        positions: Tensor,
+        plan: GatePlan,
+        routers: RouterBank,
+        artefact: RouterArtefact,
+    ) -> dict[str, Tensor]:
+        """gate key -> (N, d) float32 on the CPU, what the artefact's gates read at `positions` (T,) bool of one text.
+
+        The text runs from its beginning under `plan`, whose router is in `routers`; nothing of it reaches a request.
+        Raises LoraMixerError when this server cannot tell.
+        """
+        ...
+
+    def weights(self, slot: int, artefact: RouterArtefact) -> Mapping[str, Sequence[LoraWeights]]:
+        """gate key -> the weights in `slot` of the projections that read the very tensor that the gate reads.
+
+        Raises LoraMixerError when this server cannot tell.
+        """
+        ...
 
 
 class InputRecorder:

@@ -13,7 +13,6 @@ from server.adapters.examples import encode_examples
 from server.adapters.weights import load_adapter
 from server.errors import RouterArtefactError
 from server.model.attention import attach_paged_attention
-from server.native.model import release_weights
 from server.routing.attach import RoutedModel, attach_routing
 from server.routing.bank import LoraWeights
 from server.routing.prototypes import norm_factor
@@ -109,14 +108,3 @@ def test_a_router_without_statistics_is_refused(make_routed: Callable[..., Route
         Calibrator(routed, run_inline).calibrate(
             3, EXAMPLES, artefact_for(routed, [("a", "first"), ("b", "second")]), DIGESTS
         )
-
-
-def test_a_model_whose_torch_weights_are_freed_is_refused_with_what_to_do(
-    make_routed: Callable[..., RoutedModel],
-) -> None:
-    routed = make_routed()
-    artefact = known(routed)
-    release_weights(routed.model)
-    for examples in (EXAMPLES, ()):
-        with pytest.raises(RouterArtefactError, match=r"server\.backend: torch"):
-            Calibrator(routed, run_inline).calibrate(3, examples, artefact, DIGESTS)

@@ -16,6 +16,7 @@ from server.native.library import libraries
 from server.native.model import NativeModel, why_not
 from server.routing.attach import attach_routing
 from server.routing.policy import BASE_PLAN, GatePlan, Policy, fixed_plan, routed_plan
+from server.routing.prototypes import GateColumn, HotRow
 from server.routing.router import Granularity
 from tests.native import rig
 
@@ -178,6 +179,35 @@ def test_mixed_batches_have_the_torch_graphs_logits_and_gates(
         values, ids = found.greatest
         assert values == found.logits.amax(-1).tolist()
         assert ids == found.logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("granularity", ["layer", "projection"])
+def test_biases_of_hot_rows_give_the_torch_graphs_gates(granularity: Granularity) -> None:
+    """fp32. Slot 3 is no adapter of the artefact: its row has a bias, large enough to decide at every other gate."""
+    model = ready(llama(head_dim=16))
+    sides = [rig.torch_side(model), rig.native_side(model)]
+    artefact = rig.random_artefact(sides[0].routed, granularity)
+    generator = torch.Generator().manual_seed(9)
+    hot = HotRow(
+        {
+            key: GateColumn(torch.randn(rows.shape[1], generator=generator) * 0.3, 8.0 if index % 2 else -8.0)
+            for index, (key, rows) in enumerate(artefact.rows.items())
+        }
+    )
+    plan = routed_plan({s: f"d{s}" for s in rig.RANKS}, dict.fromkeys(rig.RANKS, "r"), 1, "", 2)
+    shares, layers = [], []
+    for side in sides:
+        rig.equip(side, {})
+        slots = {f"d{slot}": slot for slot in rig.RANKS if slot != 3}
+        side.routed.routers.publish(side.routed.routers.stage(1, artefact, slots, {3: hot}))
+        gates = rig.step(side, [(rig.make_sequence(PROMPT, plan=plan), 70)], collect_layers=True).gates
+        assert gates is not None
+        shares.append(gates.share[:70])
+        layers.append([layer[:70] for layer in gates.layer_gates(1)])
+    torch.testing.assert_close(shares[1], shares[0], atol=1e-4, rtol=0)
+    for found, expected in zip(layers[1], layers[0], strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert layers[1][1][:, 3].mean() > layers[1][0][:, 3].mean() + 0.3, "the bias decides"
 
 
 def test_ties_between_slots_go_to_the_lower_one() -> None:

@@ -8,9 +8,8 @@ import yaml
 
 from router_training import leave_one_out
 from router_training.data import TrainingDataError
-from tests.router_training.test_run import QUICK, chat_line, project, run
-
-__all__ = ["project"]  # a fixture
+from tests.router_training.conftest import chat_line
+from tests.router_training.test_run import QUICK, run
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from server.routing.prototypes import (
 )
 
 D, A, N = 12, 3, 400
+NAMES = ("a", "b", "c")
 
 
 def clusters(*, seed: int = 0, shift: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,7 +73,7 @@ def test_a_row_from_examples_wins_new_tokens_of_its_kind_and_leaves_the_others()
     gate, background, rows = whole_background()
     row = HotRow({"layer.0": column_from_examples(newcomers(), rows, gate)})
     assert win_rate(row, {"layer.0": newcomers(seed=2)}, {"layer.0": rows}) > 0.85
-    report = judge(row, {"layer.0": rows}, background, top_k=1, own_win_rate=0.9)
+    report = judge(row, {"layer.0": rows}, background, NAMES, top_k=1, own_win_rate=0.9)
     assert report.problems == ()
     assert report.expected_background_share < 0.1
 
@@ -115,19 +116,36 @@ def test_a_row_from_weights_prefers_what_the_adapter_acts_on_and_wins_little_of_
 def test_the_canary_refuses_a_row_that_takes_tokens_from_others() -> None:
     _, background, rows = whole_background()
     greedy = HotRow({"layer.0": GateColumn(torch.zeros(D), 100.0)})
-    report = judge(greedy, {"layer.0": rows}, background, top_k=1, own_win_rate=1.0)
+    report = judge(greedy, {"layer.0": rows}, background, NAMES, top_k=1, own_win_rate=1.0)
     assert report.old_hit_rate_before > 0.9
     assert report.old_hit_rate_after == 0.0
     assert report.expected_background_share == 1.0
-    (problem,) = report.problems
-    assert f"{100 * report.hit_rate_drop:.1f} points" in problem
+    assert f"{100 * report.hit_rate_drop:.1f} points" in report.problems[0]
+
+
+def test_the_canary_names_the_domain_that_a_second_choice_eats_into() -> None:
+    """With two chosen, a row level with b's comes in second on b's tokens: every hit stays, half of b's weight goes."""
+    _, background, rows = whole_background()
+    jealous = HotRow({"layer.0": GateColumn(rows[1] * 1.0, -0.5)})
+    report = judge(jealous, {"layer.0": rows}, background, NAMES, top_k=2, own_win_rate=1.0)
+    states = background.gates["layer.0"].states[background.domains == 1]
+    logits = np.concatenate([(states @ rows.T).numpy(), (states @ rows[1] - 0.5).numpy()[:, None]], axis=1)
+    weights = np.exp(logits)
+    weights[weights < np.sort(weights, axis=1)[:, -2:-1]] = 0
+    expected = (weights[:, -1] / weights.sum(axis=1)).mean()
+    assert report.most_captured == "b"
+    assert report.most_captured_share == pytest.approx(expected, rel=1e-5)
+    assert report.hit_rate_drop <= prototypes.MAX_HIT_RATE_DROP
+    assert report.problems == (
+        f"it would take {100 * expected:.1f} % of the gate weight on the tokens of 'b', more than 10 % allowed",
+    )
 
 
 def test_the_canary_refuses_a_row_that_loses_its_own_examples() -> None:
     _, background, rows = whole_background()
     timid = HotRow({"layer.0": GateColumn(torch.zeros(D), -100.0)})
     own = win_rate(timid, {"layer.0": newcomers()}, {"layer.0": rows})
-    report = judge(timid, {"layer.0": rows}, background, top_k=2, own_win_rate=own)
+    report = judge(timid, {"layer.0": rows}, background, NAMES, top_k=2, own_win_rate=own)
     assert report.hit_rate_drop == 0.0
     assert report.problems == ("its gate row wins 0 % of its own examples' tokens, below 50 %",)
 
