@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", metavar="NAME", help="adapters to hold out (default: all)")
     parser.add_argument("--own-chats", type=int, default=12, help="validation chats of the held-out task (default 12)")
     parser.add_argument("--other-chats", type=int, default=5, help="validation chats of each other task (default 5)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/leave_one_out.json"), metavar="FILE")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/leave_one_out.json"), metavar="FILE")
     parser.add_argument("--document", type=Path, metavar="FILE", help="Markdown file whose table is replaced")
     options = parser.parse_args(arguments)
     config = load_config(options.config)

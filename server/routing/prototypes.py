@@ -31,7 +31,6 @@ MIN_OWN_WIN_RATE = 0.5
 """Canary: a row with examples must win at least half of their tokens, counted over all gates."""
 MAX_HIT_RATE_DROP = 0.02
 """Canary: trained adapters may drop out of the top k on at most this much more of their own tokens."""
-
 MAX_DOMAIN_SHARE = 0.1
 """Canary: of no trained adapter's tokens may it take more gate weight than this on average. The hit rate does not see
 a newcomer that comes second beside the right adapter, and one domain's loss disappears in the mean of all."""

@@ -13,8 +13,10 @@ from transformers import LlamaForCausalLM
 from server.adapters.examples import encode_examples
 from server.adapters.records import AdapterInfo
 from server.adapters.registry import AdapterRegistry
+from server.backend import build_backend
 from server.config import AdapterSpec, ServerSettings
 from server.errors import AdapterConflictError, InvalidRequestError
+from server.native.library import libraries
 from server.routing.attach import RoutedModel, attach_routing
 from server.routing.router import save_artefact
 from tests.adapters.calibrating import ORDINARY, OWN, ByteRenderer, router_with_statistics
@@ -41,20 +43,32 @@ Start = Callable[..., AdapterRegistry]
 
 
 @pytest.fixture
-def start(routed: RoutedModel, folders: Path, tmp_path: Path) -> Iterator[Start]:
+def start(
+    routed: RoutedModel, folders: Path, tmp_path: Path, tiny_llama: "Callable[..., LlamaForCausalLM]"
+) -> Iterator[Start]:
     """A registry with a and b under a router that was trained with them."""
     made: list[AdapterRegistry] = []
 
-    def build(*, has_statistics: bool = True) -> AdapterRegistry:
+    def build(
+        *, has_statistics: bool = True, restores: bool = False, routed_model: RoutedModel | None = None, **options: Any
+    ) -> AdapterRegistry:
+        """`restores`: with the router of before, and whatever the journal holds."""
         registry = AdapterRegistry(
-            routed,
+            routed_model or (attach_routing(tiny_llama(), num_slots=6) if restores else routed),
             base_model_name=BASE,
             settings=ServerSettings(max_adapters=5),
             run_between_steps=run_inline,
             root=folders,
             encode_examples=functools.partial(encode_examples, tokenizer=ByteRenderer()),
+            **options,
         )
         made.append(registry)
+        if restores:
+            names = registry.restore([])
+            registry.swap_router(tmp_path / "router")
+            for name in names:
+                registry.wait(name, 60)
+            return registry
         known = [(name, str(add(registry, name).digest)) for name in "ab"]
         if has_statistics:
             save_artefact(router_with_statistics(routed, known), tmp_path / "router")
@@ -149,6 +163,74 @@ def test_calibrating_anew_leaves_running_requests_their_row(start: Start, routed
     assert new.id != running.plan.router_generation
     assert routed.routers.generations[old.id] is old, "the running request's generation stands as it was"
     running.release()
+
+
+def test_registering_again_adds_the_examples_that_are_new(start: Start) -> None:
+    registry = start()
+    first = add(registry, "c", OWN[:3])
+    assert add(registry, "c", OWN[:3]).calibration == first.calibration
+    again = add(registry, "c", OWN[2:])
+    assert again.generation == first.generation
+    assert again.to_dict()["calibration"]["num_examples"] == 6
+    assert again.routed, again.reason
+
+
+def test_a_next_generation_is_calibrated_anew_and_takes_the_traffic_over(start: Start) -> None:
+    registry = start()
+    first = add(registry, "c", OWN)
+    running = registry.lease("auto")
+    registry.register(AdapterSpec(name="c", source="./d"), OWN[:4], expected=[first.etag])
+    second = registry.wait("c", 60)
+    assert second.generation == 2
+    assert second.digest != first.digest
+    assert second.to_dict()["calibration"]["num_examples"] == 4
+    assert second.routed, second.reason
+    slot = registry.roster.adapters["c"].slot
+    assert slot in registry.lease("auto").plan.allowed_slots
+    assert slot not in running.plan.allowed_slots, "a running request keeps the generation that it began with"
+    running.release()
+
+
+def test_a_restart_keeps_the_wish_to_be_routed_and_makes_rows_from_examples_on_disk(
+    start: Start, folders: Path, tmp_path: Path
+) -> None:
+    folder = copied(folders / "c", folders / "on-disk")
+    (folder / "examples.jsonl").write_text("\n".join(json.dumps(text) for text in OWN) + "\n")
+    journal = tmp_path / "adapters.state"
+    registry = start(journal=journal)
+    add(registry, "c", source="./on-disk")
+    assert add(registry, "d").calibration is None
+    before = registry.get("c").calibration
+    registry.close()
+    restored = start(journal=journal, restores=True)
+    assert restored.get("c").calibration == before
+    assert restored.get("c").routed, restored.get("c").reason
+    assert restored.get("d").calibration is None, "nobody asked for a row from its weights, and a restart does not"
+
+
+@pytest.mark.skipif(not libraries(), reason="no native library was built, or none fits this CPU")
+def test_the_native_backend_makes_the_same_row(start: Start, tiny_llama: "Callable[..., LlamaForCausalLM]") -> None:
+    """fp32, through the backend as a server builds it, whose torch weights are gone."""
+    expected_of = start()
+    expected = add(expected_of, "c", OWN).calibration
+    rows = expected_of.roster.router
+    routed = attach_routing(tiny_llama(), num_slots=6)
+    settings = ServerSettings(max_adapters=5, kv_cache_mib=1, backend="native")
+    backend = build_backend(routed, settings, 512)
+    assert next(routed.model.parameters()).numel() == 0
+    registry = start(routed_model=routed, states=backend.states, restores=True)
+    for name in "ab":
+        assert add(registry, name).routed
+    info = add(registry, "c", OWN)
+    assert info.routed, info.reason
+    assert info.calibration == pytest.approx(expected, abs=0.05)
+    found = registry.roster.router
+    assert found is not None
+    assert rows is not None
+    for key, value in rows.rows.items():
+        torch.testing.assert_close(found.rows[key], value, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(found.biases[key], rows.biases[key], rtol=1e-2, atol=1e-2)
+    assert "give examples" in str(add(registry, "d", routed=True).reason)
 
 
 def test_a_row_is_made_from_weights_only_when_routing_was_asked_for(start: Start) -> None:

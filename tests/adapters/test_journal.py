@@ -34,6 +34,19 @@ def test_entries_and_generations_outlive_the_process(tmp_path: Path) -> None:
     journal.close()
 
 
+def test_asking_for_routing_and_not_objecting_to_it_stay_apart(tmp_path: Path) -> None:
+    """An adapter without examples gets a gate row from its weights only if `routed: true` was said."""
+    path = tmp_path / "adapters.state"
+    journal = Journal(path)
+    for name, said in (("silent", {}), ("asked", {"routed": True}), ("declined", {"routed": False})):
+        journal.put(JournalEntry(AdapterSpec(name=name, source="org/name", **said), 1))
+    journal = reopened(journal, path)
+    specs = {entry.spec.name: entry.spec for entry in journal.restored([])[1]}
+    assert {name: spec.routed for name, spec in specs.items()} == {"silent": True, "asked": True, "declined": False}
+    assert [name for name, spec in specs.items() if "routed" in spec.model_fields_set] == ["asked", "declined"]
+    journal.close()
+
+
 def test_a_retired_adapter_of_the_configuration_stays_so_until_its_lines_change(tmp_path: Path) -> None:
     path = tmp_path / "adapters.state"
     journal = Journal(path)

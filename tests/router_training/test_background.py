@@ -10,7 +10,7 @@ from router_training.background import with_background
 from router_training.encoding import TokenSequence
 from router_training.gates import RouterParameters
 from router_training.leave_one_out import without_row
-from router_training.roster import Roster
+from router_training.roster import FIRST_SLOT, Roster
 from router_training.router_inputs import cache_inputs
 from router_training.settings import TrainingConfig
 from server.routing.background import from_tensors
@@ -41,17 +41,25 @@ def test_statistics_are_of_routed_states_with_their_domains(
     states = background.gates["layer.0"].states
     for state, domain in zip(states, background.domains, strict=True):
         nearest = int((cached.inputs["layer.0"] - state).square().sum(dim=1).argmin())
-        assert int(cached.labels[nearest]) == int(domain)
+        assert int(cached.labels[nearest]) == int(domain) + FIRST_SLOT
     assert set(background.domains.tolist()) == {0, 1, 2}
 
 
 def test_domains_follow_the_artefact_not_the_roster(
     roster: Roster, artefact: RouterArtefact, make_sequences: Sequences
 ) -> None:
-    """Without the first adapter's row, the others' indices move up."""
+    """Without the first adapter's row, the others' indices move up, and its tokens are nobody's domain."""
     smaller = without_row(artefact, 0)
-    sequences = [sequence for sequence in make_sequences(9) if sequence.label > 0]
+    sequences = make_sequences(9)
     finished = with_background(smaller, roster, sequences, roster.base_plans())
-    assert set(from_tensors(finished.background, finished.rows).domains.tolist()) == {0, 1}
+    background = from_tensors(finished.background, finished.rows)
+    cached = cache_inputs(
+        roster.routed, sequences, roster.base_plans(), "layer", max_prompt_tokens=24, max_answer_tokens=24
+    )
+    states = background.gates["layer.0"].states
+    for state, domain in zip(states, background.domains, strict=True):
+        nearest = int((cached.inputs["layer.0"] - state).square().sum(dim=1).argmin())
+        assert int(cached.labels[nearest]) == int(domain) + FIRST_SLOT + 1
+    assert set(background.domains.tolist()) == {0, 1}
     for key, rows in smaller.rows.items():
         assert torch.equal(rows, artefact.rows[key][1:])
