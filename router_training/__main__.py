@@ -141,6 +141,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add("--sign", "sign", int, "of the entropy term: 1 specialises, -1 is the paper's printed formula", (1, -1))
     add("--eta", "eta", float, "weight of the adapter-id cross-entropy; 0 is the paper's pure loss")
     add("--lm-weighting", "lm_weighting", str, "LM loss per chat, or over its own adapter's", ("nats", "relative"))
+    add("--distil", "distil", float, "share of the LM loss that is the divergence from the own adapter, 0 to 1")
     add("--checkpoint-every", "checkpoint_every", int, "steps between checkpoints; repeat the command to resume")
 
 

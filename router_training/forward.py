@@ -17,11 +17,16 @@ def answer_losses(routed: RoutedModel, batch: TokenBatch, routing: RoutingBatch 
 
     The output head runs on the answer positions only: with a vocabulary of 49k it would cost a fifth of the pass.
     """
+    logits = answer_logits(routed, batch, routing)
+    return F.cross_entropy(logits, batch.targets[batch.targets != IGNORED], reduction="none")
+
+
+def answer_logits(routed: RoutedModel, batch: TokenBatch, routing: RoutingBatch | None) -> Tensor:
+    """Logits that predict every answer token, (N, vocabulary) float32 in row-major order of the positions."""
     model: Any = routed.model
     hidden = last_hidden_states(routed, batch, routing)  # (S, L, d)
-    answer = batch.targets != IGNORED
-    logits = model.get_output_embeddings()(hidden[answer])  # (N, vocabulary)
-    return F.cross_entropy(logits.float(), batch.targets[answer], reduction="none")
+    logits: Tensor = model.get_output_embeddings()(hidden[batch.targets != IGNORED])
+    return logits.float()
 
 
 def last_hidden_states(routed: RoutedModel, batch: TokenBatch, routing: RoutingBatch | None) -> Tensor:

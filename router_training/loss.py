@@ -58,6 +58,15 @@ def router_losses(
     )
 
 
+def distilled_losses(logits: Tensor, targets: Tensor, teacher: Tensor, share: float) -> Tensor:
+    """(1 - share) · -log q(target) + share · KL(p ‖ q) per token in nats, (N,) (Hinton et al., arXiv 1503.02531, at
+    temperature 1), for logits of q (N, V), targets (N,) and the teacher's logits of p (N, V)."""
+    log_q, log_p = torch.log_softmax(logits, dim=-1), torch.log_softmax(teacher, dim=-1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    likelihood = -log_q.gather(-1, targets[:, None]).squeeze(-1)
+    return (1 - share) * likelihood + share * divergence
+
+
 def token_weights(probabilities: Tensor, weights: Tensor | None) -> Tensor:
     """`weights` (T,), or 1/T for every token of probabilities (..., T, E)."""
     num_tokens = probabilities.shape[-2]

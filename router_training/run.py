@@ -13,7 +13,7 @@ from router_training.background import with_background
 from router_training.checkpoint import Checkpoint, run_fingerprint
 from router_training.data import Chat, read_splits
 from router_training.encoding import TokenSequence, encode_chats
-from router_training.evaluation import evaluate_policy
+from router_training.evaluation import evaluate_policy, gate_batch
 from router_training.frozen import check_frozen, frozen_digests
 from router_training.gates import RouterParameters
 from router_training.mixing import Mix, check_longest, draw_mix, encode_mix
@@ -125,7 +125,16 @@ def _train_router(
     # Chats that the warm start has not seen come first.
     unseen_first = [*sequences[num_cached:], *sequences[:num_cached]]
     prior = prior_shares(settings, roster.names)
-    trainer = Trainer(roster.routed, router, unseen_first, settings, prior=prior, task_losses=task_losses)
+    own = roster.own_adapter_plans()
+    trainer = Trainer(
+        roster.routed,
+        router,
+        unseen_first,
+        settings,
+        prior=prior,
+        task_losses=task_losses,
+        teacher=lambda batch: gate_batch(roster.routed, batch, own),
+    )
     if state is not None:
         trainer.load_state_dict(state["trainer"])
         print(f"continuing after step {trainer.next_step} of {settings.steps}", file=sys.stderr)

@@ -94,6 +94,9 @@ class TrainingConfig(BaseModel):
     """η, weight of the adapter-id cross-entropy (MeteoRA); 0 is the paper's pure loss."""
     lm_weighting: Literal["nats", "relative"] = "nats"
     """LM loss of a chat in `nats`, or `relative` to what its own adapter reaches on its task, as the report counts."""
+    distil: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the LM loss that is KL(own adapter ‖ router) over the vocabulary at answer positions; the rest is the
+    likelihood of the answer itself. Zero divergence is the oracle, so this part has no noise of the data at its end."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 20
     """Steps between two checkpoints; a killed run repeats at most these."""
 

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from router_training.encoding import TokenSequence, collate
-from router_training.forward import answer_losses
+from router_training.encoding import IGNORED, TokenBatch, TokenSequence, collate
+from router_training.forward import answer_logits
 from router_training.gates import RouterParameters, TrainingBatch
-from router_training.loss import RouterLosses, router_losses
+from router_training.loss import RouterLosses, distilled_losses, router_losses
 from router_training.settings import TrainingConfig
 from server.routing.attach import RoutedModel
+from server.routing.context import RoutingBatch
 
 MICRO_BATCHES = 2
 """Parts a batch is computed in, sorted by length: halves the padding. The losses are still those of the whole batch."""
@@ -36,7 +38,8 @@ class StepMetrics:
     """`dense` or `straight_through`."""
     loss: float
     lm_loss: float
-    """Mean over chats of the mean negative log-likelihood of the answer's tokens, in nats or relative."""
+    """Mean over chats of the mean loss of the answer's tokens, in nats or relative: negative log-likelihood, with
+    `distil` in part divergence from the own adapter."""
     balance: float
     entropy: float
     adapter_id: float
@@ -59,11 +62,15 @@ class Trainer:
         *,
         prior: Tensor | None = None,
         task_losses: Mapping[int, float] | None = None,
+        teacher: Callable[[TokenBatch], RoutingBatch | None] | None = None,
     ) -> None:
         """`prior` (C,) is the balance term's, uniform by default. `task_losses` holds, for `lm_weighting: relative`,
-        the loss by label, in nats per answer token, that a chat's loss is divided by."""
+        the loss by label, in nats per answer token, that a chat's loss is divided by. `teacher` makes, for `distil`,
+        the gates that the router is to come close to: each token's own adapter."""
         if config.lm_weighting == "relative" and task_losses is None:
             raise ValueError("relative weighting needs the tasks' own losses")
+        if config.distil and teacher is None:
+            raise ValueError("distillation needs a teacher's gates")
         self.router = router
         self.next_step = 0
         self._routed = routed
@@ -71,6 +78,7 @@ class Trainer:
         self._config = config
         self._prior = prior
         self._task_losses = task_losses if config.lm_weighting == "relative" else None
+        self._teacher = teacher if config.distil else None
         self._optimiser = torch.optim.AdamW(router.parameters, lr=config.learning_rate, weight_decay=0.0)
 
     def run(self, on_step: Callable[[StepMetrics], None] = lambda _: None) -> None:
@@ -140,7 +148,7 @@ class Trainer:
             part = members[start : start + part_size]
             batch = collate(part)
             routing = TrainingBatch(snapshot, self.router, mode, top_k=config.top_k, temperature=config.temperature)
-            lm_losses.append(answer_losses(self._routed, batch, routing))
+            lm_losses.append(self._lm_losses(batch, routing))
             positions = batch.answer_positions
             logits.append(routing.stacked_logits(positions))
             labels.append(batch.token_labels[positions])
@@ -151,6 +159,15 @@ class Trainer:
         choices = torch.cat(labels) - self.router.first_slot
         losses = router_losses(torch.cat(logits, dim=1), choices, config.top_k, config.temperature, weight, self._prior)
         return (torch.cat(lm_losses) * torch.cat(scales) * weight).sum(), losses
+
+    def _lm_losses(self, batch: TokenBatch, routing: TrainingBatch) -> Tensor:
+        """LM loss of every answer token, (N,)."""
+        targets = batch.targets[batch.targets != IGNORED]
+        if self._teacher is None:
+            return F.cross_entropy(answer_logits(self._routed, batch, routing), targets, reduction="none")
+        with torch.no_grad():
+            wanted = answer_logits(self._routed, batch, self._teacher(batch))
+        return distilled_losses(answer_logits(self._routed, batch, routing), targets, wanted, self._config.distil)
 
     def _scales(self, labels: Tensor) -> Tensor:
         """What the loss of each answer token is multiplied by, (N,)."""

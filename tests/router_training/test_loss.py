@@ -203,3 +203,16 @@ def test_a_uniform_prior_is_the_papers_balance_term() -> None:
         loss.balance_term(probabilities, frequency, prior=torch.full((4,), 0.25)),
         loss.balance_term(probabilities, frequency),
     )
+
+
+def test_distilled_losses_are_likelihood_and_divergence_in_the_share_asked_for() -> None:
+    logits, teacher = make_logits(1), make_logits(2)
+    targets = torch.arange(NUM_TOKENS) % NUM_ADAPTERS
+    likelihood = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    divergence = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=teacher), torch.distributions.Categorical(logits=logits)
+    )
+    for share in (0.0, 0.3, 1.0):
+        found = loss.distilled_losses(logits, targets, teacher, share)
+        torch.testing.assert_close(found, (1 - share) * likelihood + share * divergence)
+    assert loss.distilled_losses(teacher, targets, teacher, 1.0).abs().max() < 1e-12

@@ -25,6 +25,7 @@ FLAGS = {
     "--checkpoint-every": "3",
     "--lr": "0.05",
     "--lm-weighting": "relative",
+    "--distil": "0.5",
     "--validation-rows": "2",
 }
 ARTEFACT = ("router.json", "router.safetensors")

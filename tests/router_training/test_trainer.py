@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from router_training.encoding import TokenSequence, collate
-from router_training.forward import answer_losses
+from router_training.encoding import TokenBatch, TokenSequence, collate
+from router_training.evaluation import gate_batch
+from router_training.forward import answer_logits, answer_losses
 from router_training.gates import RouterParameters, TrainingBatch
 from router_training.roster import Roster
 from router_training.settings import TrainingConfig
 from router_training.trainer import StepMetrics, Trainer, learning_rate_at
+from server.routing.context import RoutingBatch
 from server.routing.router import Granularity
 
 Sequences = Callable[..., list[TokenSequence]]
@@ -28,6 +30,7 @@ def make_trainer(
     granularity: Granularity = "layer",
     prior: Tensor | None = None,
     task_losses: dict[int, float] | None = None,
+    teacher: Callable[[TokenBatch], RoutingBatch | None] | None = None,
     **settings: Any,
 ) -> Trainer:
     config = TrainingConfig.model_validate(
@@ -43,7 +46,7 @@ def make_trainer(
     router = RouterParameters.zeros(
         roster.gated_projections(), granularity, len(roster.adapters), null_expert=config.null_expert
     )
-    return Trainer(roster.routed, router, sequences, config, prior=prior, task_losses=task_losses)
+    return Trainer(roster.routed, router, sequences, config, prior=prior, task_losses=task_losses, teacher=teacher)
 
 
 def checksum(roster: Roster) -> str:
@@ -196,3 +199,32 @@ def test_a_null_expert_is_trained_like_an_adapter(roster: Roster, make_sequences
     assert steps[0].adapter_id == pytest.approx(math.log(4), abs=1e-5)
     assert mean_of("adapter_id", steps[-4:]) < 0.5 * math.log(4)
     assert all(row.shape[0] == 4 for row in trainer.router.parameters)
+
+
+def own_gates(roster: Roster) -> Callable[[TokenBatch], RoutingBatch | None]:
+    plans = roster.own_adapter_plans()
+    return lambda batch: gate_batch(roster.routed, batch, plans)
+
+
+def test_distillation_measures_the_divergence_from_the_own_adapter(roster: Roster, make_sequences: Sequences) -> None:
+    sequences = make_sequences(6)
+    trainer = make_trainer(roster, sequences, distil=1.0, teacher=own_gates(roster))
+    batch = collate(sorted(sequences, key=len))
+    uniform = TrainingBatch(roster.routed.bank.snapshot, trainer.router, "dense", top_k=2, temperature=1.0)
+    student = torch.distributions.Categorical(logits=answer_logits(roster.routed, batch, uniform))
+    teacher = torch.distributions.Categorical(logits=answer_logits(roster.routed, batch, own_gates(roster)(batch)))
+    per_token = torch.distributions.kl_divergence(teacher, student)
+    rows = batch.answer_positions.view(batch.token_ids.shape).nonzero()[:, 0]
+    expected = float(torch.stack([per_token[rows == row].mean() for row in range(6)]).mean().detach())
+    assert trainer.step().lm_loss == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ValueError, match="teacher"):
+        make_trainer(roster, sequences, distil=0.5)
+
+
+def test_distillation_brings_the_router_closer_to_the_own_adapters(roster: Roster, make_sequences: Sequences) -> None:
+    before = checksum(roster)
+    steps: list[StepMetrics] = []
+    options: dict[str, Any] = {"steps": 24, "straight_through_fraction": 0.0, "eta": 0.0, "alpha": 0.0, "lambda_": 0.0}
+    make_trainer(roster, make_sequences(24), distil=1.0, teacher=own_gates(roster), **options).run(steps.append)
+    assert 0 < mean_of("lm_loss", steps[-4:]) < 0.95 * mean_of("lm_loss", steps[:4])
+    assert checksum(roster) == before
