@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from server.adapters.atomic_file import write_atomically
+from server.adapters.atomic_file import remove_leftovers, write_atomically
 from server.adapters.strict_json import StrictJsonError, parse_object
 from server.config import AdapterSpec
 from server.errors import ConfigError, LoraMixerError
@@ -58,8 +58,7 @@ class Journal:
         self._lock_descriptor: int | None = None
         self._path = path if path is not None and self._claim(path) else None
         if self._path is not None:
-            for leftover in self._path.parent.glob(f"{self._path.name}*.tmp"):  # of a write that a crash cut short
-                leftover.unlink(missing_ok=True)
+            remove_leftovers(self._path)
             self._read(self._path)
 
     def close(self) -> None:

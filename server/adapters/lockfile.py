@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from server.adapters.atomic_file import write_atomically
+from server.adapters.atomic_file import remove_leftovers, write_atomically
 from server.adapters.peft_config import CONFIG_NAME
 from server.adapters.sources import COMMIT_PATTERN
 from server.adapters.strict_json import StrictJsonError, parse_object
@@ -58,6 +58,8 @@ class Lockfile:
         """Reads `path` if it exists; None keeps the lock in memory. Raises ConfigError when it is damaged."""
         self._path = path
         self._mutex = threading.Lock()
+        if path is not None:
+            remove_leftovers(path)
         self._entries = {} if path is None else _read(path)
 
     def get(self, key: LockKey) -> LockEntry | None:

@@ -1,5 +1,6 @@
 """adapters.lock: exact, atomic, tolerant of absence, strict on damage."""
 
+import fcntl
 import json
 import threading
 from pathlib import Path
@@ -54,6 +55,18 @@ def test_equal_locks_are_equal_bytes_whatever_the_order(tmp_path: Path) -> None:
             lock.put(key, ENTRY)
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_rests_of_writes_that_a_kill_cut_short_go_and_those_of_running_writes_stay(path: Path) -> None:
+    dead, running = (path.with_name(f"{path.name}{name}.tmp") for name in ("dead", "running"))
+    dead.write_text("{")
+    with running.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        Lockfile(path)
+        assert not dead.exists()
+        assert running.exists()
+    Lockfile(path)
+    assert not running.exists()
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rest(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
