@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from router_training.settings import TrainingConfig
+from router_training.settings import BASE_NAME, TrainingConfig
 from server.adapters.weights import load_adapter
 from server.config import load_config
 from server.routing.attach import find_projections
 from server.routing.background import from_tensors
 from server.routing.bank import ProjectionInfo
+from server.routing.policy import BASE_DIGEST
 from server.routing.router import RouterArtefact, load_artefact
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +39,7 @@ def test_it_routes_exactly_the_adapters_of_the_default_configuration(
     config = load_config(ROOT / "adapters.yaml")
     assert config.router_folder == ROOT / "examples/demo/router"
     by_name = {adapter.name: adapter for adapter in artefact.adapters}
+    assert by_name.pop(BASE_NAME).digest == BASE_DIGEST
     assert set(by_name) == {spec.name for spec in config.adapters if spec.routed}
     for spec in config.adapters:
         adapter = load_adapter(
@@ -51,14 +53,15 @@ def test_it_routes_exactly_the_adapters_of_the_default_configuration(
 def test_it_has_one_gate_per_layer_with_background_statistics(artefact: RouterArtefact) -> None:
     assert (artefact.granularity, artefact.top_k, artefact.temperature) == ("layer", 2, 1.0)
     assert set(artefact.rows) == {f"layer.{index}" for index in range(30)}
-    assert sum(rows.numel() for rows in artefact.rows.values()) == 17_280 * 8
+    assert sum(rows.numel() for rows in artefact.rows.values()) == 17_280 * 9
     background = from_tensors(artefact.background, artefact.rows)
-    assert set(background.domains.tolist()) == set(range(8))
+    assert set(background.domains.tolist()) == set(range(9))
     assert sum(file.stat().st_size for file in (ROOT / "examples/demo/router").iterdir()) < 8_000_000
 
 
 def test_its_record_shows_it_ahead_of_base_and_uniform_on_every_task(artefact: RouterArtefact) -> None:
     validation = artefact.training["validation"]
-    names = {adapter.name for adapter in artefact.adapters}
+    names = {adapter.name for adapter in artefact.adapters} - {BASE_NAME}
     assert set(validation["beats_base"]) == set(validation["beats_uniform"]) == names
+    assert validation["off_domain"]["ratio_to_base"]["routed"] < 1.02
     TrainingConfig(**artefact.training["settings"])
