@@ -104,9 +104,10 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         type=Path,
+        action="append",
         required=True,
         metavar="DIR",
-        help="one folder per adapter name with {train,validation}.jsonl",
+        help="one folder per adapter name with {train,validation}.jsonl; repeatable, each adds tasks",
     )
 
 

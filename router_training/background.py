@@ -56,7 +56,9 @@ def with_background(
     return dataclasses.replace(artefact, background=to_tensors(Background(gates, torch.tensor(domains))))
 
 
-def add_background(config: ServerConfig, data: Path, folder: Path, load: Callable[[ServerConfig], Roster]) -> None:
+def add_background(
+    config: ServerConfig, data: Sequence[Path], folder: Path, load: Callable[[ServerConfig], Roster]
+) -> None:
     """Add statistics to the artefact in `folder`, from the first training chats of every adapter; rows stay.
 
     `load` loads the roster. Raises TrainingDataError or RouterArtefactError before anything is written.

@@ -1,7 +1,7 @@
 """Chat-JSONL folders to labelled chats: reading, checking, balanced sampling, digest. Knows no tokens and no model.
 
 Layout: DATA/<adapter name>/{train,validation}.jsonl, one `{"task", "messages": [{"role", "content"}, ...]}` a line.
-The adapter that a chat belongs to is the one its folder is named after.
+The adapter that a chat belongs to is the one its folder is named after. Several DATA folders may share the tasks.
 """
 
 import hashlib
@@ -47,12 +47,17 @@ class Chat:
 
 
 def read_splits(
-    data: Path, tasks: Sequence[str], splits: Sequence[Split] = ("train", "validation")
+    data: Sequence[Path], tasks: Sequence[str], splits: Sequence[Split] = ("train", "validation")
 ) -> dict[Split, dict[str, list[Chat]]]:
-    """Every chat by split and task, in file order. Raises TrainingDataError with all problems of all files."""
+    """Every chat by split and task, in file order; each task is in one of the folders `data`.
+
+    Raises TrainingDataError with all problems of all files, a task that two folders have among them.
+    """
     problems: list[str] = []
+    folders = {task: _folder_of(task, data, problems) for task in tasks}
     chats: dict[Split, dict[str, list[Chat]]] = {
-        split: {task: _read_file(data / task / f"{split}.jsonl", task, problems) for task in tasks} for split in splits
+        split: {task: _read_file(folders[task] / f"{split}.jsonl", task, problems) for task in tasks}
+        for split in splits
     }
     if problems:
         raise TrainingDataError(problems)
@@ -87,6 +92,20 @@ def data_digest(chats: Sequence[Chat]) -> str:
         sha.update(json.dumps(content, sort_keys=True, ensure_ascii=False).encode())
         sha.update(b"\n")
     return sha.hexdigest()
+
+
+def has_task(data: Sequence[Path], task: str) -> bool:
+    """Whether one of the folders `data` has chats of this task."""
+    return any((folder / task).is_dir() for folder in data)
+
+
+def _folder_of(task: str, data: Sequence[Path], problems: list[str]) -> Path:
+    """Where the chats of a task are; where they should be, if nowhere."""
+    found = [folder / task for folder in data if (folder / task).is_dir()]
+    if len(found) > 1:
+        listed = " and ".join(map(str, found))
+        problems.append(f"{listed}: both hold chats of {task!r}; join them into one, or name fewer folders")
+    return found[0] if found else data[0] / task
 
 
 def _read_file(path: Path, task: str, problems: list[str]) -> list[Chat]:

@@ -138,7 +138,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m router_training.leave_one_out", description=__doc__)
     parser.add_argument("--config", type=Path, default=Path("adapters.yaml"), metavar="FILE")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="as for lora-mixer-train")
+    parser.add_argument(
+        "--data", type=Path, action="append", required=True, metavar="DIR", help="as for lora-mixer-train"
+    )
     parser.add_argument("--only", nargs="*", metavar="NAME", help="adapters to hold out (default: all)")
     parser.add_argument("--own-chats", type=int, default=12, help="validation chats of the held-out task (default 12)")
     parser.add_argument("--other-chats", type=int, default=5, help="validation chats of each other task (default 5)")

@@ -11,7 +11,7 @@ import torch
 from router_training.artefact import build_artefact
 from router_training.background import with_background
 from router_training.checkpoint import Checkpoint, run_fingerprint
-from router_training.data import Chat, read_splits
+from router_training.data import Chat, has_task, read_splits
 from router_training.encoding import TokenSequence, encode_chats
 from router_training.evaluation import evaluate_policy, gate_batch
 from router_training.frozen import check_frozen, frozen_digests
@@ -36,7 +36,9 @@ BACKGROUND_CHATS = 160
 """Chats of the mix whose router inputs give the background statistics; a mean over some 6,000 tokens is steady."""
 
 
-def train(config: ServerConfig, data: Path, out: Path, settings: TrainingConfig, *, validation_rows: int) -> None:
+def train(
+    config: ServerConfig, data: Sequence[Path], out: Path, settings: TrainingConfig, *, validation_rows: int
+) -> None:
     """Train a router and write artefact, metrics and evaluation into `out`; continue there if a run was cut.
 
     Every problem of the data is raised before training starts, those that need no tokenizer before the model is loaded.
@@ -72,15 +74,15 @@ def train(config: ServerConfig, data: Path, out: Path, settings: TrainingConfig,
 
 
 def evaluate_folder(
-    config: ServerConfig, data: Path, router: Path, options: SuiteOptions, *, validation_rows: int
+    config: ServerConfig, data: Sequence[Path], router: Path, options: SuiteOptions, *, validation_rows: int
 ) -> dict[str, Any]:
     """Evaluate a saved artefact. Raises RouterArtefactError if it belongs to another base model or other adapters.
 
-    Off-domain chats are taken from the data folder `base` where there is one.
+    Off-domain chats are taken from the task folder `base` where there is one.
     """
     artefact = load_artefact(router)
     names = [spec.name for spec in config.adapters if spec.routed]
-    tasks = [*([BASE_TASK] if (data / BASE_TASK).is_dir() else []), *names]
+    tasks = [*([BASE_TASK] if has_task(data, BASE_TASK) else []), *names]
     chats = first_rows(read_splits(data, tasks, ("validation",))["validation"], validation_rows)
     roster = load_with_progress(config)
     check_artefact(artefact, roster)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from router_training.data import Chat, TrainingDataError, balanced_sample, data_digest, read_splits
+from router_training.data import Chat, TrainingDataError, balanced_sample, data_digest, has_task, read_splits
 
 
 def row(question: str = "2+2?", answer: str = "4") -> dict[str, Any]:
@@ -29,7 +29,7 @@ def make_chats(task: str, count: int) -> list[Chat]:
 
 def test_chats_are_labelled_by_their_folder_and_know_their_line(tmp_path: Path) -> None:
     write(tmp_path / "maths/train.jsonl", row("1+1?", "2"), "", row())
-    chats = read_splits(tmp_path, ["maths"], ("train",))["train"]["maths"]
+    chats = read_splits([tmp_path], ["maths"], ("train",))["train"]["maths"]
     assert [chat.task for chat in chats] == ["maths", "maths"]
     assert [chat.origin.rpartition(":")[2] for chat in chats] == ["1", "3"]
     assert chats[0].messages[-1] == {"role": "assistant", "content": "2"}
@@ -37,7 +37,7 @@ def test_chats_are_labelled_by_their_folder_and_know_their_line(tmp_path: Path) 
 
 def test_a_line_separator_inside_a_string_does_not_end_the_line(tmp_path: Path) -> None:
     write(tmp_path / "maths/train.jsonl", row("one\u2028two\x85three"))
-    assert len(read_splits(tmp_path, ["maths"], ("train",))["train"]["maths"]) == 1
+    assert len(read_splits([tmp_path], ["maths"], ("train",))["train"]["maths"]) == 1
 
 
 def test_every_problem_of_every_file_is_reported_at_once(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_every_problem_of_every_file_is_reported_at_once(tmp_path: Path) -> None
     write(tmp_path / "maths/validation.jsonl")
     write(tmp_path / "code/train.jsonl", {"messages": list(reversed(row()["messages"]))}, row(answer=" "))
     with pytest.raises(TrainingDataError) as caught:
-        read_splits(tmp_path, ["maths", "code"])
+        read_splits([tmp_path], ["maths", "code"])
     problems = [problem.removeprefix(f"{tmp_path}/") for problem in caught.value.problems]
     beginnings = [
         "maths/train.jsonl:2: not JSON",
@@ -68,8 +68,21 @@ def test_a_missing_field_on_line_4711_is_found_there(tmp_path: Path) -> None:
     del lines[4710]["messages"][1]["content"]
     write(tmp_path / "maths/train.jsonl", *lines)
     with pytest.raises(TrainingDataError) as caught:
-        read_splits(tmp_path, ["maths"], ("train",))
+        read_splits([tmp_path], ["maths"], ("train",))
     assert caught.value.problems == (f"{tmp_path}/maths/train.jsonl:4711: messages[1]: field 'content' is missing",)
+
+
+def test_folders_add_tasks_and_a_task_in_two_of_them_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "ours/maths/train.jsonl", row())
+    write(tmp_path / "yours/code/train.jsonl", row(), row())
+    folders = [tmp_path / "ours", tmp_path / "yours"]
+    chats = read_splits(folders, ["maths", "code"], ("train",))["train"]
+    assert {task: len(rows) for task, rows in chats.items()} == {"maths": 1, "code": 2}
+    assert has_task(folders, "code")
+    assert not has_task(folders, "base")
+    write(tmp_path / "yours/maths/train.jsonl", row())
+    with pytest.raises(TrainingDataError, match=r"ours/maths and .*yours/maths: both hold chats of 'maths'"):
+        read_splits(folders, ["maths", "code"], ("train",))
 
 
 def test_a_flood_of_problems_is_counted_but_not_listed_whole() -> None:

@@ -136,8 +136,8 @@ def test_a_null_expert_needs_chats_of_its_own_and_becomes_a_choice(
     flags = ["--out", str(project / "router"), *QUICK, "--null-expert"]
     assert run(project, "train", *flags) == 1
     assert "'base' has no readable samples" in capsys.readouterr().err
-    shutil.copytree(project / "data/letters", project / "data/base")
-    assert run(project, "train", *flags, "--prior", "base=2") == 0
+    shutil.copytree(project / "data/letters", project / "general/base")
+    assert run(project, "train", *flags, "--prior", "base=2", "--data", str(project / "general")) == 0
     artefact = load_artefact(project / "router")
     assert [adapter.name for adapter in artefact.adapters] == ["base", "letters", "digits"]
     assert artefact.adapters[0].digest == "base"

@@ -18,7 +18,7 @@ def test_answers_are_the_base_models_greedy_ones_and_can_be_trained_on(project: 
     out = project / "data" / "base" / "train.jsonl"
     command = ["answer", "--config", str(project / "adapters.yaml"), "--prompts", str(prompts), "--out", str(out)]
     assert main([*command, "--max-new-tokens", "8"]) == 0
-    chats = read_splits(project / "data", ["base"], ("train",))["train"]["base"]
+    chats = read_splits([project / "data"], ["base"], ("train",))["train"]["base"]
     assert [chat.messages[0]["content"] for chat in chats] == ["what is rain?", "tell me more"]
     config = load_config(project / "adapters.yaml")
     loaded = load_base_model(config.base_model, device="cpu", cache_folder=project, root=config.root)
@@ -45,7 +45,7 @@ def test_prompts_that_are_none_are_refused_by_file(tmp_path: Path, content: byte
 
 def test_the_demos_off_domain_chats_are_readable_and_apart() -> None:
     data = Path(__file__).resolve().parents[2] / "examples" / "demo" / "data"
-    splits = read_splits(data, ["base"])
+    splits = read_splits([data], ["base"])
     questions = {split: {chat.messages[0]["content"] for chat in rows["base"]} for split, rows in splits.items()}
     assert len(questions["train"]) == 240
     assert len(questions["validation"]) == 60
