@@ -48,6 +48,13 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", type=Path, metavar="FILE", help="also write the record as JSON")
     evaluate.add_argument("--baselines", action="store_true", help="every baseline too (default off)")
     evaluate.add_argument(
+        "--calibration-chats",
+        type=int,
+        default=16,
+        metavar="N",
+        help="training chats per task that --baselines fits those with something to fit on (default 16)",
+    )
+    evaluate.add_argument(
         "--composites", type=int, default=0, metavar="N", help="chats that join two tasks (default 0: none)"
     )
     evaluate.add_argument(
@@ -176,8 +183,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     router = options.router or config.router_folder
     if router is None:
         raise ConfigError("the config names no router; pass --router DIR")
+    if options.calibration_chats < 1:
+        raise ConfigError("--calibration-chats must be at least 1")
     suite = SuiteOptions(
         baselines=options.baselines,
+        calibration_chats=options.calibration_chats,
         composites=options.composites,
         generated_rows=options.generate,
         max_new_tokens=options.max_new_tokens,

@@ -3,8 +3,9 @@
 Fixed mixtures, weight-only scores, a trained router at any k, and one choice per request. Trains and measures nothing.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +15,23 @@ from router_training.evaluation import BatchMaker, gate_batch
 from router_training.forward import last_hidden_states
 from router_training.roster import Roster
 from router_training.router_inputs import cache_inputs
-from router_training.scores import ScoredBatch, WeightScore, WeightScorer
+from router_training.scores import ScoredBatch, Scorer, WeightScore, WeightScorer
 from server.routing.bank import BankSnapshot, ProjectionInfo
 from server.routing.context import GateBatch, RoutingBatch
 from server.routing.policy import BASE_SLOT, GatePlan
-from server.routing.router import RouterArtefact
+from server.routing.router import Granularity, RouterArtefact
 
 CALIBRATION_TOKENS = 8
 """Prompt and answer tokens per calibration chat whose inputs standardise the norm score."""
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One policy to compare. It is made only where a measurement of it is missing: some take minutes to fit."""
+
+    make: Callable[[], BatchMaker]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What decides its measurements beside base model, adapters and the chats that are measured."""
 
 
 @dataclass(eq=False)
@@ -54,6 +64,11 @@ class SwitchedBatch:
         return torch.where(self.chosen[:, None], zero if first is None else first, zero if second is None else second)
 
 
+def ready(maker: BatchMaker) -> Candidate:
+    """A policy that needs no making and depends on nothing else."""
+    return Candidate(lambda: maker)
+
+
 def fixed_baselines(roster: Roster) -> dict[str, BatchMaker]:
     """base, own adapter (the oracle; on composites per segment), uniform mix, and every single adapter."""
     own = roster.own_adapter_plans()
@@ -84,7 +99,7 @@ def weight_baselines(
     scorers["seqr_norm"].calibrate(cached.inputs)
     # LAG ends in one adapter per token and layer.
     return {
-        name: _scored(roster, scorer, 1 if name == "lag" else top_k, temperature) for name, scorer in scorers.items()
+        name: scored(roster, scorer, 1 if name == "lag" else top_k, temperature) for name, scorer in scorers.items()
     }
 
 
@@ -134,9 +149,20 @@ def planned(roster: Roster, plan_of_label: Sequence[GatePlan]) -> BatchMaker:
     return lambda batch: gate_batch(roster.routed, batch, plan_of_label, collect_layers=True)
 
 
-def _scored(roster: Roster, scorer: WeightScorer, top_k: int, temperature: float) -> BatchMaker:
+def scored(
+    roster: Roster, scorer: Scorer, top_k: int, temperature: float = 1.0, *, granularity: Granularity = "projection"
+) -> BatchMaker:
+    """Top-k softmax gates of any scorer's scores."""
+
     def make(_: TokenBatch) -> RoutingBatch:
         routed = roster.routed
-        return ScoredBatch(routed.bank.snapshot, scorer, routed.num_slots, top_k=top_k, temperature=temperature)
+        return ScoredBatch(
+            routed.bank.snapshot,
+            scorer,
+            routed.num_slots,
+            top_k=top_k,
+            temperature=temperature,
+            granularity=granularity,
+        )
 
     return make

@@ -78,15 +78,16 @@ def evaluate_folder(
 ) -> dict[str, Any]:
     """Evaluate a saved artefact. Raises RouterArtefactError if it belongs to another base model or other adapters.
 
-    Off-domain chats are taken from the task folder `base` where there is one.
+    Off-domain chats are taken from the task folder `base` where there is one. Baselines need the training chats too.
     """
     artefact = load_artefact(router)
     names = [spec.name for spec in config.adapters if spec.routed]
     tasks = [*([BASE_TASK] if has_task(data, BASE_TASK) else []), *names]
-    chats = first_rows(read_splits(data, tasks, ("validation",))["validation"], validation_rows)
+    splits = read_splits(data, tasks, ("train", "validation") if options.baselines else ("validation",))
+    chats = first_rows(splits["validation"], validation_rows)
     roster = load_with_progress(config)
     check_artefact(artefact, roster)
-    return Suite(roster, artefact, options).run(chats)
+    return Suite(roster, artefact, options).run(chats, splits.get("train", {}))
 
 
 def first_rows(chats: Mapping[str, Sequence[Chat]], count: int) -> dict[str, Sequence[Chat]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from server.routing import ops
 from server.routing.bank import BankSnapshot, LoraWeights, ProjectionInfo
+from server.routing.router import Granularity, gate_key
 
 WeightScore = Literal["arrow", "spectr", "norm", "lag"]
 
@@ -97,10 +98,25 @@ class WeightScorer:
 
 
 class ScoredBatch:
-    """Implements `routing.context.RoutingBatch`: top-k softmax gates, serving's own, of any scorer's scores."""
+    """Implements `routing.context.RoutingBatch`: top-k softmax gates, serving's own, of any scorer's scores.
 
-    def __init__(self, bank: BankSnapshot, scorer: Scorer, num_slots: int, *, top_k: int, temperature: float) -> None:
+    With granularity `layer` the first projection called in a layer decides for all of it, as in serving.
+    """
+
+    def __init__(
+        self,
+        bank: BankSnapshot,
+        scorer: Scorer,
+        num_slots: int,
+        *,
+        top_k: int,
+        temperature: float,
+        granularity: Granularity = "projection",
+    ) -> None:
         self.bank = bank
+        self._granularity: Granularity = granularity
+        self._key = ""
+        self._gates: Tensor | None = None
         self._scorer = scorer
         self._num_slots = num_slots
         self._top_k = top_k
@@ -108,6 +124,12 @@ class ScoredBatch:
 
     def gates(self, info: ProjectionInfo, tokens: Tensor) -> Tensor | None:
         """See `RoutingBatch`; adapter i sits in slot i + 1."""
+        key = gate_key(self._granularity, info)
+        if key != self._key:
+            self._key, self._gates = key, self._computed(info, tokens)
+        return self._gates
+
+    def _computed(self, info: ProjectionInfo, tokens: Tensor) -> Tensor | None:
         scores = self._scorer.scores(info, tokens)
         if scores is None:
             return None

@@ -7,21 +7,20 @@ from typing import Any
 
 import torch
 
-from router_training.baselines import fixed_baselines, opening_length, per_request, routed_at, weight_baselines
+from router_training.baselines import Candidate, fixed_baselines, opening_length, per_request, ready, routed_at
+from router_training.calibration import CALIBRATION_SEED, Calibration, draw_calibration
 from router_training.cells import CellCache
 from router_training.composites import encode_composite, pair_up
 from router_training.data import Chat, data_digest
 from router_training.encoding import TokenSequence, encode_chats
-from router_training.evaluation import BatchMaker, compare_policies, evaluate_batches
+from router_training.evaluation import compare_policies, evaluate_batches
+from router_training.fitted_baselines import linear_candidates, score_candidates
 from router_training.generation import generate_answers
 from router_training.metrics import Answer, metric_of
 from router_training.progress import Progress
 from router_training.roster import BASE_TASK, Roster
 from server.routing.policy import GatePlan
 from server.routing.router import RouterArtefact
-
-CALIBRATION_CHATS = 64
-"""Chats that the standardised norm score sees, from the beginning of the validation sets."""
 
 COMPOSITE_SEED = 1
 """Which validation chats are joined; one fixed draw, so that records compare."""
@@ -33,6 +32,8 @@ class SuiteOptions:
 
     baselines: bool = False
     """Every baseline beside base, own adapter, uniform mix and router."""
+    calibration_chats: int = 16
+    """Training chats per task that the baselines with something to fit see."""
     composites: int = 0
     """Composite chats; 0 leaves the set out."""
     generated_rows: int = 0
@@ -51,56 +52,74 @@ class Suite:
         self._options = options
         self._cells = CellCache(options.cache)
 
-    def run(self, chats: Mapping[str, Sequence[Chat]]) -> dict[str, Any]:
-        """The record: the single-task comparison, and one key per further set. Off-domain chats are task `base`."""
+    def run(self, chats: Mapping[str, Sequence[Chat]], train: Mapping[str, Sequence[Chat]] = {}) -> dict[str, Any]:
+        """The record: the single-task comparison, and one key per further set. Off-domain chats are task `base`.
+
+        `train` holds the training chats, which some baselines draw a few of.
+        """
         rows = [chat for task in chats.values() for chat in task]
         sequences = self._encode(rows)
-        makers = self._makers(sequences)
-        results = self._measure("single", sequences, makers)
+        options, record = self._options, dict[str, Any]()
+        candidates = self._candidates()
+        if options.baselines:
+            calibration = draw_calibration(self._roster, train, options.calibration_chats)
+            candidates = {**self._baselines(calibration), **candidates}
+            record["calibration"] = {
+                "chats_per_task": options.calibration_chats,
+                "seed": CALIBRATION_SEED,
+                "sha256": calibration.digest,
+            }
+        results = self._measure("single", sequences, candidates)
         counts = {task: len(list_of) for task, list_of in chats.items() if list_of}
-        record: dict[str, Any] = {"chats": counts, "data_sha256": data_digest(rows), **compare_policies(results)}
+        record |= {"chats": counts, "data_sha256": data_digest(rows), **compare_policies(results)}
         if BASE_TASK in record["ratio_to_own_adapter"]:
             record["off_domain"] = off_domain_summary(results)
-        if self._options.composites:
-            record["composite"] = self._composites(chats, makers)
-        if self._options.generated_rows:
+        if options.composites:
+            record["composite"] = self._composites(chats, candidates)
+        if options.generated_rows:
             record["metrics"] = self._metrics(chats)
         return record
 
-    def _makers(self, calibration: Sequence[TokenSequence]) -> dict[str, BatchMaker]:
+    def _candidates(self) -> dict[str, Candidate]:
+        """What every evaluation compares."""
+        makers = fixed_baselines(self._roster)
+        makers = {name: makers[name] for name in ("base", "own_adapter", "uniform")}
+        makers["routed"] = routed_at(self._roster, self._artefact)
+        return {name: ready(maker) for name, maker in makers.items()}
+
+    def _baselines(self, calibration: Calibration) -> dict[str, Candidate]:
         roster, artefact = self._roster, self._artefact
         makers = fixed_baselines(roster)
-        if not self._options.baselines:
-            makers = {name: makers[name] for name in ("base", "own_adapter", "uniform")}
-            return {**makers, "routed": routed_at(roster, artefact)}
-        step = max(1, len(calibration) // CALIBRATION_CHATS)
-        makers |= weight_baselines(roster, calibration[::step])
         router = routed_at(roster, artefact)
         num_choices = len(artefact.adapters)
         for top_k in sorted({k for k in (1, 2, 3, num_choices) if k <= num_choices} - {artefact.top_k}):
             makers[f"routed_k{top_k}"] = routed_at(roster, artefact, top_k)
         makers["per_request"] = per_request(roster, router)
         makers["per_request_opening"] = per_request(roster, router, opening_length(roster.loaded.tokenizer))
-        return {**makers, "routed": router}
+        return {
+            **{name: ready(maker) for name, maker in makers.items()},
+            **score_candidates(roster, calibration),
+            **linear_candidates(roster, calibration, artefact.granularity),
+        }
 
     def _measure(
-        self, name: str, sequences: Sequence[TokenSequence], makers: Mapping[str, BatchMaker]
+        self, name: str, sequences: Sequence[TokenSequence], candidates: Mapping[str, Candidate]
     ) -> dict[str, dict[str, dict[str, float]]]:
         results = {}
         content = [[s.token_ids, s.answer_start, s.label, s.label_changes, s.unscored] for s in sequences]
-        with Progress(f"{name} chats", total=len(sequences) * len(makers), unit="chat") as progress:
-            for policy, maker in makers.items():
+        with Progress(f"{name} chats", total=len(sequences) * len(candidates), unit="chat") as progress:
+            for policy, candidate in candidates.items():
 
-                def compute(maker: BatchMaker = maker) -> Any:
+                def compute(candidate: Candidate = candidate) -> Any:
                     return evaluate_batches(
-                        self._roster.routed, sequences, self._roster.tasks, maker, on_batch=progress.advance
+                        self._roster.routed, sequences, self._roster.tasks, candidate.make(), on_batch=progress.advance
                     )
 
-                results[policy] = self._cells.get(self._facts(policy, content), compute)
+                results[policy] = self._cells.get({**self._facts(policy, content), **candidate.facts}, compute)
         return results
 
     def _facts(self, policy: str, content: Any) -> dict[str, Any]:
-        """Everything that decides a measurement. Only routed policies depend on the router."""
+        """What decides a measurement, with the candidate's own facts. Only routed policies depend on the router."""
         depends = policy.startswith(("routed", "per_request"))
         return {
             "policy": policy,
@@ -114,14 +133,14 @@ class Suite:
             "torch": torch.__version__,
         }
 
-    def _composites(self, chats: Mapping[str, Sequence[Chat]], makers: Mapping[str, BatchMaker]) -> dict[str, Any]:
+    def _composites(self, chats: Mapping[str, Sequence[Chat]], candidates: Mapping[str, Candidate]) -> dict[str, Any]:
         roster = self._roster
         usable = {task: rows for task, rows in chats.items() if task != BASE_TASK}
         pairs = pair_up(usable, self._options.composites, COMPOSITE_SEED)
         tokenizer, ends = roster.loaded.tokenizer, roster.loaded.eos_token_ids
         sequences = [encode_composite(pair, roster.label_of_task, tokenizer, ends) for pair in pairs]
         fitting = [sequence for sequence in sequences if len(sequence) <= roster.loaded.max_model_len]
-        return {"chats": len(fitting), **compare_policies(self._measure("composite", fitting, makers))}
+        return {"chats": len(fitting), **compare_policies(self._measure("composite", fitting, candidates))}
 
     def _metrics(self, chats: Mapping[str, Sequence[Chat]]) -> dict[str, dict[str, Any]]:
         """policy -> task -> metric and value, for the policies that are plans."""

@@ -66,18 +66,28 @@ def test_evaluate_and_report_show_the_trained_router(project: Path, capsys: pyte
 def test_the_whole_evaluation_covers_every_set_and_reuses_what_it_measured(project: Path) -> None:
     shutil.copytree(project / "data/letters", project / "data/base")
     run(project, "train", "--out", str(project / "router"), *QUICK, "--steps", "0", "--validation-rows", "1")
-    flags = ["--router", str(project / "router"), "--out", str(project / "record.json"), "--baselines"]
+    flags = [
+        "--router",
+        str(project / "router"),
+        "--out",
+        str(project / "record.json"),
+        "--baselines",
+        "--calibration-chats",
+        "3",
+    ]
     flags += ["--composites", "6", "--generate", "2", "--max-new-tokens", "4", "--cache", str(project / "cells")]
     assert run(project, "evaluate", *flags) == 0
     record = json.loads((project / "record.json").read_text(encoding="utf-8"))
     singles = {"only_letters", "only_digits"}
-    weights = {"arrow", "spectr", "seqr_norm", "lag"}
+    weights = {"arrow", "spectr", "seqr_norm", "lag", "mean_activation", "ridge", "lda"}
+    calibrated = weights - {"arrow", "spectr", "lag"}
     routers = {"routed", "routed_k1", "per_request", "per_request_opening"}
     expected = {"base", "own_adapter", "uniform"} | singles | weights | routers
     assert (
         set(record["policies"]) == set(record["composite"]["policies"]) == set(record["off_domain"]["nll"]) == expected
     )
     assert record["composite"]["chats"] == 6
+    assert record["calibration"]["chats_per_task"] == 3
     assert record["off_domain"]["ratio_to_base"]["base"] == 1.0
     assert set(record["metrics"]) == {"base", "own_adapter", "uniform", "routed"}
     assert record["metrics"]["routed"]["letters"].keys() == {"metric", "value", "chats"}
@@ -86,6 +96,14 @@ def test_the_whole_evaluation_covers_every_set_and_reuses_what_it_measured(proje
     assert run(project, "evaluate", *flags) == 0
     assert {path: path.stat().st_mtime_ns for path in (project / "cells").iterdir()} == cells
     assert json.loads((project / "record.json").read_text(encoding="utf-8")) == record
+    assert run(project, "evaluate", *flags, "--calibration-chats", "2") == 0
+    again = {path for path in (project / "cells").iterdir() if path not in cells}
+    assert {json.loads(path.read_text(encoding="utf-8"))["facts"]["policy"] for path in again} == calibrated
+
+
+def test_calibration_without_chats_is_refused(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(project, "evaluate", "--router", str(project), "--baselines", "--calibration-chats", "0") == 1
+    assert "--calibration-chats must be at least 1" in capsys.readouterr().err
 
 
 def test_statistics_are_added_to_an_artefact_that_has_none(project: Path) -> None:

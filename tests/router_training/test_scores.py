@@ -111,6 +111,30 @@ def test_an_adapter_without_the_projection_is_never_chosen(weights: list[LoraWei
     assert batch.gates(INFO._replace(name="elsewhere"), tokens) is None
 
 
+def test_a_layers_first_projection_decides_for_all_of_it_if_gates_are_per_layer(
+    weights: list[LoraWeights], tokens: Tensor
+) -> None:
+    second = INFO._replace(name="second")
+    adapters = [{"proj": lora, "second": lora} for lora in weights]
+    bank: Any = None
+    for granularity, is_equal in (("layer", True), ("projection", False)):
+        batch = ScoredBatch(
+            bank,
+            WeightScorer(adapters, "spectr"),
+            4,
+            top_k=2,
+            temperature=1.0,
+            granularity=granularity,  # type: ignore[arg-type]
+        )
+        first, other = batch.gates(INFO, tokens), batch.gates(second, tokens.flip(0))
+        assert first is not None
+        assert other is not None
+        assert torch.equal(first, other) == is_equal
+        later = batch.gates(second._replace(layer=1), tokens.flip(0))
+        assert later is not None
+        assert not torch.equal(first, later)
+
+
 def test_arrow_gives_the_logits_of_pefts_own_arrow_model(
     tiny_llama: Callable[..., Any], make_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -1,0 +1,67 @@
+"""Baselines that look at a few training chats, each made on demand with the facts that decide it. Measures nothing."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from router_training.baselines import CALIBRATION_TOKENS, Candidate, scored, weight_baselines
+from router_training.calibration import Calibration
+from router_training.evaluation import BatchMaker
+from router_training.linear_scores import LDA_SHRINKAGE, discriminant, mean_activation, ridge
+from router_training.progress import Progress
+from router_training.roster import Roster
+from router_training.router_inputs import CachedInputs, cache_inputs
+from router_training.scores import Scorer
+from router_training.settings import TrainingConfig
+from server.routing.router import Granularity
+
+TOP_K = 2
+"""Adapters per token of every fitted router: the published k of Arrow's examples and of PHATGOOSE."""
+
+TOKENS_PER_PART = 24
+"""Prompt and answer tokens of a calibration chat whose router inputs are cached, evenly spread."""
+
+
+def score_candidates(roster: Roster, calibration: Calibration) -> dict[str, Candidate]:
+    """The routers made of adapter weights. SEQR's norm is standardised on the calibration chats under the base."""
+    makers = lru_cache(maxsize=1)(lambda: weight_baselines(roster, calibration.sequences))
+
+    def candidate(name: str) -> Candidate:
+        facts = {"calibration": calibration.digest, "tokens": CALIBRATION_TOKENS} if name == "seqr_norm" else {}
+        return Candidate(lambda: makers()[name], facts)
+
+    return {name: candidate(name) for name in ("arrow", "spectr", "seqr_norm", "lag")}
+
+
+def linear_candidates(roster: Roster, calibration: Calibration, granularity: Granularity) -> dict[str, Candidate]:
+    """Mean activation, ridge regression and linear discriminant analysis at the gates of the router under test.
+
+    Their inputs are hidden states under the uniform mixture. Under its own adapter a chat carries that adapter's mark,
+    which a router at work never sees: rows fitted on such states fail when routed (see `warm_start`).
+    """
+
+    @lru_cache(maxsize=1)
+    def cached() -> CachedInputs:
+        with Progress("calibration", total=len(calibration.sequences), unit="chat") as progress:
+            return cache_inputs(
+                roster.routed,
+                calibration.sequences,
+                roster.uniform_plans(),
+                granularity,
+                max_prompt_tokens=TOKENS_PER_PART,
+                max_answer_tokens=TOKENS_PER_PART,
+                on_batch=progress.advance,
+            )
+
+    def candidate(fit: Callable[[CachedInputs, int, Granularity], Scorer], **settings: Any) -> Candidate:
+        def make() -> BatchMaker:
+            return scored(roster, fit(cached(), len(roster.adapters), granularity), TOP_K, granularity=granularity)
+
+        facts = {"calibration": calibration.digest, "granularity": granularity, "tokens": TOKENS_PER_PART}
+        return Candidate(make, {**facts, "top_k": TOP_K, **settings})
+
+    return {
+        "mean_activation": candidate(mean_activation),
+        "ridge": candidate(ridge, penalty=TrainingConfig().warm_start_penalty),
+        "lda": candidate(discriminant, shrinkage=LDA_SHRINKAGE),
+    }
