@@ -1,8 +1,12 @@
 """Baselines that look at a few training chats, each made on demand with the facts that decide it. Measures nothing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from router_training.baselines import CALIBRATION_TOKENS, Candidate, scored, weight_baselines
 from router_training.calibration import Calibration
@@ -11,8 +15,9 @@ from router_training.linear_scores import LDA_SHRINKAGE, discriminant, mean_acti
 from router_training.progress import Progress
 from router_training.roster import Roster
 from router_training.router_inputs import CachedInputs, cache_inputs
-from router_training.scores import Scorer
+from router_training.scores import LayerWeightsBatch, Scorer
 from router_training.settings import TrainingConfig
+from router_training.static_weights import HubSettings, SoupSettings, learn_layer_weights, search_weights
 from server.routing.router import Granularity
 
 TOP_K = 2
@@ -20,6 +25,12 @@ TOP_K = 2
 
 TOKENS_PER_PART = 24
 """Prompt and answer tokens of a calibration chat whose router inputs are cached, evenly spread."""
+
+
+class Fit(Protocol):
+    """`fit(name, facts, compute)`: the result of a long fit, JSON values only, from a cache if it has been made."""
+
+    def __call__(self, name: str, facts: Mapping[str, Any], compute: Callable[[], Any]) -> Any: ...
 
 
 def score_candidates(roster: Roster, calibration: Calibration) -> dict[str, Candidate]:
@@ -65,3 +76,40 @@ def linear_candidates(roster: Roster, calibration: Calibration, granularity: Gra
         "ridge": candidate(ridge, penalty=TrainingConfig().warm_start_penalty),
         "lda": candidate(discriminant, shrinkage=LDA_SHRINKAGE),
     }
+
+
+def static_candidates(
+    roster: Roster,
+    calibration: Calibration,
+    fit: Fit,
+    soup: SoupSettings = SoupSettings(),  # noqa: B008  frozen
+    hub: HubSettings = HubSettings(),  # noqa: B008  frozen
+) -> dict[str, Candidate]:
+    """LoRA Soups and LoRAHub: see `static_weights`."""
+
+    def learn() -> list[list[float]]:
+        with Progress("LoRA Soups", total=soup.steps, unit="step") as progress:
+            weights = learn_layer_weights(
+                roster, calibration.sequences, soup, on_step=lambda loss: progress.advance(1, f"loss {loss:.3f}")
+            )
+        rows: list[list[float]] = weights.tolist()
+        return rows
+
+    def search() -> list[list[float]]:
+        chats = calibration.beginning(hub.chats_per_task)
+        with Progress("LoRAHub", total=hub.evaluations, unit="evaluation") as progress:
+            weights = search_weights(
+                roster, chats, hub, on_evaluation=lambda loss: progress.advance(1, f"loss {loss:.3f}")
+            )
+        return [weights] * roster.routed.num_layers
+
+    def candidate(name: str, settings: SoupSettings | HubSettings, compute: Callable[[], Any]) -> Candidate:
+        facts = {"calibration": calibration.digest, "settings": asdict(settings)}
+        return Candidate(lambda: layer_weights(roster, torch.tensor(fit(name, facts, compute))), facts)
+
+    return {"lora_soups": candidate("lora_soups", soup, learn), "lorahub": candidate("lorahub", hub, search)}
+
+
+def layer_weights(roster: Roster, weights: Tensor) -> BatchMaker:
+    """Fixed weights (layers, A) for every token."""
+    return lambda _: LayerWeightsBatch(roster.routed.bank.snapshot, weights)

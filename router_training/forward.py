@@ -1,12 +1,13 @@
 """One forward pass of the frozen routed model for its loss on answer tokens. Knows no optimiser and no files."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from router_training.encoding import IGNORED, TokenBatch
+from router_training.encoding import IGNORED, TokenBatch, TokenSequence, collate
 from server.errors import ModelLoadError
 from server.routing.attach import RoutedModel
 from server.routing.context import RoutingBatch
@@ -19,6 +20,17 @@ def answer_losses(routed: RoutedModel, batch: TokenBatch, routing: RoutingBatch 
     """
     logits = answer_logits(routed, batch, routing)
     return F.cross_entropy(logits, batch.targets[batch.targets != IGNORED], reduction="none")
+
+
+def mean_chat_loss(routed: RoutedModel, sequences: Sequence[TokenSequence], routing: RoutingBatch | None) -> Tensor:
+    """Mean over chats of the mean loss of the answer's tokens, a scalar: each chat weighs the same, as in training.
+
+    `routing` is for the sequences as one batch, collated in their order.
+    """
+    losses = answer_losses(routed, collate(sequences), routing)
+    counts = torch.tensor([sequence.num_answer_tokens for sequence in sequences])
+    mean: Tensor = (losses / counts.repeat_interleave(counts)).sum() / len(sequences)
+    return mean
 
 
 def answer_logits(routed: RoutedModel, batch: TokenBatch, routing: RoutingBatch | None) -> Tensor:

@@ -1,6 +1,6 @@
 """The whole evaluation: every policy on single-task, composite and off-domain chats, and task metrics of answers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from router_training.composites import encode_composite, pair_up
 from router_training.data import Chat, data_digest
 from router_training.encoding import TokenSequence, encode_chats
 from router_training.evaluation import compare_policies, evaluate_batches
-from router_training.fitted_baselines import linear_candidates, score_candidates
+from router_training.fitted_baselines import linear_candidates, score_candidates, static_candidates
 from router_training.generation import generate_answers
 from router_training.metrics import Answer, metric_of
 from router_training.progress import Progress
@@ -100,6 +100,7 @@ class Suite:
             **{name: ready(maker) for name, maker in makers.items()},
             **score_candidates(roster, calibration),
             **linear_candidates(roster, calibration, artefact.granularity),
+            **static_candidates(roster, calibration, self._fit),
         }
 
     def _measure(
@@ -117,6 +118,10 @@ class Suite:
 
                 results[policy] = self._cells.get({**self._facts(policy, content), **candidate.facts}, compute)
         return results
+
+    def _fit(self, name: str, facts: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+        """A long fit, kept beside the measurements."""
+        return self._cells.get({**self._facts(name, "fit"), **facts}, compute)
 
     def _facts(self, policy: str, content: Any) -> dict[str, Any]:
         """What decides a measurement, with the candidate's own facts. Only routed policies depend on the router."""

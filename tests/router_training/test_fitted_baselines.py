@@ -1,17 +1,21 @@
 """Fitted baselines are made on demand, work on the tiny roster, and say what decides them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from router_training.baselines import Candidate, fixed_baselines, weight_baselines
 from router_training.calibration import Calibration
+from router_training.cells import CellCache
 from router_training.encoding import TokenSequence, collate
 from router_training.evaluation import BatchMaker, evaluate_batches
-from router_training.fitted_baselines import linear_candidates, score_candidates
+from router_training.fitted_baselines import linear_candidates, score_candidates, static_candidates
 from router_training.roster import Roster
 from router_training.router_inputs import cache_inputs
+from router_training.static_weights import HubSettings, SoupSettings
 from server.routing.router import Granularity, gate_key
 
 Sequences = Callable[..., list[TokenSequence]]
@@ -74,3 +78,36 @@ def test_only_what_looks_at_chats_depends_on_them(roster: Roster, make_sequences
     changed = {name for name in first if first[name].facts != other[name].facts}
     assert changed == {"seqr_norm", "mean_activation", "ridge", "lda"}
     assert all(first[name].facts == again[name].facts for name in first)
+
+
+def no_cache(name: str, facts: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+    assert name
+    assert facts
+    return compute()
+
+
+def test_static_mixtures_are_fitted_on_demand_and_better_than_where_they_start(
+    roster: Roster, calibration: Calibration
+) -> None:
+    hub = HubSettings(evaluations=20, chats_per_task=20, penalty=0.0)
+    candidates = static_candidates(roster, calibration, no_cache, SoupSettings(steps=10), hub)
+    assert set(candidates) == {"lora_soups", "lorahub"}
+    sequences, fixed = list(calibration.sequences), fixed_baselines(roster)
+    for name, start in (("lora_soups", "uniform"), ("lorahub", "base")):
+        found = losses(roster, sequences, candidates[name].make())
+        assert sum(found.values()) < sum(losses(roster, sequences, fixed[start]).values())
+
+
+def test_a_fit_is_computed_once_where_it_is_kept(roster: Roster, calibration: Calibration, tmp_path: Path) -> None:
+    calls = []
+
+    def fit(name: str, facts: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+        def counted() -> Any:
+            calls.append(name)
+            return compute()
+
+        return CellCache(tmp_path).get({"name": name, **facts}, counted)
+
+    for steps in (2, 2, 3):
+        static_candidates(roster, calibration, fit, SoupSettings(steps=steps))["lora_soups"].make()
+    assert calls == ["lora_soups", "lora_soups"]
