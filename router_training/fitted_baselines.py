@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 from router_training.baselines import CALIBRATION_TOKENS, Candidate, scored, weight_baselines
 from router_training.calibration import Calibration
 from router_training.evaluation import BatchMaker
-from router_training.linear_scores import LDA_SHRINKAGE, discriminant, mean_activation, ridge
+from router_training.linear_scores import LDA_SHRINKAGE, PrototypeScorer, discriminant, mean_activation, ridge
+from router_training.phatgoose import GateSettings, stacked, train_vectors
 from router_training.progress import Progress
-from router_training.roster import Roster
+from router_training.roster import FIRST_SLOT, Roster
 from router_training.router_inputs import CachedInputs, cache_inputs
 from router_training.scores import LayerWeightsBatch, Scorer
 from router_training.settings import TrainingConfig
@@ -113,3 +114,36 @@ def static_candidates(
 def layer_weights(roster: Roster, weights: Tensor) -> BatchMaker:
     """Fixed weights (layers, A) for every token."""
     return lambda _: LayerWeightsBatch(roster.routed.bank.snapshot, weights)
+
+
+def gate_candidates(
+    roster: Roster,
+    calibration: Calibration,
+    fit: Fit,
+    settings: GateSettings = GateSettings(),  # noqa: B008  frozen
+) -> dict[str, Candidate]:
+    """PHATGOOSE: see `phatgoose`. Each adapter's vectors are a fit of their own: a cut run loses one."""
+
+    def train(index: int) -> dict[str, list[float]]:
+        chats = calibration.of_label(index + FIRST_SLOT)
+        with Progress(f"PHATGOOSE {roster.names[index]}", total=settings.steps, unit="step") as progress:
+            vectors = train_vectors(
+                roster, index, chats, settings, on_step=lambda loss: progress.advance(1, f"loss {loss:.3f}")
+            )
+        return {name: vector.tolist() for name, vector in vectors.items()}
+
+    facts = {"calibration": calibration.digest, "settings": asdict(settings)}
+
+    @lru_cache(maxsize=1)
+    def prototypes() -> dict[str, Tensor]:
+        fitted = [
+            fit("phatgoose", {**facts, "adapter": index}, partial(train, index))
+            for index in range(len(roster.adapters))
+        ]
+        return stacked(roster, [{name: torch.tensor(v) for name, v in vectors.items()} for vectors in fitted])
+
+    return {
+        "phatgoose": Candidate(
+            lambda: scored(roster, PrototypeScorer(prototypes(), "projection"), TOP_K), {**facts, "top_k": TOP_K}
+        )
+    }

@@ -14,7 +14,7 @@ from router_training.composites import encode_composite, pair_up
 from router_training.data import Chat, data_digest
 from router_training.encoding import TokenSequence, encode_chats
 from router_training.evaluation import compare_policies, evaluate_batches
-from router_training.fitted_baselines import linear_candidates, score_candidates, static_candidates
+from router_training.fitted_baselines import gate_candidates, linear_candidates, score_candidates, static_candidates
 from router_training.generation import generate_answers
 from router_training.metrics import Answer, metric_of
 from router_training.progress import Progress
@@ -101,6 +101,7 @@ class Suite:
             **score_candidates(roster, calibration),
             **linear_candidates(roster, calibration, artefact.granularity),
             **static_candidates(roster, calibration, self._fit),
+            **gate_candidates(roster, calibration, self._fit),
         }
 
     def _measure(

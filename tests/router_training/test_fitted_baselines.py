@@ -1,5 +1,6 @@
 """Fitted baselines are made on demand, work on the tiny roster, and say what decides them."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from router_training.baselines import Candidate, fixed_baselines, weight_baselines
+from router_training.baselines import Candidate, fixed_baselines, scored, weight_baselines
 from router_training.calibration import Calibration
 from router_training.cells import CellCache
 from router_training.encoding import TokenSequence, collate
 from router_training.evaluation import BatchMaker, evaluate_batches
-from router_training.fitted_baselines import linear_candidates, score_candidates, static_candidates
+from router_training.fitted_baselines import gate_candidates, linear_candidates, score_candidates, static_candidates
+from router_training.linear_scores import PrototypeScorer
+from router_training.phatgoose import GateSettings, stacked, train_vectors
 from router_training.roster import Roster
 from router_training.router_inputs import cache_inputs
 from router_training.static_weights import HubSettings, SoupSettings
@@ -111,3 +114,27 @@ def test_a_fit_is_computed_once_where_it_is_kept(roster: Roster, calibration: Ca
     for steps in (2, 2, 3):
         static_candidates(roster, calibration, fit, SoupSettings(steps=steps))["lora_soups"].make()
     assert calls == ["lora_soups", "lora_soups"]
+
+
+def test_trained_gates_are_one_kept_fit_per_adapter_and_route(
+    roster: Roster, make_sequences: Sequences, calibration: Calibration
+) -> None:
+    kept: list[tuple[str, int]] = []
+
+    def fit(name: str, facts: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+        kept.append((name, facts["adapter"]))
+        return json.loads(json.dumps(compute()))
+
+    candidate = gate_candidates(roster, calibration, fit, GateSettings(steps=3))["phatgoose"]
+    assert not kept
+    sequences = make_sequences(6)
+    found = losses(roster, sequences, candidate.make())
+    assert losses(roster, sequences, candidate.make()) == found
+    assert kept == [("phatgoose", 0), ("phatgoose", 1), ("phatgoose", 2)]
+    vectors = [
+        train_vectors(roster, index, calibration.of_label(index + 1), GateSettings(steps=3)) for index in range(3)
+    ]
+    scorer = PrototypeScorer(stacked(roster, vectors), "projection")
+    assert losses(roster, sequences, scored(roster, scorer, 2)) == found
+    more = gate_candidates(roster, calibration, fit, GateSettings(steps=4))["phatgoose"]
+    assert more.facts != candidate.facts

@@ -80,7 +80,7 @@ def test_the_whole_evaluation_covers_every_set_and_reuses_what_it_measured(proje
     record = json.loads((project / "record.json").read_text(encoding="utf-8"))
     singles = {"only_letters", "only_digits"}
     weights = {"arrow", "spectr", "seqr_norm", "lag", "mean_activation", "ridge", "lda"}
-    fits = {"lora_soups", "lorahub"}
+    fits = {"lora_soups", "lorahub", "phatgoose"}
     calibrated = weights - {"arrow", "spectr", "lag"} | fits
     routers = {"routed", "routed_k1", "per_request", "per_request_opening"}
     expected = {"base", "own_adapter", "uniform"} | singles | weights | fits | routers
@@ -93,7 +93,7 @@ def test_the_whole_evaluation_covers_every_set_and_reuses_what_it_measured(proje
     assert set(record["metrics"]) == {"base", "own_adapter", "uniform", "routed"}
     assert record["metrics"]["routed"]["letters"].keys() == {"metric", "value", "chats"}
     cells = {path: path.stat().st_mtime_ns for path in (project / "cells").iterdir()}
-    assert len(cells) == 2 * len(expected) + 4 * 2 + len(fits)
+    assert len(cells) == 2 * len(expected) + 4 * 2 + 2 + len(singles)  # static mixtures, and one fit per adapter
     assert run(project, "evaluate", *flags) == 0
     assert {path: path.stat().st_mtime_ns for path in (project / "cells").iterdir()} == cells
     assert json.loads((project / "record.json").read_text(encoding="utf-8")) == record
