@@ -1,6 +1,7 @@
 """Whole runs over the command line, from adapters.yaml and chat folders to an artefact that the server loads."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +101,20 @@ def test_the_whole_evaluation_covers_every_set_and_reuses_what_it_measured(proje
     assert run(project, "evaluate", *flags, "--calibration-chats", "2") == 0
     again = {path for path in (project / "cells").iterdir() if path not in cells}
     assert {json.loads(path.read_text(encoding="utf-8"))["facts"]["policy"] for path in again} == calibrated
+
+
+def test_the_table_of_systems_names_policies_that_the_evaluation_has(project: Path) -> None:
+    run(project, "train", "--out", str(project / "router"), *QUICK, "--steps", "0", "--validation-rows", "1")
+    out = project / "record.json"
+    flags = ["--baselines", "--calibration-chats", "1", "--validation-rows", "1", "--out", str(out)]
+    assert run(project, "evaluate", "--router", str(project / "router"), *flags) == 0
+    measured = set(json.loads(out.read_text(encoding="utf-8"))["policies"])
+    text = (Path(__file__).parents[2] / "docs" / "routing-systems.md").read_text(encoding="utf-8")
+    listed = re.findall(r"polic(?:y|ies) ((?:`\w+`(?:, | and )?)+)", text)
+    named = {name for part in listed for name in re.findall(r"`(\w+)`", part)}
+    assert len(named) > 14
+    # With two adapters there is no k of three.
+    assert named - measured == {"routed_k3"}
 
 
 def test_calibration_without_chats_is_refused(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
