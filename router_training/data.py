@@ -99,6 +99,17 @@ def has_task(data: Sequence[Path], task: str) -> bool:
     return any((folder / task).is_dir() for folder in data)
 
 
+def task_folders(data: Sequence[Path]) -> list[str]:
+    """Names of all tasks in the folders `data`, sorted. Raises TrainingDataError for a folder that cannot be listed."""
+    names: set[str] = set()
+    for folder in data:
+        try:
+            names |= {path.name for path in folder.iterdir() if path.is_dir()}
+        except OSError as error:
+            raise TrainingDataError([f"{folder}: not a readable folder ({error.strerror})"]) from error
+    return sorted(names)
+
+
 def _folder_of(task: str, data: Sequence[Path], problems: list[str]) -> Path:
     """Where the chats of a task are; where they should be, if nowhere."""
     found = [folder / task for folder in data if (folder / task).is_dir()]

@@ -1,9 +1,12 @@
 """Evaluation records to Markdown. Knows the record's layout and computes nothing new."""
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from router_training.settings import BASE_NAME
+from server.errors import ConfigError
 
 POLICY_TITLES = {"base": "base", "own_adapter": "own adapter", "uniform": "uniform mix", "routed": "routed"}
 """Column order and titles of the policies."""
@@ -57,3 +60,20 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def rendered(path: Path) -> str:
+    """The table and verdict of a record file. Raises ConfigError for anything else."""
+    record = read_record(path)
+    return f"{evaluation_table(record)}\n\n{evaluation_verdict(record)}"
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """An evaluation record. Raises ConfigError for anything else."""
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the evaluation record {path}: {error}") from error
+    if "ratio_to_own_adapter" not in record:
+        raise ConfigError(f"{path} is not an evaluation record; train and evaluate --out write one")
+    return record

@@ -10,7 +10,7 @@ from server.config import AdapterSpec, ServerConfig, cache_folder
 from server.errors import ConfigError, LoraMixerError, RouterArtefactError
 from server.model.loader import LoadedModel, load_base_model
 from server.routing.attach import RoutedModel, attach_routing
-from server.routing.bank import ProjectionInfo
+from server.routing.bank import BankSnapshot, ProjectionInfo
 from server.routing.policy import BASE_DIGEST, BASE_PLAN, BASE_SLOT, GatePlan, Policy, fixed_plan, routed_plan
 from server.routing.router import RouterArtefact
 from server.routing.router_bank import check_base
@@ -107,10 +107,7 @@ def load_roster(config: ServerConfig, *, on_adapter: Callable[[str], None] = lam
     specs = [spec for spec in config.adapters if spec.routed]
     if len(specs) < 2:
         raise ConfigError("router training needs at least two adapters with `routed: true`")
-    loaded = load_base_model(config.base_model, device="cpu", cache_folder=cache_folder(), root=config.root)
-    check_output_head(loaded.model)
-    prepare_for_training(loaded.model)
-    routed = attach_routing(loaded.model, num_slots=len(specs) + FIRST_SLOT)
+    loaded, routed = load_routed_base(config, len(specs))
     adapters, problems = [], []
     for spec in specs:
         on_adapter(spec.name)
@@ -123,8 +120,17 @@ def load_roster(config: ServerConfig, *, on_adapter: Callable[[str], None] = lam
     return attach_adapters(loaded, routed, adapters)
 
 
+def load_routed_base(config: ServerConfig, num_adapters: int) -> tuple[LoadedModel, RoutedModel]:
+    """The frozen base model on CPU with an empty bank for `num_adapters`. Raises ModelLoadError."""
+    loaded = load_base_model(config.base_model, device="cpu", cache_folder=cache_folder(), root=config.root)
+    check_output_head(loaded.model)
+    prepare_for_training(loaded.model)
+    return loaded, attach_routing(loaded.model, num_slots=num_adapters + FIRST_SLOT)
+
+
 def attach_adapters(loaded: LoadedModel, routed: RoutedModel, adapters: Sequence[Adapter]) -> Roster:
-    """Put each adapter into its slot."""
+    """Put each adapter into its slot; whatever was in the bank leaves it."""
+    routed.bank.publish(BankSnapshot())
     for label, adapter in enumerate(adapters):
         routed.bank.publish(routed.bank.with_adapter(label + FIRST_SLOT, adapter.weights))
     return Roster(loaded, routed, tuple(adapters))

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from router_training.roster import BASE_TASK, Roster, check_artefact, load_roste
 from router_training.settings import TrainingConfig, check_prior, prior_shares
 from router_training.step_log import StepLog
 from router_training.suite import Suite, SuiteOptions
-from router_training.trainer import StepMetrics, Trainer
+from router_training.trainer import SoftAdapters, StepMetrics, Trainer
 from router_training.warm_start import warm_start
 from server.config import ServerConfig
 from server.routing.router import load_artefact, save_artefact
@@ -50,15 +50,29 @@ def train(
     roster = load_with_progress(config)
     sequences = encode_mix(mix, roster.label_of_task, roster.loaded.tokenizer, roster.loaded.eos_token_ids, settings)
     validation = first_rows(splits["validation"], validation_rows)
-    held_out = [chat for rows in validation.values() for chat in rows]
-    check_longest(_encode(roster, held_out), roster.loaded.max_model_len, held_out)
-    record = _record(roster, mix, sequences, settings)
+    check_held_out(roster, validation)
+    record = run_record(roster, mix, sequences, settings)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint(out, run_fingerprint(record))
     state = checkpoint.load()
     before = frozen_digests(roster)
     torch.manual_seed(settings.seed)
     router = _train_router(roster, sequences, settings, out, checkpoint, state)
+    write_results(roster, router, sequences, validation, settings, record, out, before)
+    checkpoint.delete()
+
+
+def write_results(
+    roster: Roster,
+    router: RouterParameters,
+    sequences: Sequence[TokenSequence],
+    validation: Mapping[str, Sequence[Chat]],
+    settings: TrainingConfig,
+    record: Mapping[str, Any],
+    out: Path,
+    before: Mapping[str, str],
+) -> None:
+    """Artefact with background statistics, and its evaluation, if what was frozen `before` still is."""
     rows = router.detached()
     plain = build_artefact(rows, roster, settings)
     background = with_background(plain, roster, sequences[:BACKGROUND_CHATS], roster.routed_plans(plain)).background
@@ -70,7 +84,6 @@ def train(
     record = {**record, "validation": evaluation}
     save_artefact(build_artefact(rows, roster, settings, background=background, training=record), out)
     write_json(evaluation, out / EVALUATION_NAME)
-    checkpoint.delete()
 
 
 def evaluate_folder(
@@ -116,6 +129,28 @@ def _train_router(
     state: Mapping[str, Any] | None,
 ) -> RouterParameters:
     """Both stages, or what is left of them."""
+    trainer, task_losses = prepare_trainer(roster, sequences, settings, state)
+
+    def save() -> None:
+        checkpoint.save({"trainer": trainer.state_dict(), "task_losses": task_losses})
+
+    save()
+    with StepLog(out, trainer.next_step) as log:
+        run_trainer(trainer, settings, log.add, save)
+    return trainer.router
+
+
+def prepare_trainer(
+    roster: Roster,
+    sequences: Sequence[TokenSequence],
+    settings: TrainingConfig,
+    state: Mapping[str, Any] | None,
+    soft: SoftAdapters | None = None,
+) -> tuple[Trainer, dict[int, float] | None]:
+    """A trainer after the warm start, or where `state` was taken, and the task losses that it divides by.
+
+    `state` has the keys `trainer` and `task_losses`.
+    """
     num_cached = 0 if settings.warm_start == "none" else min(settings.warm_start_samples, len(sequences))
     if state is None:
         with Progress("warm start", total=num_cached * settings.warm_start_rounds, unit="chat") as progress:
@@ -137,28 +172,27 @@ def _train_router(
         prior=prior,
         task_losses=task_losses,
         teacher=lambda batch: gate_batch(roster.routed, batch, own),
+        soft=soft,
     )
     if state is not None:
         trainer.load_state_dict(state["trainer"])
         print(f"continuing after step {trainer.next_step} of {settings.steps}", file=sys.stderr)
+    return trainer, task_losses
 
-    def save() -> None:
-        checkpoint.save({"trainer": trainer.state_dict(), "task_losses": task_losses})
 
-    save()
-    with (
-        StepLog(out, trainer.next_step) as log,
-        Progress("training", total=settings.steps - trainer.next_step, unit="step") as progress,
-    ):
+def run_trainer(
+    trainer: Trainer, settings: TrainingConfig, log: Callable[[StepMetrics], None], save: Callable[[], None]
+) -> None:
+    """All steps that are left, with progress, every step logged and every so many saved."""
+    with Progress("training", total=settings.steps - trainer.next_step, unit="step") as progress:
 
         def on_step(metrics: StepMetrics) -> None:
-            log.add(metrics)
+            log(metrics)
             progress.advance(1, f"{metrics.mode}, LM loss {metrics.lm_loss:.3f}")
             if trainer.next_step % settings.checkpoint_every == 0 or trainer.next_step == settings.steps:
                 save()
 
         trainer.run(on_step)
-    return router
 
 
 def own_losses(roster: Roster, sequences: Sequence[TokenSequence]) -> dict[int, float]:
@@ -171,7 +205,9 @@ def own_losses(roster: Roster, sequences: Sequence[TokenSequence]) -> dict[int, 
     return {label: results[task]["nll"] for label, task in enumerate(roster.tasks) if task in results}
 
 
-def _record(roster: Roster, mix: Mix, sequences: Sequence[TokenSequence], settings: TrainingConfig) -> dict[str, Any]:
+def run_record(
+    roster: Roster, mix: Mix, sequences: Sequence[TokenSequence], settings: TrainingConfig
+) -> dict[str, Any]:
     """Everything that decides the outcome; no clock and no path, so that equal runs leave equal bytes."""
     return {
         "settings": settings.record(),
@@ -186,6 +222,9 @@ def _record(roster: Roster, mix: Mix, sequences: Sequence[TokenSequence], settin
     }
 
 
-def _encode(roster: Roster, chats: Sequence[Chat]) -> list[TokenSequence]:
+def check_held_out(roster: Roster, validation: Mapping[str, Sequence[Chat]]) -> None:
+    """Raises TrainingDataError for validation chats that cannot be evaluated, with file and line of each."""
     loaded = roster.loaded
-    return encode_chats(chats, roster.label_of_task, loaded.tokenizer, loaded.eos_token_ids)
+    chats = [chat for rows in validation.values() for chat in rows]
+    sequences = encode_chats(chats, roster.label_of_task, loaded.tokenizer, loaded.eos_token_ids)
+    check_longest(sequences, loaded.max_model_len, chats)

@@ -28,12 +28,22 @@ FLAGS = {
     "--distil": "0.5",
     "--validation-rows": "2",
 }
-ARTEFACT = ("router.json", "router.safetensors")
+JOINT_FLAGS = {**FLAGS, "--hard-steps": "10", "--steps": "20", "--rank": "4", "--beta": "5"}
+"""As many steps in all: ten for each of two adapters, twenty soft ones."""
+TIMED = {"metrics.jsonl", "events.out.tfevents.0.router"}
+"""Files that hold durations."""
 
 
-def command(project: Path, out: str) -> list[str]:
+def command(project: Path, out: str, name: str = "train") -> list[str]:
     inputs = ["--config", str(project / "adapters.yaml"), "--data", str(project / "data")]
-    return ["train", *inputs, "--out", str(project / out), *(part for pair in FLAGS.items() for part in pair)]
+    flags = FLAGS if name == "train" else JOINT_FLAGS
+    return [name, *inputs, "--out", str(project / out), *(part for pair in flags.items() for part in pair)]
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """Every file of a finished run whose bytes are its own."""
+    files = [path for path in out.rglob("*") if path.is_file() and path.name not in TIMED]
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
 def steps_done(out: Path) -> int:
@@ -41,11 +51,11 @@ def steps_done(out: Path) -> int:
     return path.read_text(encoding="utf-8").count("\n") if path.exists() else 0
 
 
-def kill_after(project: Path, out: str, num_steps: int, delay_s: float) -> None:
+def kill_after(project: Path, out: str, name: str, num_steps: int, delay_s: float) -> None:
     """Run the command in a process of its own and SIGKILL it some time after `num_steps` steps."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "router_training", *command(project, out)],
+        [sys.executable, "-m", "router_training", *command(project, out, name)],
         cwd=Path(__file__).resolve().parents[2],
         env=environment,
         stderr=subprocess.PIPE,
@@ -60,16 +70,19 @@ def kill_after(project: Path, out: str, num_steps: int, delay_s: float) -> None:
     assert process.returncode == -signal.SIGKILL, errors.decode()
 
 
-def test_a_run_killed_at_three_random_moments_ends_in_the_same_bytes(project: Path) -> None:
-    assert main(command(project, "whole")) == 0
+@pytest.mark.parametrize("name", ["train", "joint"])
+def test_a_run_killed_at_three_random_moments_ends_in_the_same_bytes(project: Path, name: str) -> None:
+    assert main(command(project, "whole", name)) == 0
     generator = random.Random()  # not seeded: any moment must do
     moments = [(generator.randrange(start, start + 10), generator.random() * 0.02) for start in (0, 11, 22)]
     for num_steps, delay_s in moments:
-        kill_after(project, "killed", num_steps, delay_s)
+        kill_after(project, "killed", name, num_steps, delay_s)
     assert not (project / "killed" / "router.json").exists()
-    assert main(command(project, "killed")) == 0
-    for name in ARTEFACT:
-        assert (project / "killed" / name).read_bytes() == (project / "whole" / name).read_bytes(), moments
+    assert main(command(project, "killed", name)) == 0
+    whole = results(project / "whole")
+    assert {"router.json", "router.safetensors"} <= whole.keys()
+    assert ("adapters/letters/adapter_model.safetensors" in whole) == (name == "joint")
+    assert results(project / "killed") == whole, moments
     steps = [
         [json.loads(line) for line in (project / out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         for out in ("whole", "killed")

@@ -1,0 +1,143 @@
+"""Whole joint runs over the command line: what they leave behind can be served, and what they refuse."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from router_training.__main__ import main
+from router_training.joint_settings import JointConfig
+from router_training.roster import check_artefact, load_roster
+from router_training.run import evaluate_folder
+from router_training.suite import SuiteOptions
+from server.config import load_config
+from server.routing.router import load_artefact
+
+EXISTING = ["--samples", "16", "--max-length", "64", "--warm-start-samples", "8", "--batch-size", "4", "--steps", "4"]
+QUICK = [*EXISTING, "--rank", "4", "--hard-steps", "6", "--hard-lr", "0.01"]
+
+
+def run(project: Path, *flags: str, out: str = "out") -> int:
+    inputs = ["--config", str(project / "adapters.yaml"), "--data", str(project / "data")]
+    return main(["joint", *inputs, "--out", str(project / out), *flags])
+
+
+def test_the_results_load_as_the_server_loads_them(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = load_file(project / "base" / "model.safetensors")
+    assert run(project, *QUICK) == 0
+    out = project / "out"
+    config = load_config(out / "adapters.yaml")
+    assert config.router_folder == out
+    roster = load_roster(config)
+    assert roster.names == ["digits", "letters"]
+    assert {adapter.rank for adapter in roster.adapters} == {4}
+    artefact = load_artefact(out)
+    check_artefact(artefact, roster)
+    assert artefact.background
+    digests = {adapter.name: adapter.digest for adapter in roster.adapters}
+    assert artefact.training["adapter_digests"] == digests
+    assert not set(artefact.training["start_digests"].values()) & set(digests.values())
+    again = evaluate_folder(config, [project / "data"], out, SuiteOptions(), validation_rows=0)
+    evaluation = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    assert again == evaluation == artefact.training["validation"]
+    assert JointConfig(**artefact.training["settings"]).hard_steps == 6
+    assert all(
+        torch.equal(value, weights[name]) for name, value in load_file(project / "base/model.safetensors").items()
+    )
+    printed = capsys.readouterr()
+    assert "| letters" in printed.out
+    assert f"lora-mixer serve --config {out / 'adapters.yaml'}" in printed.err
+
+
+def test_both_stages_lower_the_loss_on_held_out_chats(project: Path) -> None:
+    assert run(project, *QUICK, "--steps", "12") == 0
+    record = json.loads((project / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    after_hard = load_artefact(project / "out").training["joint"]["own_adapter_after_hard"]
+    for task in ("digits", "letters"):
+        base = record["policies"]["base"][task]["nll"]
+        assert after_hard[task] < 0.9 * base
+        assert record["policies"]["routed"][task]["nll"] < 0.9 * base
+    lines = [json.loads(line) for line in (project / "out/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines] == list(range(24))
+    assert [line["mode"] for line in lines[:12]] == ["hard digits"] * 6 + ["hard letters"] * 6
+    assert {line["mode"] for line in lines[12:]} == {"dense", "straight_through"}
+
+
+@pytest.mark.parametrize("beta", ["0", "1e12"])
+def test_existing_adapters_are_trained_on_as_far_as_beta_lets_them(project: Path, beta: str) -> None:
+    assert run(project, *EXISTING, "--start", "existing", "--hard-steps", "0", "--beta", beta) == 0
+    config = load_config(project / "adapters.yaml")
+    before = {adapter.name: adapter for adapter in load_roster(config).adapters}
+    after = load_roster(load_config(project / "out" / "adapters.yaml")).adapters
+    assert [adapter.name for adapter in after] == ["letters", "digits"]
+    for adapter in after:
+        assert adapter.targets == before[adapter.name].targets
+        gaps = [
+            float((lora.B - before[adapter.name].weights[name].B).abs().max()) for name, lora in adapter.weights.items()
+        ]
+        assert (max(gaps) > 1e-5) == (beta == "0")
+        assert max(gaps) < 1e-7 or beta == "0"
+
+
+def test_a_null_expert_is_a_choice_in_the_soft_stage_only(project: Path) -> None:
+    source = (project / "data/letters/train.jsonl").read_text(encoding="utf-8")
+    for split in ("train", "validation"):
+        path = project / f"data/base/{split}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(source, encoding="utf-8")
+    assert run(project, *QUICK, "--null-expert", "--samples", "24") == 0
+    artefact = load_artefact(project / "out")
+    assert [adapter.name for adapter in artefact.adapters] == ["base", "digits", "letters"]
+    assert artefact.training["data_chats"]["base"] == 8
+
+
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "unknown projection": (["--targets", "query"], "no projection 'query'"),
+    "one task": (["--tasks", "letters"], "at least two tasks"),
+    "task without data": (["--tasks", "letters,poems"], "adapter 'poems' has no readable samples"),
+    "name of the router": (["--tasks", "letters,auto"], "must not look like 'auto'"),
+    "constrained stranger": (["--constrained", "poems"], "constrained names 'poems'"),
+    "shape of existing": (["--start", "existing"], "existing adapters keep their shape; leave out rank"),
+    "rank beyond the server's": (["--rank", "513"], "rank"),
+    "negative beta": (["--beta", "-1"], "beta: Input should be greater"),
+    "too few chats": (["--samples", "1"], "no chat of"),
+    "over-long chat": (["--max-length", "8"], "the longest allowed is 8"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_trained_is_refused_before_training(
+    project: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags, message = REFUSED[case]
+    assert run(project, *QUICK, *flags) == 1
+    assert message in capsys.readouterr().err
+    assert not (project / "out").exists()
+
+
+def test_a_bad_line_is_named_by_file_and_line(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (project / "data/letters/train.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"task": "letters"}\n')
+    assert run(project, *QUICK) == 1
+    assert "letters/train.jsonl:13: field 'messages' is missing" in capsys.readouterr().err
+
+
+def test_results_never_overwrite_the_adapters_they_began_with(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(project, *QUICK) == 0
+    inputs = ["--config", str(project / "out/adapters.yaml"), "--data", str(project / "data")]
+    assert main(["joint", *inputs, "--out", str(project / "out"), "--start", "existing", "--steps", "1"]) == 1
+    assert "take another --out" in capsys.readouterr().err
+
+
+def test_a_local_base_is_found_from_the_folder_of_the_results(project: Path) -> None:
+    content: dict[str, Any] = yaml.safe_load((project / "adapters.yaml").read_text(encoding="utf-8"))
+    content["base_model"]["source"] = "./base"
+    (project / "adapters.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    assert run(project, *QUICK, "--steps", "0", out="deep/out") == 0
+    assert load_roster(load_config(project / "deep/out/adapters.yaml")).names == ["digits", "letters"]
