@@ -1,7 +1,7 @@
 """Every setting of joint training, with default and unit: those of the router, and those of the adapters."""
 
 from collections.abc import Collection, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -48,6 +48,10 @@ class JointConfig(TrainingConfig):
         if self.start == "existing" and (given := sorted(self.model_fields_set & set(START_SHAPE))):
             raise ValueError(f"existing adapters keep their shape; leave out {', '.join(given)}")
         return self
+
+    def record(self) -> dict[str, Any]:
+        """All settings for the artefact's training record; a shape only where it was used."""
+        return self.model_dump(mode="json", exclude=set(START_SHAPE) if self.start == "existing" else None)
 
     def constrained_among(self, tasks: Sequence[str]) -> Collection[str]:
         """Adapters under the penalty. Raises ConfigError for a name that is not trained."""

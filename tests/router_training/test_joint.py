@@ -74,6 +74,8 @@ def test_existing_adapters_are_trained_on_as_far_as_beta_lets_them(project: Path
     before = {adapter.name: adapter for adapter in load_roster(config).adapters}
     after = load_roster(load_config(project / "out" / "adapters.yaml")).adapters
     assert [adapter.name for adapter in after] == ["letters", "digits"]
+    recorded = JointConfig(**load_artefact(project / "out").training["settings"])
+    assert (recorded.start, recorded.beta) == ("existing", float(beta))
     for adapter in after:
         assert adapter.targets == before[adapter.name].targets
         gaps = [
