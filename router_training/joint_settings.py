@@ -37,7 +37,7 @@ class JointConfig(TrainingConfig):
     """Peak step size of AdamW in the hard stage; the same warm-up and cosine as the router's."""
     adapter_learning_rate: Annotated[float, Field(ge=0)] = 2e-4
     """Peak step size of AdamW for the adapters in the soft stage; 0 freezes them there."""
-    beta: Annotated[float, Field(ge=0)] = 100.0
+    beta: Annotated[float, Field(ge=0)] = 10.0
     """β, weight of the preservation penalty Σ‖θ - θ₀‖² in the soft stage; θ₀ are the adapters after the hard stage.
     As Adam's steps have the size of the learning rate, no weight strays further than about 1 / 2β from θ₀."""
     constrained: tuple[str, ...] | None = None

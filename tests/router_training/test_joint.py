@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from router_training.__main__ import main
 from router_training.joint_settings import JointConfig
+from router_training.report import evaluation_table
 from router_training.roster import check_artefact, load_roster
 from router_training.run import evaluate_folder
 from router_training.suite import SuiteOptions
@@ -135,6 +136,17 @@ def test_results_never_overwrite_the_adapters_they_began_with(
     inputs = ["--config", str(project / "out/adapters.yaml"), "--data", str(project / "data")]
     assert main(["joint", *inputs, "--out", str(project / "out"), "--start", "existing", "--steps", "1"]) == 1
     assert "take another --out" in capsys.readouterr().err
+
+
+def test_the_document_shows_what_was_recorded() -> None:
+    root = Path(__file__).parents[2]
+    document = (root / "docs/joint-training.md").read_text(encoding="utf-8")
+    records = json.loads((root / "benchmarks/results/joint.json").read_text(encoding="utf-8"))
+    for name, record in records.items():
+        assert evaluation_table(record["evaluation"]) in document
+        assert JointConfig(**record["settings"]).beta == float(name.removeprefix("beta_"))
+        for nll in record["own_adapter_after_hard"].values():
+            assert f"{nll:.3f}" in document
 
 
 def test_a_local_base_is_found_from_the_folder_of_the_results(project: Path) -> None:
