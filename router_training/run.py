@@ -1,6 +1,7 @@
 """One whole training run and one whole evaluation: the order of the parts, and the files they leave behind."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,9 @@ from server.config import ServerConfig
 from server.routing.router import load_artefact, save_artefact
 
 EVALUATION_NAME = "evaluation.json"
+
+NUMBER_LIST = re.compile(r"\[\n[\s\d.,eE+-]+\]")
+"""In indented JSON. It cannot match inside a string, where a line break is escaped."""
 
 OWN_LOSS_CHATS = 24
 """Chats per task that relative weighting measures the own adapter on; a scale needs no better."""
@@ -81,7 +85,8 @@ def write_results(
     # Saved before the evaluation too: a run that is cut there has lost nothing.
     save_artefact(artefact, out)
     evaluation = Suite(roster, artefact, SuiteOptions()).run(validation)
-    record = {**record, "validation": evaluation}
+    # Gate shares are for the study: thousands of numbers that no server needs to load.
+    record = {**record, "validation": {key: value for key, value in evaluation.items() if key != "gates"}}
     save_artefact(build_artefact(rows, roster, settings, background=background, training=record), out)
     write_json(evaluation, out / EVALUATION_NAME)
 
@@ -116,8 +121,12 @@ def load_with_progress(config: ServerConfig) -> Roster:
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Indented UTF-8 JSON with a final newline."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Indented UTF-8 JSON with a final newline; a list of numbers stays on one line. Replaces the file as a whole."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    text = NUMBER_LIST.sub(lambda found: f"[{' '.join(found[0][1:-1].split())}]", text)
+    unfinished = path.with_name(f"{path.name}.part")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
 
 
 def _train_router(

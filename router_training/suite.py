@@ -10,11 +10,12 @@ import torch
 from router_training.baselines import Candidate, fixed_baselines, opening_length, per_request, ready, routed_at
 from router_training.calibration import CALIBRATION_SEED, Calibration, draw_calibration
 from router_training.cells import CellCache
-from router_training.composites import encode_composite, pair_up
+from router_training.composites import KINDS, encode_composite, pair_up
 from router_training.data import Chat, data_digest
 from router_training.encoding import TokenSequence, encode_chats
 from router_training.evaluation import compare_policies, evaluate_batches
 from router_training.fitted_baselines import gate_candidates, linear_candidates, score_candidates, static_candidates
+from router_training.gate_shares import gate_shares, shares_along
 from router_training.generation import generate_answers
 from router_training.metrics import Answer, metric_of
 from router_training.progress import Progress
@@ -24,6 +25,9 @@ from server.routing.router import RouterArtefact
 
 COMPOSITE_SEED = 1
 """Which validation chats are joined; one fixed draw, so that records compare."""
+
+GATE_CHATS = 16
+"""Chats per task over which gates are averaged: enough for a picture, and no more than a few seconds."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class Suite:
             record["composite"] = self._composites(chats, candidates)
         if options.generated_rows:
             record["metrics"] = self._metrics(chats)
+        record["gates"] = self._gates(chats)
         return record
 
     def _candidates(self) -> dict[str, Candidate]:
@@ -139,14 +144,37 @@ class Suite:
             "torch": torch.__version__,
         }
 
+    def _gates(self, chats: Mapping[str, Sequence[Chat]]) -> dict[str, Any]:
+        """What `gate_shares` finds over a few chats of every task, and one composite chat of each kind."""
+        roster = self._roster
+        sequences = self._encode([chat for rows in chats.values() for chat in rows[:GATE_CHATS]])
+        usable = {task: [chat for chat in rows if len(chat.messages) == 2] for task, rows in chats.items()}
+        tasks = [task for task, rows in usable.items() if rows and task != BASE_TASK]
+        composites: dict[str, TokenSequence] = {}
+        if len(tasks) > 1:
+            for kind, sequence in self._encode_composites(usable, 2 * len(KINDS) * len(tasks)):
+                composites.setdefault(kind, sequence)
+
+        def compute() -> dict[str, Any]:
+            plans = roster.routed_plans(self._artefact)
+            along = {kind: shares_along(roster, sequence, plans) for kind, sequence in composites.items()}
+            return {**gate_shares(roster, sequences, plans), "along": along}
+
+        content = [[s.token_ids, s.label, s.label_changes] for s in [*sequences, *composites.values()]]
+        return dict(self._cells.get(self._facts("routed", ["gates", content]), compute))
+
     def _composites(self, chats: Mapping[str, Sequence[Chat]], candidates: Mapping[str, Candidate]) -> dict[str, Any]:
+        fitting = [sequence for _, sequence in self._encode_composites(chats, self._options.composites)]
+        return {"chats": len(fitting), **compare_policies(self._measure("composite", fitting, candidates))}
+
+    def _encode_composites(self, chats: Mapping[str, Sequence[Chat]], count: int) -> list[tuple[str, TokenSequence]]:
+        """(kind, sequence) of `count` composites of tasks with an adapter, less those that the model cannot read."""
         roster = self._roster
         usable = {task: rows for task, rows in chats.items() if task != BASE_TASK}
-        pairs = pair_up(usable, self._options.composites, COMPOSITE_SEED)
+        pairs = pair_up(usable, count, COMPOSITE_SEED)
         tokenizer, ends = roster.loaded.tokenizer, roster.loaded.eos_token_ids
-        sequences = [encode_composite(pair, roster.label_of_task, tokenizer, ends) for pair in pairs]
-        fitting = [sequence for sequence in sequences if len(sequence) <= roster.loaded.max_model_len]
-        return {"chats": len(fitting), **compare_policies(self._measure("composite", fitting, candidates))}
+        encoded = [(pair.kind, encode_composite(pair, roster.label_of_task, tokenizer, ends)) for pair in pairs]
+        return [(kind, sequence) for kind, sequence in encoded if len(sequence) <= roster.loaded.max_model_len]
 
     def _metrics(self, chats: Mapping[str, Sequence[Chat]]) -> dict[str, dict[str, Any]]:
         """policy -> task -> metric and value, for the policies that are plans."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from router_training.__main__ import build_parser, main
+from router_training.run import write_json
 from router_training.settings import TrainingConfig
 from server.routing.background import from_tensors
 from server.routing.router import load_artefact, save_artefact
@@ -40,6 +41,9 @@ def test_train_writes_an_artefact_the_server_accepts_with_its_record(
     evaluation = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
     assert set(evaluation["policies"]) == {"base", "own_adapter", "uniform", "routed"}
     assert evaluation["chats"] == {"letters": 4, "digits": 4}
+    gates = evaluation.pop("gates")
+    assert set(gates["layers"]) == set(gates["opening"]) == {"letters", "digits"}
+    assert gates["along"].keys() == {"conversation", "answer"}
     assert artefact.training["validation"] == evaluation
     assert "| letters" in capsys.readouterr().out
 
@@ -94,7 +98,8 @@ def test_the_whole_evaluation_covers_every_set_and_reuses_what_it_measured(proje
     assert set(record["metrics"]) == {"base", "own_adapter", "uniform", "routed"}
     assert record["metrics"]["routed"]["letters"].keys() == {"metric", "value", "chats"}
     cells = {path: path.stat().st_mtime_ns for path in (project / "cells").iterdir()}
-    assert len(cells) == 2 * len(expected) + 4 * 2 + 2 + len(singles)  # static mixtures, and one fit per adapter
+    fits_and_gates = 2 + len(singles) + 1  # static mixtures, one fit per adapter, gate shares
+    assert len(cells) == 2 * len(expected) + 4 * 2 + fits_and_gates
     assert run(project, "evaluate", *flags) == 0
     assert {path: path.stat().st_mtime_ns for path in (project / "cells").iterdir()} == cells
     assert json.loads((project / "record.json").read_text(encoding="utf-8")) == record
@@ -221,6 +226,15 @@ def test_settings_out_of_range_are_refused_by_name(project: Path, capsys: pytest
     printed = capsys.readouterr().err
     assert "batch_size" in printed
     assert "temperature" in printed
+
+
+def test_written_numbers_stand_on_one_line_and_strings_stay_as_they_are(tmp_path: Path) -> None:
+    content = {"rows": [[0.5, 1e-05], [-2, 3]], "names": ["a [ b ]", "1,\n2"], "none": []}
+    write_json(content, tmp_path / "x.json")
+    text = (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert json.loads(text) == content
+    assert "    [0.5, 1e-05],\n    [-2, 3]\n" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_a_file_that_is_no_record_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
