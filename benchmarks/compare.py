@@ -24,9 +24,10 @@ from benchmarks.peers.environments import ROOT, PeerUnavailableError, note
 from benchmarks.peers.protocol import Workload, add_workload_flags, positive_int, workload_from
 from benchmarks.ratios import figures, ratios
 from benchmarks.results_file import read_json, write_json
-from server.bench.facts import OtherLoad, machine_facts, version_facts
+from server.bench.facts import OtherLoad
 from server.config import cache_folder, load_config
 from server.errors import LoraMixerError
+from server.machine import machine_facts, version_facts
 from server.model.loader import base_model_folder
 
 RESULT = ROOT / "benchmarks" / "results" / "compare.json"

@@ -25,11 +25,12 @@ from benchmarks.server_process import serving
 from benchmarks.step_cost import EngineTimer, step_cost
 from benchmarks.synthetic import projection_shapes, write_adapter, write_router
 from server.api.services import Services
-from server.bench.facts import OtherLoad, machine_facts, version_facts
+from server.bench.facts import OtherLoad
 from server.bench.in_process import in_process
 from server.bench.over_http import HttpTarget
 from server.config import AdapterSpec, ServerConfig, cache_folder, load_config
 from server.errors import LoraMixerError
+from server.machine import machine_facts, version_facts
 from server.model.loader import base_model_folder
 from server.routing.router import load_artefact
 

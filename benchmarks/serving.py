@@ -22,11 +22,11 @@ from benchmarks.registration import recompiled_in_process, stall_over_http
 from benchmarks.results_file import write_json
 from benchmarks.server_process import ServerProcess, runtime_bytes, serving
 from benchmarks.synthetic import projection_shapes, write_adapter
-from server.bench.facts import machine_facts, version_facts
 from server.bench.load import Answer, Job
 from server.bench.over_http import HttpTarget
 from server.config import ServerConfig, cache_folder, load_config
 from server.errors import LoraMixerError
+from server.machine import machine_facts, version_facts
 from server.model.loader import base_model_folder
 
 RESULT = ROOT / "benchmarks" / "results" / "serving.json"

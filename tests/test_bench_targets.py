@@ -14,12 +14,13 @@ import pytest
 from server import __version__, cli
 from server.bench.cases import Plan, run_plan
 from server.bench.command import report
-from server.bench.facts import OtherLoad, config_digest, machine_facts, version_facts
+from server.bench.facts import OtherLoad, config_digest
 from server.bench.in_process import InProcessTarget
 from server.bench.load import Job
 from server.bench.over_http import HttpTarget
 from server.config import AdapterSpec, ServerConfig, ServerSettings
 from server.errors import LoraMixerError
+from server.machine import machine_facts, version_facts
 from tests.api.fakes import BASE_NAME, Harness
 from tests.bench_fakes import FakeTarget
 from tests.cli_isolation import isolated_cli

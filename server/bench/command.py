@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from server.bench.cases import POLICIES, Plan, run_plan
-from server.bench.facts import config_digest, machine_facts, version_facts
+from server.bench.facts import config_digest
 from server.bench.figures import ratio_lines
 from server.bench.load import Target
 from server.cli_flags import (
@@ -24,6 +24,7 @@ from server.cli_flags import (
 )
 from server.config import ServerConfig
 from server.errors import ConfigError
+from server.machine import machine_facts, version_facts
 
 T = TypeVar("T")
 

@@ -1,0 +1,43 @@
+"""What every measured figure depends on besides the code: the machine and the versions of what computes."""
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from server import __version__
+
+
+def machine_facts() -> dict[str, Any]:
+    """Cores this process may use, processor model, memory, operating system."""
+    return {
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_model": _first_value(Path("/proc/cpuinfo"), "model name") or platform.processor() or "unknown",
+        "memory_gib": _memory_gib(),
+        "system": f"{platform.system()} {platform.release().partition('-')[0]}",
+    }
+
+
+def version_facts() -> dict[str, str]:
+    """Versions of what computes."""
+    versions = {"lora_mixer": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _first_value(path: Path, key: str) -> str | None:
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
+
+
+def _memory_gib() -> float | None:
+    total = _first_value(Path("/proc/meminfo"), "MemTotal")
+    return round(int(total.split()[0]) / 2**20, 1) if total else None
