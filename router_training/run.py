@@ -36,6 +36,10 @@ NUMBER_LIST = re.compile(r"\[\n[\s\d.,eE+-]+\]")
 OWN_LOSS_CHATS = 24
 """Chats per task that relative weighting measures the own adapter on; a scale needs no better."""
 
+StartOfRun = tuple[RouterParameters, dict[int, float] | None]
+"""The router before the first step, and the task losses that relative weighting divides by."""
+Start = Callable[[Roster, Sequence[TokenSequence], TrainingConfig], StartOfRun]
+
 BACKGROUND_CHATS = 160
 """Chats of the mix whose router inputs give the background statistics; a mean over some 6,000 tokens is steady."""
 
@@ -56,12 +60,9 @@ def train(
     validation = first_rows(splits["validation"], validation_rows)
     check_held_out(roster, validation)
     record = run_record(roster, mix, sequences, settings)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint = Checkpoint(out, run_fingerprint(record))
-    state = checkpoint.load()
     before = frozen_digests(roster)
-    torch.manual_seed(settings.seed)
-    router = _train_router(roster, sequences, settings, out, checkpoint, state)
+    checkpoint = Checkpoint(out, run_fingerprint(record))
+    router = train_router(roster, sequences, settings, out, checkpoint)
     write_results(roster, router, sequences, validation, settings, record, out, before)
     checkpoint.delete()
 
@@ -129,16 +130,27 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
     unfinished.replace(path)
 
 
-def _train_router(
+def start_router(roster: Roster, sequences: Sequence[TokenSequence], settings: TrainingConfig) -> StartOfRun:
+    """The warm start, and the task losses if the settings divide by them."""
+    rounds = 0 if settings.warm_start == "none" else settings.warm_start_rounds
+    with Progress("warm start", total=num_warm_start(sequences, settings) * rounds, unit="chat") as progress:
+        router = warm_start(roster, sequences, settings, on_batch=progress.advance)
+    return router, own_losses(roster, sequences) if settings.lm_weighting == "relative" else None
+
+
+def train_router(
     roster: Roster,
     sequences: Sequence[TokenSequence],
     settings: TrainingConfig,
     out: Path,
     checkpoint: Checkpoint,
-    state: Mapping[str, Any] | None,
+    start: Start = start_router,
 ) -> RouterParameters:
-    """Both stages, or what is left of them."""
-    trainer, task_losses = prepare_trainer(roster, sequences, settings, state)
+    """Both stages, or what is left of them after the checkpoint; metrics and checkpoints go to `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    state = checkpoint.load()
+    torch.manual_seed(settings.seed)
+    trainer, task_losses = prepare_trainer(roster, sequences, settings, state, start=start)
 
     def save() -> None:
         checkpoint.save({"trainer": trainer.state_dict(), "task_losses": task_losses})
@@ -155,21 +167,20 @@ def prepare_trainer(
     settings: TrainingConfig,
     state: Mapping[str, Any] | None,
     soft: SoftAdapters | None = None,
+    start: Start = start_router,
 ) -> tuple[Trainer, dict[int, float] | None]:
     """A trainer after the warm start, or where `state` was taken, and the task losses that it divides by.
 
     `state` has the keys `trainer` and `task_losses`.
     """
-    num_cached = 0 if settings.warm_start == "none" else min(settings.warm_start_samples, len(sequences))
     if state is None:
-        with Progress("warm start", total=num_cached * settings.warm_start_rounds, unit="chat") as progress:
-            router = warm_start(roster, sequences, settings, on_batch=progress.advance)
-        task_losses = own_losses(roster, sequences) if settings.lm_weighting == "relative" else None
+        router, task_losses = start(roster, sequences, settings)
     else:
         rows = state["trainer"]["rows"]
         router = RouterParameters(rows, settings.granularity, null_expert=settings.null_expert)
         task_losses = state["task_losses"]
     # Chats that the warm start has not seen come first.
+    num_cached = num_warm_start(sequences, settings)
     unseen_first = [*sequences[num_cached:], *sequences[:num_cached]]
     prior = prior_shares(settings, roster.names)
     own = roster.own_adapter_plans()
@@ -187,6 +198,11 @@ def prepare_trainer(
         trainer.load_state_dict(state["trainer"])
         print(f"continuing after step {trainer.next_step} of {settings.steps}", file=sys.stderr)
     return trainer, task_losses
+
+
+def num_warm_start(sequences: Sequence[TokenSequence], settings: TrainingConfig) -> int:
+    """Sequences, from the first, that the warm start sees."""
+    return 0 if settings.warm_start == "none" else min(settings.warm_start_samples, len(sequences))
 
 
 def run_trainer(

@@ -45,6 +45,8 @@ class SuiteOptions:
     max_new_tokens: int = 200
     cache: Path | None = None
     """Folder of finished measurements."""
+    gates: bool = True
+    """Where the router sends tokens: by layer, by position, along a chat."""
 
 
 class Suite:
@@ -82,7 +84,8 @@ class Suite:
             record["composite"] = self._composites(chats, candidates)
         if options.generated_rows:
             record["metrics"] = self._metrics(chats)
-        record["gates"] = self._gates(chats)
+        if options.gates:
+            record["gates"] = self._gates(chats)
         return record
 
     def _candidates(self) -> dict[str, Candidate]:
