@@ -200,7 +200,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lora-mixer"
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """YAML forbids repeated keys, yet PyYAML lets the last one win: half of such a file would be ignored in silence."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -217,7 +217,7 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> ServerCo
     Raises ConfigError that lists every problem with its place in the file, an unknown key with its nearest known one.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
     except OSError as error:
         raise ConfigError(
             f"cannot read {path}: {error.strerror}. Pass --config with the path of an adapters.yaml."

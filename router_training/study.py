@@ -1,0 +1,197 @@
+"""The driver of a study: trains and evaluates every run of a plan in one process, one base model for all of them.
+
+Several processes may share the output folder: each run is locked by the one that works on it. Nothing that is finished
+is done again, and a run that was killed goes on from its checkpoint.
+"""
+
+import dataclasses
+import json
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from router_training.artefact import build_artefact
+from router_training.cells import CellCache
+from router_training.checkpoint import CHECKPOINT_NAME, Checkpoint, run_fingerprint
+from router_training.frozen import check_frozen, frozen_digests
+from router_training.mixing import encode_mix
+from router_training.roster import Roster
+from router_training.run import (
+    EVALUATION_NAME,
+    check_held_out,
+    load_with_progress,
+    run_record,
+    train_router,
+    write_json,
+)
+from router_training.step_log import METRICS_NAME
+from router_training.study_plan import StudyRun
+from router_training.study_start import KeptStart
+from router_training.study_state import RunState, Stage, StudyInputs, stage_of
+from router_training.suite import Suite
+from server.errors import ConfigError, RouterArtefactError
+from server.machine import machine_facts, version_facts
+from server.routing.router import load_artefact, save_artefact
+
+ARTEFACT_FILES = ("router.json", "router.safetensors")
+
+NOT_IN_A_STUDY = ("background", "validation")
+"""Parts of a training record that say nothing about the rows: statistics for hot registration, and the evaluation."""
+
+
+class Study:
+    """Runs of a plan, their inputs, and the folder `out` that holds what is done of them."""
+
+    def __init__(
+        self,
+        inputs: StudyInputs,
+        runs: Sequence[StudyRun],
+        out: Path,
+        *,
+        cache: Path | None = None,
+        reuse: Sequence[Path] = (),
+    ) -> None:
+        """`cache` holds finished measurements, by default below `out`. A run whose training record equals that of an
+        artefact folder in `reuse` takes its rows from there."""
+        self.runs = list(runs)
+        self._inputs = inputs
+        self._out = out
+        self._cache = cache or out / "cells"
+        self._reuse = list(reuse)
+        self._roster: Roster | None = None
+
+    def folder(self, run: StudyRun) -> Path:
+        return self._out / "runs" / run.name / f"seed{run.seed}"
+
+    def stage(self, run: StudyRun) -> Stage:
+        """How far a run is."""
+        return stage_of(RunState.read(self.folder(run)), run, self._inputs)
+
+    def run(self, after_each: Callable[[], None] = lambda: None) -> list[StudyRun]:
+        """Do what is missing, in order; the runs that failed. One that fails is reported and the others go on."""
+        failed = []
+        for run in self.runs:
+            try:
+                with FileLock(self._lock_path(run), timeout=0):
+                    done = self.stage(run) == "finished" or self._attempt(run)
+            except Timeout:
+                _say(run, "another process works on it")
+                continue
+            if not done:
+                failed.append(run)
+            after_each()
+        return failed
+
+    def _attempt(self, run: StudyRun) -> bool:
+        """Whether the run is finished now. Any error ends this run alone; it is kept in its state."""
+        started = time.monotonic()
+        try:
+            self._prepare_folder(run)
+            self._train(run)
+            self._evaluate(run)
+        except Exception as error:
+            # The frozen weights may be what went wrong: the next run gets fresh ones.
+            self._roster = None
+            traceback.print_exc()
+            _say(run, f"failed: {error}")
+            state = RunState.read(self.folder(run)) or RunState(self._inputs.training_digest(run))
+            dataclasses.replace(state, error=f"{type(error).__name__}: {error}").write(self.folder(run))
+            return False
+        _say(run, f"finished after {time.monotonic() - started:.0f} s")
+        return True
+
+    def _prepare_folder(self, run: StudyRun) -> None:
+        """An empty folder where what is there is outdated, else what is left of the run."""
+        folder, digest = self.folder(run), self._inputs.training_digest(run)
+        state = RunState.read(folder)
+        if state is None or state.training != digest:
+            if state is not None:
+                _say(run, "settings, data or adapters have changed; starting again")
+            shutil.rmtree(folder, ignore_errors=True)
+            state = RunState(digest)
+        dataclasses.replace(state, error=None).write(folder)
+
+    def _train(self, run: StudyRun) -> None:
+        state, folder = self._state(run), self.folder(run)
+        if state.trained:
+            return
+        _say(run, "training")
+        roster, mix, settings = self._loaded(), self._inputs.mix(run), run.settings
+        loaded = roster.loaded
+        sequences = encode_mix(mix, roster.label_of_task, loaded.tokenizer, loaded.eos_token_ids, settings)
+        record = without(run_record(roster, mix, sequences, settings), NOT_IN_A_STUDY)
+        facts: dict[str, Any] = {"machine": machine_facts(), "versions": version_facts(), "threads": record["threads"]}
+        checkpoint = Checkpoint(folder, run_fingerprint(record))
+        if (source := self._same_rows(record)) is not None:
+            _say(run, f"taken from {source}")
+            for name in (*ARTEFACT_FILES, METRICS_NAME):
+                if (source / name).exists():
+                    shutil.copyfile(source / name, folder / name)
+        else:
+            before = frozen_digests(roster)
+            start = KeptStart(CellCache(self._cache))
+            router = train_router(roster, sequences, settings, folder, checkpoint, start)
+            check_frozen(roster, before)
+            if not start.seconds:  # A run that went on from a checkpoint did not start here.
+                start(roster, sequences, settings)
+            facts["start_s"] = start.seconds
+            save_artefact(build_artefact(router.detached(), roster, settings, training=record), folder)
+        dataclasses.replace(state, trained=True, facts=facts).write(folder)
+        checkpoint.delete()
+
+    def _evaluate(self, run: StudyRun) -> None:
+        state, folder = self._state(run), self.folder(run)
+        digest = self._inputs.evaluation_digest(run)
+        (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
+        if state.evaluation == digest:
+            return
+        _say(run, "evaluating")
+        roster, chats = self._loaded(), self._inputs.validation(run)
+        check_held_out(roster, chats)
+        suite = Suite(roster, load_artefact(folder), run.suite_options(self._cache))
+        write_json(suite.run(chats, self._inputs.train), folder / EVALUATION_NAME)
+        dataclasses.replace(state, evaluation=digest).write(folder)
+
+    def _same_rows(self, record: Mapping[str, Any]) -> Path | None:
+        """A folder of `reuse` whose artefact was trained from exactly this."""
+        # As JSON, which has no tuples and no integer keys.
+        wanted = json.loads(json.dumps(record))
+        for folder in self._reuse:
+            try:
+                training = load_artefact(folder).training
+            except RouterArtefactError as error:
+                raise ConfigError(f"--reuse {folder}: {error.message}") from error
+            if without(training, NOT_IN_A_STUDY) == wanted:
+                return folder
+        return None
+
+    def _state(self, run: StudyRun) -> RunState:
+        state = RunState.read(self.folder(run))
+        assert state is not None, "the folder has been prepared"
+        return state
+
+    def _loaded(self) -> Roster:
+        """Base model and adapters, loaded when the first run needs them."""
+        if self._roster is None:
+            self._roster = load_with_progress(self._inputs.config)
+        return self._roster
+
+    def _lock_path(self, run: StudyRun) -> Path:
+        folder = self._out / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{run.name}-seed{run.seed}.lock"
+
+
+def without(record: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """A record less some of its keys."""
+    return {key: value for key, value in record.items() if key not in keys}
+
+
+def _say(run: StudyRun, text: str) -> None:
+    print(f"[{run.title}] {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,62 @@
+"""`lora-mixer-train study`: its flags, what it prints, and its exit status. The work is in `study`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from router_training.flags import add_sources
+from server.config import load_config
+
+
+def add_study(parser: argparse.ArgumentParser) -> None:
+    """All flags of the command."""
+    add_sources(parser)
+    parser.add_argument("--plan", type=Path, required=True, metavar="FILE", help="YAML list of runs (study_plan.py)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results of every run")
+    parser.add_argument(
+        "--only", type=_names, default=(), metavar="NAME,...", help="runs to do (default: all of the plan)"
+    )
+    parser.add_argument("--list", action="store_true", help="show what is done and what is missing; run nothing")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="collect the results there, after every run (default: nowhere)"
+    )
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR", help="keep finished measurements here (default: cells below --out)"
+    )
+    parser.add_argument(
+        "--reuse",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="take the rows of this artefact for a run that it was trained by; repeatable (default: none)",
+    )
+    parser.set_defaults(action=_study)
+
+
+def _study(options: argparse.Namespace) -> int:
+    from router_training.study import Study
+    from router_training.study_plan import choose, read_plan
+    from router_training.study_record import write_record
+    from router_training.study_state import StudyInputs
+
+    runs = read_plan(options.plan)
+    chosen = choose(runs, options.only)
+    inputs = StudyInputs(load_config(options.config), options.data, runs)
+    # The record covers the whole plan, whichever part of it this process does.
+    whole = Study(inputs, runs, options.out)
+    failed = []
+    if not options.list:
+        study = Study(inputs, chosen, options.out, cache=options.cache, reuse=options.reuse)
+        failed = study.run(lambda: write_record(whole, inputs, options.json) if options.json else None)
+    if options.json:
+        write_record(whole, inputs, options.json)
+    for run in chosen:
+        print(f"{run.title}: {whole.stage(run)}")
+    if failed:
+        print(f"{len(failed)} runs failed; see above, and repeat the command to try them again", file=sys.stderr)
+    return int(bool(failed))
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -1,0 +1,112 @@
+"""A study's results as one small JSON: all that the report is made of, runs that are missing among it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from router_training.run import EVALUATION_NAME, write_json
+from router_training.settings import TrainingConfig
+from router_training.step_log import METRICS_NAME
+from router_training.study import Study
+from router_training.study_plan import StudyRun
+from router_training.study_state import RunState, StudyInputs
+from server.machine import version_facts
+
+FORMAT_VERSION = 1
+CURVE_POINTS = 50
+"""Points kept of the curves over training; each is a mean over the steps it stands for."""
+CURVES = ("lm_loss", "balance", "entropy", "adapter_id")
+DIGITS = 5
+"""Decimals of nats kept. They are means over some thousand tokens."""
+POLICY_MEASURES = ("nll", "own_share", "own_top1")
+FROM_THE_RECORD = ("chats", "calibration", "metrics", "gates")
+
+
+def collect(study: Study, inputs: StudyInputs) -> dict[str, Any]:
+    """The record of all runs of the study, finished or not."""
+    base = inputs.config.base_model
+    return {
+        "format_version": FORMAT_VERSION,
+        "versions": version_facts(),
+        "base_model": {"name": base.name, "source": base.source, "dtype": base.dtype},
+        "adapters": inputs.names,
+        "data": inputs.counts(),
+        "runs": [_collected(study, run) for run in study.runs],
+    }
+
+
+def write_record(study: Study, inputs: StudyInputs, path: Path) -> None:
+    """`collect` into a file, replaced as a whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(collect(study, inputs), path)
+
+
+def _collected(study: Study, run: StudyRun) -> dict[str, Any]:
+    stage, folder = study.stage(run), study.folder(run)
+    record: dict[str, Any] = {
+        "name": run.name,
+        "section": run.section,
+        "note": run.note,
+        "seed": run.seed,
+        "stage": stage,
+        "settings": changed_settings(run.settings),
+    }
+    state = RunState.read(folder)
+    if state is None or stage == "outdated":
+        return record
+    if state.error is not None:
+        record["error"] = state.error
+    if state.trained:
+        record |= {"facts": dict(state.facts), "training": _curves(folder / METRICS_NAME)}
+    if stage == "finished":
+        record["evaluation"] = thinned(json.loads((folder / EVALUATION_NAME).read_text(encoding="utf-8")))
+    return record
+
+
+def changed_settings(settings: TrainingConfig) -> dict[str, Any]:
+    """Settings that are not the default's, the seed left out."""
+    defaults = TrainingConfig().record()
+    return {key: value for key, value in settings.record().items() if key != "seed" and value != defaults[key]}
+
+
+def thinned(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation record less what follows from the rest, in few digits."""
+    record = {key: evaluation[key] for key in FROM_THE_RECORD if key in evaluation}
+    record["policies"] = _measures(evaluation["policies"])
+    if "composite" in evaluation:
+        composite = evaluation["composite"]
+        record["composite"] = {"chats": composite["chats"], "policies": _measures(composite["policies"])}
+    return record
+
+
+def _measures(policies: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, list[float]]]:
+    """policy -> task -> [nll, own_share, own_top1]."""
+    return {
+        policy: {task: [round(found[name], DIGITS) for name in POLICY_MEASURES] for task, found in tasks.items()}
+        for policy, tasks in policies.items()
+    }
+
+
+def _curves(path: Path) -> dict[str, Any]:
+    """Metrics over the steps, thinned, and the seconds that all steps took. Empty where there are no metrics."""
+    if not path.exists():
+        return {}
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if not lines:
+        return {"steps": 0, "steps_s": 0.0}
+    size = -(-len(lines) // CURVE_POINTS)
+    parts = [lines[start : start + size] for start in range(0, len(lines), size)]
+    record: dict[str, Any] = {
+        "steps": len(lines),
+        "steps_s": round(sum(line["seconds"] for line in lines), 1),
+        "tokens": sum(line["tokens"] for line in lines),
+        "step": [part[0]["step"] for part in parts],
+    }
+    for name in CURVES:
+        record[name] = [round(_mean([line[name] for line in part]), DIGITS) for part in parts]
+    return record
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,127 @@
+"""What is done of a study: one state file per run, and digests that say whether a result is still the plan's."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from router_training.data import Chat, data_digest, has_task, read_splits
+from router_training.mixing import Mix, draw_mix
+from router_training.roster import BASE_TASK
+from router_training.run import first_rows, write_json
+from router_training.settings import check_prior
+from router_training.study_plan import StudyRun
+from server.config import AdapterSpec, ServerConfig
+
+STATE_NAME = "study.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+Stage = Literal["not run", "outdated", "failed", "unfinished", "trained", "finished"]
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Content of a run's state file."""
+
+    training: str
+    """Digest of settings, training data, base model and adapters."""
+    trained: bool = False
+    evaluation: str | None = None
+    """Digest of all that and of what the record covers; None until there is a record."""
+    error: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """Machine, versions and seconds."""
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(asdict(self), folder / STATE_NAME)
+
+    @staticmethod
+    def read(folder: Path) -> "RunState | None":
+        path = folder / STATE_NAME
+        return RunState(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+class StudyInputs:
+    """Config and chats of a study, read once, and the digests of what a run makes of them. Loads no model."""
+
+    def __init__(self, config: ServerConfig, data: Sequence[Path], runs: Sequence[StudyRun]) -> None:
+        """Raises TrainingDataError with every problem of the data, ConfigError for a prior of unknown adapters."""
+        self.config = config
+        self.names = [spec.name for spec in config.adapters if spec.routed]
+        for run in runs:
+            check_prior(run.settings, self.names)
+        needs_base = any(run.settings.null_expert for run in runs)
+        self.has_base = needs_base or has_task(data, BASE_TASK)
+        tasks = [*self.names, *([BASE_TASK] if self.has_base else [])]
+        splits = read_splits(data, tasks)
+        self.train: Mapping[str, Sequence[Chat]] = splits["train"]
+        self._validation = splits["validation"]
+
+    def mix(self, run: StudyRun) -> Mix:
+        """The training mix, as `lora-mixer-train train` draws it."""
+        tasks = [*self.names, *([BASE_TASK] if run.settings.null_expert else [])]
+        return draw_mix({task: self.train[task] for task in tasks}, run.settings)
+
+    def validation(self, run: StudyRun) -> dict[str, Sequence[Chat]]:
+        """Chats that a run is measured on, in the order of `lora-mixer-train evaluate`."""
+        tasks = [*([BASE_TASK] if self.has_base else []), *self.names]
+        return first_rows({task: self._validation[task] for task in tasks}, run.evaluation.rows)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Chats per task and split."""
+        splits = {"train": self.train, "validation": self._validation}
+        return {task: {split: len(chats[task]) for split, chats in splits.items()} for task in self.train}
+
+    def training_digest(self, run: StudyRun) -> str:
+        """Changes with whatever changes the trained router, versions of libraries and thread count excepted."""
+        return _digest([run.settings.record(), self.mix(run).digest, self._frozen])
+
+    def evaluation_digest(self, run: StudyRun) -> str:
+        """Changes with whatever changes the record."""
+        options = asdict(run.suite_options(Path()))
+        del options["cache"]
+        chats = [chat for rows in self.validation(run).values() for chat in rows]
+        fitted = self._train_digest if options["baselines"] else None
+        return _digest([self.training_digest(run), options, data_digest(chats), fitted])
+
+    @cached_property
+    def _train_digest(self) -> str:
+        return data_digest([chat for rows in self.train.values() for chat in rows])
+
+    @cached_property
+    def _frozen(self) -> list[Any]:
+        """Base model and adapters. Files by content, so that an adapter that was trained on is seen."""
+        base = self.config.base_model
+        folders = [(spec.name, _folder(self.config, spec)) for spec in self.config.adapters if spec.routed]
+        files = [[name, file, _file_digest(folder / file)] for name, folder in folders for file in ADAPTER_FILES]
+        return [[base.name, base.source, base.revision, base.dtype], files]
+
+
+def stage_of(state: RunState | None, run: StudyRun, inputs: StudyInputs) -> Stage:
+    """How far a run is. `outdated`: what is there belongs to other settings, data or adapters."""
+    if state is None:
+        return "not run"
+    if state.training != inputs.training_digest(run):
+        return "outdated"
+    if state.error is not None:
+        return "failed"
+    if not state.trained:
+        return "unfinished"
+    return "finished" if state.evaluation == inputs.evaluation_digest(run) else "trained"
+
+
+def _folder(config: ServerConfig, spec: AdapterSpec) -> Path:
+    return config.root / spec.source / (spec.subfolder or "")
+
+
+def _file_digest(path: Path) -> str | None:
+    """None for a file that is missing: loading the adapters says what that means."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,245 @@
+"""The study's driver on a tiny project: what is done, skipped, resumed, done again, and survived."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from filelock import FileLock
+
+from router_training.__main__ import main
+from router_training.checkpoint import CHECKPOINT_NAME
+from router_training.study_record import CURVE_POINTS
+
+SETTINGS = {"samples": 16, "max_length": 64, "warm_start_samples": 8, "batch_size": 4, "lm_weighting": "relative"}
+
+
+@pytest.fixture
+def study(project: Path) -> Path:
+    """The tiny project with a plan of two runs, the first with two seeds."""
+    write_plan(project, {"name": "first", "seeds": [0, 1]}, {"name": "second", "settings": {"lambda_": 0}})
+    return project
+
+
+def write_plan(project: Path, *runs: dict[str, Any], **settings: Any) -> None:
+    defaults = {"settings": {**SETTINGS, "steps": 2, **settings}, "evaluation": {"rows": 2}}
+    listed = [{"section": "ablation", **run} for run in runs]
+    (project / "study.yaml").write_text(yaml.safe_dump({"defaults": defaults, "runs": listed}), encoding="utf-8")
+
+
+def command(project: Path, *flags: str) -> list[str]:
+    inputs = ["--config", str(project / "adapters.yaml"), "--data", str(project / "data")]
+    return ["study", *inputs, "--plan", str(project / "study.yaml"), "--out", str(project / "out"), *flags]
+
+
+def run(project: Path, *flags: str) -> int:
+    return main(command(project, *flags))
+
+
+def stages(project: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    capsys.readouterr()
+    assert run(project, "--list") == 0
+    return dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+
+
+def times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
+
+
+def test_every_run_and_seed_is_trained_and_evaluated_once(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(stages(study, capsys).values()) == {"not run"}
+    assert not (study / "out").exists()
+    assert run(study) == 0
+    finished = {"first, seed 0": "finished", "second, seed 0": "finished", "first, seed 1": "finished"}
+    assert stages(study, capsys) == finished
+    before = times(study / "out")
+    assert run(study) == 0
+    assert times(study / "out") == before
+
+
+def test_a_run_of_a_study_has_the_bytes_that_train_gives(study: Path) -> None:
+    """Whatever ran before it in the same process."""
+    flags = ["--samples", "16", "--max-length", "64", "--warm-start-samples", "8", "--batch-size", "4"]
+    flags += ["--lm-weighting", "relative", "--steps", "2", "--lambda", "0", "--validation-rows", "2"]
+    inputs = ["--config", str(study / "adapters.yaml"), "--data", str(study / "data")]
+    assert main(["train", *inputs, "--out", str(study / "alone"), *flags]) == 0
+    assert run(study) == 0
+    from server.routing.router import load_artefact
+
+    alone, of_study = load_artefact(study / "alone"), load_artefact(study / "out/runs/second/seed0")
+    assert of_study.row_digests() == alone.row_digests()
+    record = {key: value for key, value in alone.training.items() if key not in ("background", "validation")}
+    assert of_study.training == record
+    evaluation = json.loads((study / "out/runs/second/seed0/evaluation.json").read_text(encoding="utf-8"))
+    assert evaluation["policies"] == alone.training["validation"]["policies"]
+
+
+def test_a_changed_setting_reruns_what_it_concerns_and_nothing_else(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(study) == 0
+    second = times(study / "out/runs/second")
+    write_plan(study, {"name": "first", "settings": {"alpha": 0.5}}, {"name": "second", "settings": {"lambda_": 0}})
+    assert stages(study, capsys) == {"first, seed 0": "outdated", "second, seed 0": "finished"}
+    assert run(study) == 0
+    assert times(study / "out/runs/second") == second
+    training = json.loads((study / "out/runs/first/seed0/router.json").read_text(encoding="utf-8"))["training"]
+    assert training["settings"]["alpha"] == 0.5
+
+
+def test_changed_data_or_adapters_rerun_everything(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_plan(study, {"name": "only"}, steps=0)
+    assert run(study) == 0
+    path = study / "data/letters/train.jsonl"
+    content = path.read_text(encoding="utf-8")
+    path.write_text(content.replace("abc", "abd").replace("aaa", "bba"), encoding="utf-8")
+    assert stages(study, capsys) == {"only, seed 0": "outdated"}
+    path.write_text(content, encoding="utf-8")
+    assert stages(study, capsys) == {"only, seed 0": "finished"}
+    weights = study / "digits/adapter_model.safetensors"
+    weights.write_bytes((study / "letters/adapter_model.safetensors").read_bytes())
+    assert stages(study, capsys) == {"only, seed 0": "outdated"}
+
+
+def test_another_evaluation_keeps_the_rows(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_plan(study, {"name": "only"})
+    assert run(study) == 0
+    artefact = study / "out/runs/only/seed0/router.safetensors"
+    before = artefact.stat().st_mtime_ns
+    write_plan(study, {"name": "only", "evaluation": {"rows": 3, "composites": 2}})
+    assert stages(study, capsys) == {"only, seed 0": "trained"}
+    assert run(study) == 0
+    assert artefact.stat().st_mtime_ns == before
+    record = json.loads((study / "out/runs/only/seed0/evaluation.json").read_text(encoding="utf-8"))
+    assert record["chats"] == {"letters": 3, "digits": 3}
+    assert record["composite"]["chats"] == 2
+
+
+def test_a_killed_study_goes_on_and_ends_in_the_same_bytes(project: Path) -> None:
+    write_plan(project, {"name": "only"}, steps=40, checkpoint_every=3)
+    folder = project / "out/runs/only/seed0"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "router_training", *command(project)],
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 300
+    metrics = folder / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") > 8) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1].decode()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert (folder / CHECKPOINT_NAME).exists()
+    assert not (folder / "router.json").exists()
+    again = [sys.executable, "-m", "router_training", *command(project)]
+    done = subprocess.run(
+        again,
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "continuing after step" in done.stderr
+    assert not (folder / CHECKPOINT_NAME).exists()
+    resumed = (folder / "router.safetensors").read_bytes()
+    shutil.rmtree(project / "out")
+    subprocess.run(
+        again,
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        check=True,
+    )
+    assert (folder / "router.safetensors").read_bytes() == resumed
+
+
+def test_a_failing_run_is_reported_and_the_others_go_on(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A chat that is too long for one run's limit is found with the tokenizer, long after the plan was read."""
+    write_plan(study, {"name": "broken", "settings": {"max_length": 8}}, {"name": "whole"})
+    assert run(study, "--json", str(study / "study.json")) == 1
+    assert "[broken, seed 0] failed: " in capsys.readouterr().err
+    assert stages(study, capsys) == {"broken, seed 0": "failed", "whole, seed 0": "finished"}
+    broken, whole = json.loads((study / "study.json").read_text(encoding="utf-8"))["runs"]
+    assert "the longest allowed is 8" in broken["error"]
+    assert "evaluation" not in broken
+    assert "evaluation" in whole
+
+
+def test_only_does_the_named_runs_and_the_record_lists_all(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(study, "--only", "second", "--json", str(study / "study.json")) == 0
+    record = json.loads((study / "study.json").read_text(encoding="utf-8"))
+    assert [(found["name"], found["seed"], found["stage"]) for found in record["runs"]] == [
+        ("first", 0, "not run"),
+        ("second", 0, "finished"),
+        ("first", 1, "not run"),
+    ]
+    assert run(study, "--only", "secnod") == 1
+    assert "did you mean 'second'?" in capsys.readouterr().err
+
+
+def test_a_run_that_another_process_works_on_is_left_to_it(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (study / "out/locks").mkdir(parents=True)
+    with FileLock(study / "out/locks/second-seed0.lock"):
+        assert run(study) == 0
+    assert "[second, seed 0] another process works on it" in capsys.readouterr().err
+    assert stages(study, capsys)["second, seed 0"] == "not run"
+
+
+def test_runs_that_start_alike_share_their_warm_start(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(study, "--only", "first") == 0
+    capsys.readouterr()
+    assert run(study, "--only", "second") == 0
+    assert "warm start" not in capsys.readouterr().err
+
+
+def test_rows_are_reused_only_from_a_run_of_the_same_record(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_plan(study, {"name": "only"})
+    assert run(study) == 0
+    shutil.move(study / "out/runs/only/seed0", study / "earlier")
+    shutil.rmtree(study / "out")
+    reuse = ["--reuse", str(study / "earlier")]
+    assert run(study, *reuse) == 0
+    assert "[only, seed 0] taken from" in capsys.readouterr().err
+    rows = study / "out/runs/only/seed0/router.safetensors"
+    assert rows.read_bytes() == (study / "earlier/router.safetensors").read_bytes()
+    write_plan(study, {"name": "only", "settings": {"alpha": 0.5}})
+    assert run(study, *reuse) == 0
+    assert "taken from" not in capsys.readouterr().err
+    assert rows.read_bytes() != (study / "earlier/router.safetensors").read_bytes()
+    write_plan(study, {"name": "only", "settings": {"alpha": 0.6}})
+    assert run(study, "--reuse", str(study / "nowhere")) == 1
+    assert "no router artefact" in capsys.readouterr().err
+
+
+def test_the_record_has_what_the_report_needs_in_few_numbers(study: Path) -> None:
+    shutil.copytree(study / "data/letters", study / "data/base")
+    evaluation = {"composites": 2, "baselines": "first seed", "gates": "first seed", "generate": 1, "max_new_tokens": 3}
+    write_plan(study, {"name": "only", "evaluation": {**evaluation, "calibration_chats": 1}}, steps=60)
+    assert run(study, "--json", str(study / "study.json")) == 0
+    record = json.loads((study / "study.json").read_text(encoding="utf-8"))
+    assert record["data"]["letters"] == {"train": 12, "validation": 4}
+    (only,) = record["runs"]
+    assert only["settings"] == {**SETTINGS, "batch_size": 4, "steps": 60}
+    assert only["training"]["steps"] == 60
+    assert len(only["training"]["entropy"]) == len(only["training"]["step"]) == 30 <= CURVE_POINTS
+    assert only["facts"]["start_s"] > 0
+    assert only["facts"]["machine"]["cores"] > 0
+    whole = json.loads((study / "out/runs/only/seed0/evaluation.json").read_text(encoding="utf-8"))
+    assert only["evaluation"]["policies"].keys() == whole["policies"].keys()
+    nll, own_share, _ = only["evaluation"]["policies"]["routed"]["digits"]
+    assert nll == pytest.approx(whole["policies"]["routed"]["digits"]["nll"], abs=1e-5)
+    assert own_share == pytest.approx(whole["policies"]["routed"]["digits"]["own_share"], abs=1e-5)
+    assert only["evaluation"]["composite"]["chats"] == 2
+    assert only["evaluation"]["gates"] == whole["gates"]
+    assert only["evaluation"]["metrics"] == whole["metrics"]
