@@ -8,6 +8,7 @@ from torch import Tensor
 from router_training.roster import BASE_TASK, Roster
 from router_training.settings import TrainingConfig
 from server.routing.policy import BASE_DIGEST
+from server.routing.prompt_gate import PromptGate
 from server.routing.router import ArtefactAdapter, RouterArtefact
 
 
@@ -17,6 +18,7 @@ def build_artefact(
     config: TrainingConfig,
     *,
     background: Mapping[str, Tensor] | None = None,
+    prompt_gate: PromptGate | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> RouterArtefact:
     """Rows in slot order, the null expert's first if there is one; shares their memory."""
@@ -34,6 +36,7 @@ def build_artefact(
         ),
         rows=rows,
         background=background or {},
+        prompt_gate=prompt_gate,
         training=training or {},
     )
 

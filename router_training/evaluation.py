@@ -34,10 +34,19 @@ class _Sums:
 def gate_batch(
     routed: RoutedModel, batch: TokenBatch, plan_of_label: Sequence[GatePlan], *, collect_layers: bool = False
 ) -> GateBatch | None:
-    """The server's gates for a batch, each sequence under the plan of its label."""
+    """The server's gates for a batch: each token under the plan of its label, unless a prompt gate has its say."""
+    plans, plan_of_token = list(plan_of_label), batch.labels.clone()
+    for row, length in enumerate(batch.lengths.tolist()):
+        plan = plans[int(batch.labels[row, 0])]
+        start = 0
+        for stop, own in routed.routers.prompt_spans(plan, batch.token_ids[row, :length].tolist()):
+            if own not in plans:
+                plans.append(own)
+            plan_of_token[row, start:stop] = plans.index(own)
+            start = stop
     return build_gate_batch(
-        plan_of_label,
-        batch.token_labels,
+        plans,
+        plan_of_token.flatten(),
         bank=routed.bank.snapshot,
         routers=routed.routers,
         collect_layers=collect_layers,

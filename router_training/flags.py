@@ -68,6 +68,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let tokens choose the base model; needs a data folder `base` (default off)",
     )
+    parser.add_argument(
+        "--prompt-gate",
+        action="store_true",
+        help="read the whole first question before it runs, and give what is clear to one adapter (default off)",
+    )
     add("--routed-from-layer", "routed_from_layer", int, "first layer with a gate; the base model alone below it")
     add("--warm-start", "warm_start", str, "initial gate rows from cached inputs", get_args(WarmStart))
     add("--warm-start-samples", "warm_start_samples", int, "chats cached for the warm start, per round")

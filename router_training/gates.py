@@ -61,11 +61,19 @@ class TrainingBatch:
     """Implements `routing.context.RoutingBatch` with differentiable gates over all choices.
 
     `dense`: softmax over all adapters, as the paper trains. `straight_through`: the forward pass is serving's top-k.
-    Keeps the logits of every gate for the losses.
+    Keeps the logits of every gate for the losses. `fixed`, gates (T, E) and where they hold (T,) bool, is what a prompt
+    gate has decided: there the router has no say and gets no gradient.
     """
 
     def __init__(
-        self, bank: BankSnapshot, router: RouterParameters, mode: GateMode, *, top_k: int, temperature: float
+        self,
+        bank: BankSnapshot,
+        router: RouterParameters,
+        mode: GateMode,
+        *,
+        top_k: int,
+        temperature: float,
+        fixed: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.bank = bank
         self.logits: dict[str, Tensor] = {}
@@ -74,17 +82,21 @@ class TrainingBatch:
         self._mode: GateMode = mode
         self._top_k = top_k
         self._temperature = temperature
+        self._fixed = fixed
         self._gates: dict[str, Tensor] = {}
 
     def gates(self, info: ProjectionInfo, tokens: Tensor) -> Tensor | None:
         """See `RoutingBatch`; a per-layer gate reads the input of the first projection called in its layer."""
         key = gate_key(self._router.granularity, info)
         if key not in self._router.rows:
-            return None
+            return None if self._fixed is None else self._fixed[0]
         if key not in self._gates:
             logits = F.linear(tokens.float(), self._router.rows[key])  # (T, C)
             self.logits[key] = logits
-            self._gates[key] = F.pad(self._activate(logits), (self._router.first_slot, 0))  # (T, E)
+            gates = F.pad(self._activate(logits), (self._router.first_slot, 0))  # (T, E)
+            self._gates[key] = (
+                gates if self._fixed is None else torch.where(self._fixed[1][:, None], self._fixed[0], gates)
+            )
         return self._gates[key]
 
     def stacked_logits(self, positions: Tensor) -> Tensor:

@@ -52,13 +52,9 @@ def _generate(
     answers: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
     cache = None
+    plans, plan_of_token = token_plans(routed, [prompt.token_ids for prompt in prompts], labels, plan_of_label)
     for _ in range(max_new_tokens):
-        gates = build_gate_batch(
-            plan_of_label,
-            labels.repeat_interleave(inputs.shape[1]),
-            bank=routed.bank.snapshot,
-            routers=routed.routers,
-        )
+        gates = build_gate_batch(plans, plan_of_token.flatten(), bank=routed.bank.snapshot, routers=routed.routers)
         with routed.context.running(gates):
             output = model(
                 input_ids=inputs,
@@ -76,9 +72,27 @@ def _generate(
                 answers[row].append(token)
         if not any(running):
             break
-        inputs, positions = chosen[:, None], positions[:, -1:] + 1
+        inputs, positions, plan_of_token = chosen[:, None], positions[:, -1:] + 1, labels[:, None]
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
     return answers
+
+
+def token_plans(
+    routed: RoutedModel, prompts: Sequence[Sequence[int]], labels: Tensor, plan_of_label: Sequence[GatePlan]
+) -> tuple[list[GatePlan], Tensor]:
+    """Plans, those of the labels first, and for prompts padded on the left (S, L) which one each token follows: that
+    of its label, or what a prompt gate says."""
+    longest = max(map(len, prompts))
+    plans = list(plan_of_label)
+    plan_of_token = labels[:, None].repeat(1, longest)  # (S, L)
+    for row, prompt in enumerate(prompts):
+        start = longest - len(prompt)
+        for stop, own in routed.routers.prompt_spans(plans[int(labels[row])], prompt):
+            if own not in plans:
+                plans.append(own)
+            plan_of_token[row, start : longest - len(prompt) + stop] = plans.index(own)
+            start = longest - len(prompt) + stop
+    return plans, plan_of_token
 
 
 def pad_left(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from router_training.joint_settings import JointConfig
 from router_training.mixing import draw_mix, encode_mix
 from router_training.peft_export import export_adapter
 from router_training.progress import Progress
+from router_training.prompt_fit import train_prompt_gate
 from router_training.roster import BASE_TASK, Roster, attach_adapters, load_routed_base
 from router_training.run import (
     check_held_out,
@@ -42,6 +43,7 @@ from server.config import ServerConfig, parse_config
 from server.errors import ConfigError
 from server.model.loader import LoadedModel
 from server.routing.attach import RoutedModel
+from server.routing.prompt_gate import PromptGate
 
 ADAPTERS_FOLDER = "adapters"
 CONFIG_NAME = "adapters.yaml"
@@ -58,6 +60,7 @@ class JointRun:
     adapters: TrainableAdapters
     sequences: Sequence[TokenSequence]
     validation: Mapping[str, Sequence[Chat]]
+    prompt_gate: PromptGate | None
     out: Path
 
     def exported(self, folder: Path) -> Roster:
@@ -103,7 +106,8 @@ def train_joint(
     labels = {name: label for label, name in enumerate([BASE_TASK, *tasks])}
     sequences = encode_mix(mix, labels, loaded.tokenizer, loaded.eos_token_ids, settings)
     validation = first_rows(splits["validation"], validation_rows)
-    run = JointRun(config, settings, loaded, routed, adapters, sequences, validation, out)
+    prompt_gate = train_prompt_gate(loaded, len(tasks), sequences, settings)
+    run = JointRun(config, settings, loaded, routed, adapters, sequences, validation, prompt_gate, out)
     start = run.attached()
     check_held_out(start, validation)
     hard = HardTrainer(routed, adapters, sequences, settings)
@@ -118,7 +122,7 @@ def train_joint(
     digests = {adapter.name: adapter.digest for adapter in roster.adapters}
     record |= {"adapter_digests": digests, "start_digests": record["adapter_digests"], "joint": joint}
     (out / CONFIG_NAME).write_text(yaml.safe_dump(served, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    write_results(roster, trainer.router, sequences, validation, settings, record, out, before)
+    write_results(roster, trainer.router, run.prompt_gate, sequences, validation, settings, record, out, before)
     checkpoint.delete()
 
 
@@ -141,7 +145,9 @@ def _both_stages(
         preservation = Preservation(start, constrained, run.settings.beta)
         soft = SoftAdapters(run.adapters, run.settings.adapter_learning_rate, preservation)
         # The bank keeps the adapters as after the hard stage: what warm start, teacher and own losses go by.
-        trainer, task_losses = prepare_trainer(run.attached(), run.sequences, run.settings, soft_state, soft)
+        trainer, task_losses = prepare_trainer(
+            run.attached(), run.sequences, run.settings, soft_state, prompt_gate=run.prompt_gate, soft=soft
+        )
 
         def save() -> None:
             soft_part = {"trainer": trainer.state_dict(), "task_losses": task_losses}

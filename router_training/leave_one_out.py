@@ -48,11 +48,11 @@ class Sizes:
 
 
 def without_row(artefact: RouterArtefact, index: int) -> RouterArtefact:
-    """The artefact less one adapter and its rows."""
+    """The artefact less one adapter and its rows, and less the prompt gate, which is silent about newcomers."""
     kept = [position for position in range(len(artefact.adapters)) if position != index]
     adapters = tuple(artefact.adapters[position] for position in kept)
     rows = {key: values[kept].contiguous() for key, values in artefact.rows.items()}
-    return dataclasses.replace(artefact, adapters=adapters, rows=rows, background={})
+    return dataclasses.replace(artefact, adapters=adapters, rows=rows, background={}, prompt_gate=None)
 
 
 class HeldOut:

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from router_training.frozen import check_frozen, frozen_digests
 from router_training.gates import RouterParameters
 from router_training.mixing import Mix, check_longest, draw_mix, encode_mix
 from router_training.progress import Progress
+from router_training.prompt_fit import guide_of, train_prompt_gate
 from router_training.roster import BASE_TASK, Roster, check_artefact, load_roster
 from router_training.settings import TrainingConfig, check_prior, prior_shares
 from router_training.step_log import StepLog
@@ -26,6 +28,7 @@ from router_training.suite import Suite, SuiteOptions
 from router_training.trainer import SoftAdapters, StepMetrics, Trainer
 from router_training.warm_start import warm_start
 from server.config import ServerConfig
+from server.routing.prompt_gate import PromptGate
 from server.routing.router import load_artefact, save_artefact
 
 EVALUATION_NAME = "evaluation.json"
@@ -61,15 +64,17 @@ def train(
     check_held_out(roster, validation)
     record = run_record(roster, mix, sequences, settings)
     before = frozen_digests(roster)
+    prompt_gate = train_prompt_gate(roster.loaded, len(roster.adapters), sequences, settings)
     checkpoint = Checkpoint(out, run_fingerprint(record))
-    router = train_router(roster, sequences, settings, out, checkpoint)
-    write_results(roster, router, sequences, validation, settings, record, out, before)
+    router = train_router(roster, sequences, settings, out, checkpoint, prompt_gate=prompt_gate)
+    write_results(roster, router, prompt_gate, sequences, validation, settings, record, out, before)
     checkpoint.delete()
 
 
 def write_results(
     roster: Roster,
     router: RouterParameters,
+    prompt_gate: PromptGate | None,
     sequences: Sequence[TokenSequence],
     validation: Mapping[str, Sequence[Chat]],
     settings: TrainingConfig,
@@ -79,16 +84,15 @@ def write_results(
 ) -> None:
     """Artefact with background statistics, and its evaluation, if what was frozen `before` still is."""
     rows = router.detached()
-    plain = build_artefact(rows, roster, settings)
-    background = with_background(plain, roster, sequences[:BACKGROUND_CHATS], roster.routed_plans(plain)).background
-    artefact = build_artefact(rows, roster, settings, background=background, training=record)
+    plain = build_artefact(rows, roster, settings, prompt_gate=prompt_gate, training=record)
+    artefact = with_background(plain, roster, sequences[:BACKGROUND_CHATS], roster.routed_plans(plain))
     check_frozen(roster, before)
     # Saved before the evaluation too: a run that is cut there has lost nothing.
     save_artefact(artefact, out)
     evaluation = Suite(roster, artefact, SuiteOptions()).run(validation)
     # Gate shares are for the study: thousands of numbers that no server needs to load.
     record = {**record, "validation": {key: value for key, value in evaluation.items() if key != "gates"}}
-    save_artefact(build_artefact(rows, roster, settings, background=background, training=record), out)
+    save_artefact(replace(artefact, training=record), out)
     write_json(evaluation, out / EVALUATION_NAME)
 
 
@@ -144,13 +148,15 @@ def train_router(
     settings: TrainingConfig,
     out: Path,
     checkpoint: Checkpoint,
+    *,
+    prompt_gate: PromptGate | None = None,
     start: Start = start_router,
 ) -> RouterParameters:
     """Both stages, or what is left of them after the checkpoint; metrics and checkpoints go to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     state = checkpoint.load()
     torch.manual_seed(settings.seed)
-    trainer, task_losses = prepare_trainer(roster, sequences, settings, state, start=start)
+    trainer, task_losses = prepare_trainer(roster, sequences, settings, state, prompt_gate=prompt_gate, start=start)
 
     def save() -> None:
         checkpoint.save({"trainer": trainer.state_dict(), "task_losses": task_losses})
@@ -166,6 +172,8 @@ def prepare_trainer(
     sequences: Sequence[TokenSequence],
     settings: TrainingConfig,
     state: Mapping[str, Any] | None,
+    *,
+    prompt_gate: PromptGate | None = None,
     soft: SoftAdapters | None = None,
     start: Start = start_router,
 ) -> tuple[Trainer, dict[int, float] | None]:
@@ -192,6 +200,7 @@ def prepare_trainer(
         prior=prior,
         task_losses=task_losses,
         teacher=lambda batch: gate_batch(roster.routed, batch, own),
+        guide=guide_of(prompt_gate, roster, sequences),
         soft=soft,
     )
     if state is not None:

@@ -50,6 +50,10 @@ class TrainingConfig(BaseModel):
     routed_from_layer: Annotated[int, Field(ge=0)] = 0
     """First decoder layer with a gate; routed tokens stay on the base model below it."""
 
+    prompt_gate: bool = False
+    """Whether confident stretches of a prompt's beginning go to one adapter (docs/prompt-gate.md); the router is
+    trained beside it."""
+
     warm_start: WarmStart = "softmax"
     """Initial gate rows from adapter labels on cached router inputs: zero, ridge regression, or softmax regression."""
     warm_start_samples: Annotated[int, Field(ge=1)] = 640

@@ -21,6 +21,7 @@ from router_training.cells import CellCache
 from router_training.checkpoint import CHECKPOINT_NAME, Checkpoint, run_fingerprint
 from router_training.frozen import check_frozen, frozen_digests
 from router_training.mixing import encode_mix
+from router_training.prompt_fit import train_prompt_gate
 from router_training.roster import Roster
 from router_training.run import (
     EVALUATION_NAME,
@@ -136,12 +137,14 @@ class Study:
         else:
             before = frozen_digests(roster)
             start = KeptStart(CellCache(self._cache))
-            router = train_router(roster, sequences, settings, folder, checkpoint, start)
+            prompt_gate = train_prompt_gate(loaded, len(roster.adapters), sequences, settings)
+            router = train_router(roster, sequences, settings, folder, checkpoint, prompt_gate=prompt_gate, start=start)
             check_frozen(roster, before)
             if not start.seconds:  # A run that went on from a checkpoint did not start here.
                 start(roster, sequences, settings)
             facts["start_s"] = start.seconds
-            save_artefact(build_artefact(router.detached(), roster, settings, training=record), folder)
+            artefact = build_artefact(router.detached(), roster, settings, prompt_gate=prompt_gate, training=record)
+            save_artefact(artefact, folder)
         dataclasses.replace(state, trained=True, facts=facts).write(folder)
         checkpoint.delete()
 

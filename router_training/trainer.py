@@ -32,6 +32,10 @@ FINAL_LEARNING_RATE_RATIO = 0.1
 """The cosine ends here and not at 0, so that the straight-through steps at the end still move the router."""
 
 
+Guide = Callable[[Sequence[TokenSequence], int], tuple[Tensor, Tensor]]
+"""(sequences, padded length) -> gates (T, E) and (T,) bool where they hold; see `gates.TrainingBatch`."""
+
+
 @dataclass(frozen=True)
 class StepMetrics:
     """What one optimiser step did; one line of the metrics file."""
@@ -79,11 +83,13 @@ class Trainer:
         prior: Tensor | None = None,
         task_losses: Mapping[int, float] | None = None,
         teacher: Callable[[TokenBatch], RoutingBatch | None] | None = None,
+        guide: Guide | None = None,
         soft: SoftAdapters | None = None,
     ) -> None:
         """`prior` (C,) is the balance term's, uniform by default. `task_losses` holds, for `lm_weighting: relative`,
         the loss by label, in nats per answer token, that a chat's loss is divided by. `teacher` makes, for `distil`,
-        the gates that the router is to come close to: each token's own adapter. With `soft` the adapters learn too;
+        the gates that the router is to come close to: each token's own adapter. `guide` has the prompt gate's decisions
+        for a batch. With `soft` the adapters learn too;
         without, they are the published bank's and frozen."""
         if config.lm_weighting == "relative" and task_losses is None:
             raise ValueError("relative weighting needs the tasks' own losses")
@@ -97,6 +103,7 @@ class Trainer:
         self._prior = prior
         self._task_losses = task_losses if config.lm_weighting == "relative" else None
         self._teacher = teacher if config.distil else None
+        self._guide = guide
         self._soft = soft
         self._peaks = [config.learning_rate, *([soft.learning_rate] if soft else [])]
         groups = [router.parameters, *([soft.adapters.parameters] if soft else [])]
@@ -176,7 +183,14 @@ class Trainer:
         lm_losses, logits, labels, weights, scales = [], [], [], [], []
         for part in micro_batches(members):
             batch = collate(part)
-            routing = TrainingBatch(snapshot, self.router, mode, top_k=config.top_k, temperature=config.temperature)
+            routing = TrainingBatch(
+                snapshot,
+                self.router,
+                mode,
+                top_k=config.top_k,
+                temperature=config.temperature,
+                fixed=self._guide(part, batch.token_ids.shape[1]) if self._guide else None,
+            )
             lm_losses.append(self._lm_losses(batch, routing))
             positions = batch.answer_positions
             logits.append(routing.stacked_logits(positions))

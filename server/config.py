@@ -76,6 +76,8 @@ class ServerSettings(_Frozen):
     """Most tokens computed in one step; longer prompts are prefilled in chunks."""
     prefix_caching: bool = True
     """Reuse K/V of equal prefixes computed under equal effective gates."""
+    prompt_gate: bool = True
+    """Obey the router's prompt gate, if it has one; off, every token of a prompt is routed as those of answers are."""
     max_waiting_requests: Annotated[int, Field(ge=0)] = 1024
     """Sequences that may queue; beyond, requests get 503."""
     max_waiting_tokens: Annotated[int, Field(ge=1)] = 1_000_000

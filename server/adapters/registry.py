@@ -27,6 +27,7 @@ from server.adapters.state import RegistryState
 from server.adapters.weights import AdapterLimits
 from server.config import AdapterSpec, ServerSettings
 from server.routing.attach import RoutedModel
+from server.routing.policy import GatePlan, PlanSpan
 from server.routing.recording import ExampleStates
 
 AdapterInfos = list[AdapterInfo]
@@ -71,6 +72,7 @@ class AdapterRegistry:
         )
         self._base_model_name = base_model_name
         self._routed = routed
+        self._has_prompt_gate = settings.prompt_gate
         self._state = RegistryState(base_model_name, alarm_factor=settings.traffic_alarm_factor)
         self._publisher = Publisher(routed, run_between_steps)
         self._residency = Residency(routed, self._state, self._publisher, self._forget_source)
@@ -109,6 +111,10 @@ class AdapterRegistry:
         """Gate plan of a request and a hold on all that it may activate. Raises what `Roster.resolve` raises."""
         plan, slot_names = self._state.lease(model, adapters, top_k)
         return AdapterLease(plan, slot_names, model, self._release)
+
+    def prompt_spans(self, plan: GatePlan, token_ids: Sequence[int]) -> tuple[PlanSpan, ...]:
+        """Plans of the beginning of a prompt whose request holds `plan`: see `RouterBank.prompt_spans`."""
+        return self._routed.routers.prompt_spans(plan, token_ids) if self._has_prompt_gate else ()
 
     def record_traffic(self, gate_mass: Iterable[tuple[int, float]]) -> None:
         """Add one step's (slot, gate mass) pairs to the traffic shares."""

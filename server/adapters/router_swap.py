@@ -1,6 +1,7 @@
 """Judging a router artefact against the model and the resident adapters, and telling facts about the loaded one."""
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def router_facts(roster: Roster, folder: str) -> dict[str, Any]:
         "top_k": artefact.top_k,
         "temperature": artefact.temperature,
         "null_expert": any(known.digest == BASE_DIGEST for known in artefact.adapters),
+        "prompt_gate": None if artefact.prompt_gate is None else asdict(artefact.prompt_gate.settings),
         "adapters": [
             {"name": known.name, "digest": known.digest, "rank": known.rank, "served_as": names.get(known.digest)}
             for known in artefact.adapters

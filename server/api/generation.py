@@ -20,7 +20,7 @@ from server.engine.async_engine import GenerationHandle, GenerationRequest
 from server.engine.sequence import FinishReason, SamplingParams, TokenEvent
 from server.errors import EngineError, NotReadyError
 from server.model.detokenizer import IncrementalDetokenizer
-from server.routing.policy import BASE_SLOT
+from server.routing.policy import BASE_SLOT, PlanSpan
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class Generation:
     arrival_s: float
     leases: list[AdapterLease] = field(default_factory=list)
     """One per prompt, for the names in them; the engine owns and releases them."""
+    spans: list[tuple[PlanSpan, ...]] = field(default_factory=list)
+    """Per prompt, what the router's prompt gate has decided."""
     handles: list[GenerationHandle] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
     _is_closed: bool = False
@@ -81,6 +83,10 @@ class Generation:
     def lease_of(self, choice_index: int) -> AdapterLease:
         """What the choice's slots are called."""
         return self.leases[choice_index // self.body.n]
+
+    def spans_of(self, choice_index: int) -> tuple[PlanSpan, ...]:
+        """What the prompt gate has decided for the choice's prompt."""
+        return self.spans[choice_index // self.body.n]
 
     def _adapter_names(self, choice: Choice) -> list[str]:
         lease = self.lease_of(choice.index)
@@ -179,10 +185,12 @@ def submit(
         for index, prompt in enumerate(prompts):
             lease = leases.hand_over()
             generation.leases.append(lease)
+            generation.spans.append(services.registry.prompt_spans(lease.plan, prompt.token_ids))
             request = GenerationRequest(
                 prompt_token_ids=prompt.token_ids,
                 params=prompt.params,
                 plan=lease.plan,
+                spans=generation.spans[-1],
                 lease=lease,
                 request_id=f"{request_id}-{index}" if len(prompts) > 1 else request_id,
                 n=body.n,

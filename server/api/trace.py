@@ -12,7 +12,7 @@ from server.api.choice import ChoiceDelta
 from server.api.generation import Generation
 from server.api.logprobs import token_label
 from server.engine.sequence import TraceLevel
-from server.routing.policy import BASE_SLOT
+from server.routing.policy import BASE_SLOT, PlanSpan
 
 if TYPE_CHECKING:
     from server.model.tokenizer import ChatTokenizer
@@ -24,9 +24,12 @@ DIGITS = 6
 class RoutingTrace:
     """Accumulates one choice's shares and writes its `routing` objects."""
 
-    def __init__(self, level: TraceLevel, lease: AdapterLease, tokenizer: "ChatTokenizer") -> None:
+    def __init__(
+        self, level: TraceLevel, lease: AdapterLease, spans: Sequence[PlanSpan], tokenizer: "ChatTokenizer"
+    ) -> None:
         self._level = level
         self._plan = lease.plan
+        self._spans = spans
         self._names = {**lease.slot_names, BASE_SLOT: "base"}
         self._tokenizer = tokenizer
         self._mass: dict[int, float] = {}
@@ -45,11 +48,21 @@ class RoutingTrace:
 
     def _summary(self) -> dict[str, Any]:
         means = [(slot, mass / self._num_tokens) for slot, mass in self._mass.items()]
-        return {
+        summary: dict[str, Any] = {
             "policy": str(self._plan.policy),
             "router_generation": self._plan.router_generation,
             "adapters": self._by_name(sorted(means, key=lambda pair: (-pair[1], pair[0]))),
         }
+        return {**summary, "prompt": self._prompt()} if self._spans else summary
+
+    def _prompt(self) -> list[dict[str, Any]]:
+        """Stretches of the prompt's beginning in order, and whose they are; None where the router decides."""
+        stretches, start = [], 0
+        for stop, plan in self._spans:
+            name = None if plan is self._plan else self._names[next(iter(plan.slots), BASE_SLOT)]
+            stretches.append({"tokens": stop - start, "adapter": name})
+            start = stop
+        return stretches
 
     def _tokens(self, delta: ChoiceDelta) -> list[dict[str, Any]]:
         tokens = []
@@ -74,4 +87,7 @@ def new_traces(generation: Generation) -> list[RoutingTrace]:
     if options is None:
         return []
     level, tokenizer = TraceLevel(options.trace), generation.services.tokenizer
-    return [RoutingTrace(level, generation.lease_of(choice.index), tokenizer) for choice in generation.choices]
+    return [
+        RoutingTrace(level, generation.lease_of(choice.index), generation.spans_of(choice.index), tokenizer)
+        for choice in generation.choices
+    ]

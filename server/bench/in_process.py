@@ -46,7 +46,13 @@ class InProcessTarget:
         try:
             lease = self._registry.lease(job.model)
             request = GenerationRequest(
-                job.prompt_token_ids, params, lease.plan, lease, request_id=job.salt, cache_salt=job.salt
+                job.prompt_token_ids,
+                params,
+                lease.plan,
+                lease,
+                request_id=job.salt,
+                cache_salt=job.salt,
+                spans=self._registry.prompt_spans(lease.plan, job.prompt_token_ids),
             )
             async with aclosing(self._engine.submit(request)) as events:
                 async for _, event in events:

@@ -22,9 +22,15 @@ def root_hash(fingerprint: bytes, cache_salt: str | None) -> bytes:
     return hashlib.sha256(b"root" + len(fingerprint).to_bytes(8, "little") + fingerprint + salt).digest()
 
 
-def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """Content hash of one full block, given that of the block before it (or `root_hash`)."""
-    return hashlib.sha256(parent + array("q", token_ids).tobytes()).digest()
+def block_hash(parent: bytes, token_ids: Sequence[int], gates: Sequence[tuple[bytes, int]] = ()) -> bytes:
+    """Content hash of one full block, given that of the block before it (or `root_hash`).
+
+    `gates`, (fingerprint, number of tokens) in order, where some of its tokens have other gates than the root says.
+    """
+    content = parent + array("q", token_ids).tobytes()
+    for fingerprint, count in gates:
+        content += b"gates" + count.to_bytes(8, "little") + len(fingerprint).to_bytes(8, "little") + fingerprint
+    return hashlib.sha256(content).digest()
 
 
 class BlockPool:

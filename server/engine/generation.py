@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, replace
 
 from server.engine.sequence import Lease, SamplingParams, Sequence, TokenEvent
-from server.routing.policy import GatePlan
+from server.routing.policy import GatePlan, PlanSpan
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class GenerationRequest:
     n: int = 1
     priority: int = 0
     cache_salt: str | None = None
+    spans: tuple[PlanSpan, ...] = ()
+    """Plans of the prompt's beginning, where they are not `plan`; the lease holds them too."""
 
     @property
     def num_tokens(self) -> int:
@@ -41,6 +43,7 @@ class GenerationRequest:
                 prompt_token_ids=list(self.prompt_token_ids),
                 params=self.params if seed is None else replace(self.params, seed=seed + index),
                 plan=self.plan,
+                spans=self.spans,
                 lease=lease,
                 priority=self.priority,
                 cache_salt=self.cache_salt,

@@ -1,4 +1,4 @@
-"""The order of a step's tokens: rows behind one another, and which plan each follows. Plain lists, no tensors."""
+"""The order of a step's tokens: rows behind one another, and which plan each token follows. Plain lists, no tensors."""
 
 from dataclasses import dataclass
 
@@ -18,8 +18,8 @@ class StepLayout:
     num_tokens: int
     plans: tuple[GatePlan, ...]
     """Distinct plans; the base plan is always among them."""
-    plan_of_row: tuple[int, ...]
-    """Index into `plans` of each row."""
+    runs: tuple[tuple[int, int], ...]
+    """(index into `plans`, number of tokens): the plans of the tokens in order."""
 
     def token_ids(self) -> list[int]:
         """(T,) tokens to compute."""
@@ -28,6 +28,10 @@ class StepLayout:
             begin = row.sequence.num_computed_tokens
             ids += row.sequence.tokens_between(begin, begin + row.num_tokens)
         return ids
+
+    def plan_of_token(self) -> list[int]:
+        """(T,) index into `plans` of each token."""
+        return [plan for plan, count in self.runs for _ in range(count)]
 
     def positions(self) -> list[int]:
         """(T,) position of each token in its sequence."""
@@ -43,10 +47,12 @@ def lay_out(batch: ScheduledBatch) -> StepLayout:
     order = tuple(sorted(range(len(batch.rows)), key=lambda i: batch.rows[i].num_tokens > 1))
     rows = tuple(batch.rows[i] for i in order)
     starts, total = [], 0
+    runs: list[tuple[GatePlan, int]] = []
     for row in rows:
         starts.append(total)
         total += row.num_tokens
-    plans = tuple(dict.fromkeys([row.sequence.plan for row in rows] + [BASE_PLAN]))
+        runs += row.sequence.plan_runs(row.num_tokens)
+    plans = tuple(dict.fromkeys([plan for plan, _ in runs] + [BASE_PLAN]))
     index = {plan: i for i, plan in enumerate(plans)}
     return StepLayout(
         rows=rows,
@@ -54,5 +60,5 @@ def lay_out(batch: ScheduledBatch) -> StepLayout:
         starts=tuple(starts),
         num_tokens=total,
         plans=plans,
-        plan_of_row=tuple(index[row.sequence.plan] for row in rows),
+        runs=tuple((index[plan], count) for plan, count in runs),
     )

@@ -144,9 +144,11 @@ def _pairs(weights: Tensor) -> tuple[tuple[int, float], ...]:
 def _routing_stats(layout: StepLayout, gates: StepGates) -> RoutingStats:
     share = gates.share[: layout.num_tokens]  # (T, E)
     routed: list[int] = []
-    for row, start, plan in zip(layout.rows, layout.starts, layout.plan_of_row, strict=True):
+    start = 0
+    for plan, count in layout.runs:
         if layout.plans[plan].policy is Policy.ROUTED:
-            routed += range(start, start + row.num_tokens)
+            routed += range(start, start + count)
+        start += count
     entropy = ops.gate_entropy(share if len(routed) == layout.num_tokens else share[routed])
     return RoutingStats(gate_mass=_pairs(share.sum(dim=0)), entropies=tuple(entropy.tolist()))
 

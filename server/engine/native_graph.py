@@ -57,12 +57,11 @@ class NativeGraph:
     ) -> GraphOutput:
         """See `Graph`. `inputs` (layers, T, hidden) float32, if given, takes every layer's attention input."""
         num_tokens, num_slots = layout.num_tokens, self._routed.num_slots
-        counts = [row.num_tokens for row in layout.rows]
         tables = self._block_tables(layout)
         arrays = {
             "token_ids": _ints(layout.token_ids()),
             "positions": _ints(layout.positions()),
-            "plan_of_token": np.repeat(_ints(layout.plan_of_row), counts),
+            "plan_of_token": _ints(layout.plan_of_token()),
             "first_token": _ints([*layout.starts, num_tokens]),
             "block_tables": tables,
             "logit_positions": _ints(positions),

@@ -42,13 +42,11 @@ class BatchPacker:
     def pack(self, layout: StepLayout) -> PackedBatch:
         """Tensors of one step."""
         padding = pad_tokens(layout.num_tokens) - layout.num_tokens
-        counts = torch.tensor([*(row.num_tokens for row in layout.rows), padding])
-        plan_rows = torch.tensor([*layout.plan_of_row, layout.plans.index(BASE_PLAN)])
         return PackedBatch(
             input_ids=self._tensor(layout.token_ids() + [0] * padding)[None],
             positions=self._tensor(layout.positions() + [0] * padding)[None],
             attention=self._attention_batch(layout.rows, layout.starts, padding),
-            plan_of_token=upload(plan_rows.repeat_interleave(counts), self._device),
+            plan_of_token=self._tensor(layout.plan_of_token() + [layout.plans.index(BASE_PLAN)] * padding),
         )
 
     def _attention_batch(self, rows: List[ScheduledSequence], starts: List[int], padding: int) -> AttentionBatch:

@@ -214,7 +214,8 @@ class Scheduler:
         hashes, size = sequence.block_hashes, self._pool.block_size
         for index in range(len(hashes), num_blocks):
             parent = hashes[-1] if hashes else root_hash(sequence.plan.fingerprint, sequence.cache_salt)
-            hashes.append(block_hash(parent, sequence.tokens_between(index * size, (index + 1) * size)))
+            tokens = sequence.tokens_between(index * size, (index + 1) * size)
+            hashes.append(block_hash(parent, tokens, sequence.gates_between(index * size, (index + 1) * size)))
         return hashes
 
     def _mark_computed(self, sequence: Sequence, num_tokens: int) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
 from typing import NamedTuple, Protocol
 
-from server.routing.policy import BASE_PLAN, GatePlan
+from server.routing.policy import BASE_PLAN, GatePlan, PlanSpan, plan_runs
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,8 @@ class Sequence:
     prompt_token_ids: list[int]
     params: SamplingParams
     plan: GatePlan = BASE_PLAN
+    spans: tuple[PlanSpan, ...] = ()
+    """Plans of the prompt's beginning, where they are not `plan`."""
     lease: Lease = field(default_factory=NoLease)
     priority: int = 0
     """Lower runs first (vLLM's convention)."""
@@ -187,6 +189,16 @@ class Sequence:
             return self.prompt_token_ids[start:stop]
         outputs = self.output_token_ids[max(0, start - num_prompt) : stop - num_prompt]
         return self.prompt_token_ids[start:] + outputs
+
+    def plan_runs(self, num_tokens: int) -> list[tuple[GatePlan, int]]:
+        """(plan, number of tokens) of the next `num_tokens` tokens to compute, in order."""
+        start = self.num_computed_tokens
+        return plan_runs(self.spans, self.plan, start, start + num_tokens)
+
+    def gates_between(self, start: int, stop: int) -> list[tuple[bytes, int]]:
+        """(fingerprint, number of tokens) of the plans at positions start..stop-1; empty where all follow `plan`."""
+        runs = plan_runs(self.spans, self.plan, start, stop)
+        return [] if runs == [(self.plan, stop - start)] else [(plan.fingerprint, count) for plan, count in runs]
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from server.errors import RouterArtefactError
 from server.routing.bank import ProjectionInfo
+from server.routing.prompt_gate import PromptGate
 
-FORMAT_VERSION = 2
-"""Written. 2 added the background statistics of `routing.background`; gates and record are those of 1."""
-READABLE_VERSIONS = (1, 2)
+READABLE_VERSIONS = (1, 2, 3)
+"""2 added the background statistics of `routing.background`, 3 the prompt gate; the rest is that of 1. Written is 3
+with a prompt gate and 2 without, so that a server that knows no prompt gates reads all that it can obey."""
+PROMPT_SCORES = "prompt_gate/scores"
 JSON_NAME = "router.json"
 TENSORS_NAME = "router.safetensors"
 Granularity = Literal["layer", "projection"]
@@ -61,6 +63,8 @@ class RouterArtefact:
     """`convex`: the kept gates sum to 1. The only mode so far."""
     background: Mapping[str, Tensor] = field(default_factory=dict)
     """Statistics of the router's inputs for hot rows, as `routing.background` lays them out; may be empty."""
+    prompt_gate: PromptGate | None = None
+    """Gives the beginning of a prompt to one adapter; its scores are in the order of `adapters`."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Loss, coefficients, sign, data digest, seed, metrics; for people and reports, never read by the server."""
 
@@ -72,13 +76,16 @@ class RouterArtefact:
             for key in sorted(self.rows):
                 sha.update(key.encode())
                 sha.update(self.rows[key][index].contiguous().numpy().tobytes())
+            if self.prompt_gate is not None:
+                sha.update(self.prompt_gate.scores[:, index].contiguous().numpy().tobytes())
             digests[adapter.digest] = sha.hexdigest()
         return digests
 
     @property
     def settings(self) -> str:
         """Every setting besides rows and top_k that changes gates, as a stable string."""
-        return f"{self.granularity} {self.gate_mode} temperature={self.temperature!r}"
+        prompt_gate = "" if self.prompt_gate is None else f" {self.prompt_gate.fingerprint}"
+        return f"{self.granularity} {self.gate_mode} temperature={self.temperature!r}{prompt_gate}"
 
 
 def save_artefact(artefact: RouterArtefact, folder: Path) -> None:
@@ -86,9 +93,11 @@ def save_artefact(artefact: RouterArtefact, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"gate/{key}": rows.float() for key, rows in artefact.rows.items()}
     tensors |= {f"background/{key}": value for key, value in artefact.background.items()}
+    if artefact.prompt_gate is not None:
+        tensors[PROMPT_SCORES] = artefact.prompt_gate.scores
     save_file({key: tensors[key].contiguous() for key in sorted(tensors)}, folder / TENSORS_NAME)
-    record = {
-        "format_version": FORMAT_VERSION,
+    record: dict[str, Any] = {
+        "format_version": 2 if artefact.prompt_gate is None else 3,
         "base_model": {
             "name": artefact.base_model,
             "hidden_size": artefact.hidden_size,
@@ -101,6 +110,8 @@ def save_artefact(artefact: RouterArtefact, folder: Path) -> None:
         "adapters": [asdict(adapter) for adapter in artefact.adapters],
         "training": artefact.training,
     }
+    if artefact.prompt_gate is not None:
+        record["prompt_gate"] = artefact.prompt_gate.record()
     text = json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / JSON_NAME).write_text(text + "\n", encoding="utf-8")
 
@@ -149,8 +160,13 @@ def _parse(record: dict[str, Any], tensors: dict[str, Tensor]) -> RouterArtefact
         background={
             key.removeprefix("background/"): value for key, value in tensors.items() if key.startswith("background/")
         },
+        prompt_gate=_prompt_gate(record.get("prompt_gate"), tensors),
         training=record.get("training", {}),
     )
+
+
+def _prompt_gate(record: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> PromptGate | None:
+    return None if record is None else PromptGate.from_record(record, tensors[PROMPT_SCORES])
 
 
 def _check(artefact: RouterArtefact, folder: Path) -> None:
@@ -180,5 +196,12 @@ def _check(artefact: RouterArtefact, folder: Path) -> None:
             problems.append(f"gate {key!r} has non-finite values")
         elif artefact.granularity == "layer" and rows.shape[1] != artefact.hidden_size:
             problems.append(f"gate {key!r} has width {rows.shape[1]}, not hidden_size {artefact.hidden_size}")
+    if artefact.prompt_gate is not None:
+        scores = artefact.prompt_gate.scores
+        if scores.dtype is not torch.float16 or scores.ndim != 2 or scores.shape[1] != len(artefact.adapters):
+            expected = f"float16 (vocabulary, {len(artefact.adapters)})"
+            problems.append(f"{PROMPT_SCORES} is {scores.dtype} {tuple(scores.shape)}, not {expected}")
+        elif not torch.isfinite(scores).all():
+            problems.append(f"{PROMPT_SCORES} has non-finite values")
     if problems:
         raise RouterArtefactError(f"router artefact in {folder}: " + "; ".join(problems))

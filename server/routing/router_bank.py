@@ -4,7 +4,7 @@ A hot swap adds a generation; requests keep the one they were admitted under, an
 Staging is pure and may run on any thread; `publish` belongs to the thread that runs the model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from server.errors import RouterArtefactError
 from server.routing.bank import ProjectionInfo
-from server.routing.policy import BASE_DIGEST, BASE_SLOT
+from server.routing.policy import BASE_DIGEST, BASE_SLOT, GatePlan, PlanSpan
+from server.routing.prompt_gate import prompt_spans
 from server.routing.prototypes import HotRow
 from server.routing.router import Granularity, RouterArtefact, gate_key
 
@@ -33,6 +34,16 @@ class RouterGeneration:
     row_digest_of_slot: Mapping[int, str] = field(default_factory=dict)
     biases: Mapping[str, Tensor] = field(default_factory=dict)
     """gate key -> (E,) float32, added to the logits; empty while no row has a bias."""
+
+    column_of_slot: Mapping[int, int] = field(default_factory=dict)
+    """Index among the artefact's adapters of every slot with a trained row."""
+
+    def prompt_spans(self, plan: GatePlan, token_ids: Sequence[int]) -> tuple[PlanSpan, ...]:
+        """Plans of the beginning of a prompt, if the router has a prompt gate: see `prompt_gate.prompt_spans`."""
+        gate = self.artefact.prompt_gate
+        if gate is None:
+            return ()
+        return prompt_spans(gate, plan, self.column_of_slot, self.row_digest_of_slot, token_ids)
 
     def key(self, info: ProjectionInfo) -> str:
         """Which gate decides for this projection; where `rows` lacks it, routed tokens stay on the base."""
@@ -97,6 +108,7 @@ class RouterBank:
             artefact=artefact,
             row_digest_of_slot={**trained, **{slot: hot.digest for slot, hot in hot_rows.items()}},
             biases=self._biases(hot_rows),
+            column_of_slot={slot: index for index, slot in placed},
         )
 
     def _biases(self, hot_rows: Mapping[int, HotRow]) -> dict[str, Tensor]:
@@ -106,6 +118,13 @@ class RouterBank:
             for key, column in hot.columns.items():
                 biases.setdefault(key, torch.zeros(self.num_slots))[slot] = column.bias
         return {key: bias.to(self.device) for key, bias in biases.items()}
+
+    def prompt_spans(self, plan: GatePlan, token_ids: Sequence[int]) -> tuple[PlanSpan, ...]:
+        """Which plans the tokens of a request's prompt follow before its own: none, unless it is routed by a
+        router with a prompt gate. On any thread; the request must hold `plan`."""
+        if plan.router_generation is None:
+            return ()
+        return self.generations[plan.router_generation].prompt_spans(plan, token_ids)
 
     def publish(self, generation: RouterGeneration) -> None:
         """Add or replace one generation. Only between two steps, on the thread that runs the model."""

@@ -30,7 +30,7 @@ from server.errors import (
     RouterArtefactError,
 )
 from server.metrics import Metrics
-from server.routing.policy import BASE_PLAN, GatePlan, Policy, fixed_plan, routed_plan
+from server.routing.policy import BASE_PLAN, GatePlan, PlanSpan, Policy, fixed_plan, routed_plan
 from tests.api.fake_model import ByteTokenizer, ScriptedRunner
 
 if TYPE_CHECKING:
@@ -78,11 +78,18 @@ class FakeRegistry:
         self.expected: Collection[str] | None = None
         """Etags that the last change was made under."""
         self.fails_with: LoraMixerError | None = None
+        self.has_prompt_gate = False
 
     @property
     def num_open_leases(self) -> int:
         assert all(lease.num_releases <= 1 for lease in self.leases), "a lease was released twice"
         return sum(lease.num_releases == 0 for lease in self.leases)
+
+    def prompt_spans(self, plan: GatePlan, token_ids: Sequence[int]) -> tuple[PlanSpan, ...]:
+        """The first two tokens of a routed prompt to mbpp and the third to the base model, if it `has_prompt_gate`."""
+        if not self.has_prompt_gate or plan.policy is not Policy.ROUTED or len(token_ids) < 4:
+            return ()
+        return (PlanSpan(2, fixed_plan(Policy.PINNED, {2: 1.0}, {2: "mbpp"})), PlanSpan(3, BASE_PLAN))
 
     def lease(
         self, model: str, *, adapters: Sequence[str] | Mapping[str, float] | None = None, top_k: int | None = None

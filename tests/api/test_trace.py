@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.api.fakes import BASE_NAME
+from tests.api.fakes import BASE_NAME, Harness
 from tests.api.sse import stream
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -61,6 +61,16 @@ def test_every_policy_is_traced_by_name(
     routing = trace(client, "summary", **fields)
     assert (routing["policy"], routing["adapters"]) == (policy, adapters)
     assert routing["router_generation"] == (3 if policy == "routed" else None)
+
+
+def test_the_prompt_gates_stretches_are_told_by_name(harness: Harness, client: httpx.Client) -> None:
+    harness.registry.has_prompt_gate = True
+    stretches = [{"tokens": 2, "adapter": "mbpp"}, {"tokens": 1, "adapter": "base"}]
+    assert trace(client, "summary")["prompt"] == stretches
+    assert "prompt" not in trace(client, "summary", model="sst2"), "a pinned request has none"
+    body = {"model": "auto", "prompt": ["long enough", "a", "also long"], "max_tokens": 1, "n": 2}
+    choices = client.post(COMPLETIONS, json={**body, "routing": {"trace": "summary"}}).json()["choices"]
+    assert [choice["routing"].get("prompt") for choice in choices] == [stretches] * 2 + [None] * 2 + [stretches] * 2
 
 
 @pytest.mark.parametrize("level", ["summary", "tokens", "layers"])

@@ -207,3 +207,16 @@ def test_random_operations_agree_with_a_naive_pool(seed: int) -> None:
     for table in tables:
         pool.free(table)
     assert pool.num_free == pool.num_usable
+
+
+def test_a_block_under_other_gates_is_another_block() -> None:
+    parent, tokens = root_hash(b"plan", None), [1, 2, 3, 4]
+    hashes = [
+        block_hash(parent, tokens),
+        block_hash(parent, tokens, [(b"one", 4)]),
+        block_hash(parent, tokens, [(b"one", 1), (b"plan", 3)]),
+        block_hash(parent, tokens, [(b"one", 3), (b"plan", 1)]),
+        block_hash(parent, tokens, [(b"two", 4)]),
+    ]
+    assert len(set(hashes)) == len(hashes)
+    assert block_hash(parent, tokens, [(b"one", 4)]) == hashes[1]

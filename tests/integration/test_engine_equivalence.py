@@ -23,7 +23,8 @@ from server.model.attention import attach_paged_attention
 from server.native.model import NativeModel, why_not
 from server.routing.attach import RoutedModel, attach_routing
 from server.routing.bank import BankSnapshot, LoraWeights
-from server.routing.policy import BASE_PLAN, GatePlan, Policy, fixed_plan, routed_plan
+from server.routing.context import build_gate_batch
+from server.routing.policy import BASE_PLAN, GatePlan, PlanSpan, Policy, fixed_plan, plan_runs, routed_plan
 from server.routing.router import ArtefactAdapter, Granularity, RouterArtefact, gate_key
 
 DIGESTS = {1: "d1", 2: "d2", 3: "d3"}
@@ -104,13 +105,24 @@ class Rig:
         return Engine(Scheduler(limits, BlockPool(num_blocks, self.block_size)), self.runner)
 
     def sequences(self) -> list[EngineSequence]:
-        """Ten requests: every plan twice, once on a prompt that begins as the other's does."""
+        """Ten requests: every plan twice, once on a prompt that begins as the other's does. One of the two routed ones
+        of each pool has a prompt gate's spans."""
         generator = torch.Generator().manual_seed(9)
         shared = torch.randint(3, 320, (21,), generator=generator).tolist()
         params = SamplingParams(temperature=0.0, max_tokens=NUM_NEW, ignore_eos=True)
         prompts = [shared + [5 + index] * (index % 3 + 1) for index in range(10)]
+        spans = {
+            1: (PlanSpan(9, self.plans[2]), PlanSpan(14, self.plans[1]), PlanSpan(18, BASE_PLAN)),
+            8: (PlanSpan(3, fixed_plan(Policy.PINNED, {3: 1.0}, DIGESTS)),),
+        }
         return [
-            EngineSequence(id=index, prompt_token_ids=prompt, params=params, plan=self.plans[index % len(self.plans)])
+            EngineSequence(
+                id=index,
+                prompt_token_ids=prompt,
+                params=params,
+                plan=self.plans[index % len(self.plans)],
+                spans=spans.get(index, ()),
+            )
             for index, prompt in enumerate(prompts)
         ]
 
@@ -183,6 +195,54 @@ def test_the_cache_is_shared_by_routed_requests_and_by_nobody_else(
     assert hits == [0, full, 0, 0, 0], "only the request with the same effective gates may read the blocks"
     assert run(engine, [request(20, rig.plans[1], salt="tenant")])[2] == 0
     assert run(engine, [request(21, rig.plans[1], salt="tenant")])[2] == full
+
+
+@pytest.mark.parametrize("granularity", ["layer", "projection"])
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_spans_are_gates_per_token(tiny_llama: Callable[..., Any], backend: str, granularity: Granularity) -> None:
+    """Against the bare routed model without any cache, each token under its own plan."""
+    reference = make_routed(tiny_llama(), granularity)
+    rig = Rig(tiny_llama(), granularity, backend)
+    spanned = rig.sequences()[1]
+    assert spanned.spans
+    tokens = list(spanned.prompt_token_ids)
+    for _ in range(NUM_NEW):
+        plans: list[GatePlan] = []
+        rows: list[int] = []
+        for plan, count in plan_runs(spanned.spans, spanned.plan, 0, len(tokens)):
+            rows += [len(plans)] * count
+            plans.append(plan)
+        gates = build_gate_batch(plans, torch.tensor(rows), bank=reference.bank.snapshot, routers=reference.routers)
+        with torch.inference_mode(), reference.context.running(gates):
+            logits = reference.model(input_ids=torch.tensor([tokens]), use_cache=False).logits
+        tokens.append(int(logits[0, -1].argmax()))
+    served, _, _ = run(rig.engine(), [spanned])
+    assert served[1] == tokens[-NUM_NEW:]
+    unguided = rig.sequences()[1]
+    unguided.spans = ()
+    assert run(rig.engine(), [unguided])[0] != served, "spans must matter"
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_blocks_are_shared_as_far_as_spans_agree(tiny_llama: Callable[..., Any], backend: str) -> None:
+    rig = Rig(tiny_llama(), "layer", backend)
+    size = rig.block_size
+    prompt = list(range(10, 10 + 3 * size + 2))
+    plan, pinned = rig.plans[1], rig.plans[2]
+    params = SamplingParams(temperature=0.0, max_tokens=1)
+    engine = rig.engine()
+
+    def hits(index: int, *spans: PlanSpan) -> int:
+        sequence = EngineSequence(id=index, prompt_token_ids=prompt, params=params, plan=plan, spans=spans)
+        return run(engine, [sequence])[2]
+
+    assert hits(0, PlanSpan(size, pinned)) == 0
+    assert hits(1, PlanSpan(size, pinned)) == 3 * size
+    assert hits(2, PlanSpan(size + 1, pinned)) == size, "the first block has the same gates, the second has not"
+    assert hits(3) == 0
+    assert hits(4, PlanSpan(2 * size, plan), PlanSpan(2 * size + 1, pinned)) == 2 * size, (
+        "spans of the own plan are none"
+    )
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)

@@ -37,7 +37,14 @@ TIMED = {"metrics.jsonl", "events.out.tfevents.0.router"}
 def command(project: Path, out: str, name: str = "train") -> list[str]:
     inputs = ["--config", str(project / "adapters.yaml"), "--data", str(project / "data")]
     flags = FLAGS if name == "train" else JOINT_FLAGS
-    return [name, *inputs, "--out", str(project / out), *(part for pair in flags.items() for part in pair)]
+    return [
+        name,
+        *inputs,
+        "--out",
+        str(project / out),
+        "--prompt-gate",
+        *(part for pair in flags.items() for part in pair),
+    ]
 
 
 def results(out: Path) -> dict[str, bytes]:

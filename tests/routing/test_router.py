@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from server.errors import RouterArtefactError
 from server.routing.bank import ProjectionInfo
+from server.routing.prompt_gate import ChatFrame, PromptGate, PromptGateSettings
 from server.routing.prototypes import GateColumn, HotRow
 from server.routing.router import ArtefactAdapter, RouterArtefact, load_artefact, save_artefact
 from server.routing.router_bank import RouterBank, check_base
@@ -47,6 +48,52 @@ def test_save_and_load_is_exact(tmp_path: Path) -> None:
         assert torch.equal(loaded.rows[key], rows)
     assert torch.equal(loaded.background["mean/layer.0"], artefact.background["mean/layer.0"])
     assert loaded.row_digests() == artefact.row_digests()
+
+
+def make_prompt_gate(num_choices: int = 3) -> PromptGate:
+    scores = torch.randn(12, num_choices, generator=torch.Generator().manual_seed(2)).half()
+    return PromptGate(scores, ChatFrame((7, 8), 9), PromptGateSettings(switch=0.01, max_question_tokens=5))
+
+
+def test_a_prompt_gate_is_saved_and_loaded_exactly(tmp_path: Path) -> None:
+    artefact = make_artefact(prompt_gate=make_prompt_gate())
+    save_artefact(artefact, tmp_path)
+    loaded = load_artefact(tmp_path)
+    assert loaded.prompt_gate is not None
+    assert torch.equal(loaded.prompt_gate.scores, make_prompt_gate().scores)
+    assert loaded.prompt_gate.record() == make_prompt_gate().record()
+    assert (loaded.settings, loaded.row_digests()) == (artefact.settings, artefact.row_digests())
+
+
+def test_a_prompt_gate_is_part_of_what_identifies_gates() -> None:
+    plain, gated = make_artefact(), make_artefact(prompt_gate=make_prompt_gate())
+    assert plain.settings != gated.settings
+    moved = make_prompt_gate().scores
+    moved[3, 1] += 1
+    changed = make_artefact(prompt_gate=replace(make_prompt_gate(), scores=moved))
+    same = [digest for digest, value in changed.row_digests().items() if value == gated.row_digests()[digest]]
+    assert same == ["d1", "base"]
+
+
+@pytest.mark.parametrize(
+    ("scores", "problem"),
+    [
+        (make_prompt_gate(2).scores, r"\(12, 2\), not float16 \(vocabulary, 3\)"),
+        (make_prompt_gate().scores.float(), "float32"),
+        (make_prompt_gate().scores * float("nan"), "non-finite"),
+    ],
+)
+def test_a_prompt_gate_that_does_not_fit_is_refused(tmp_path: Path, scores: torch.Tensor, problem: str) -> None:
+    save_artefact(make_artefact(prompt_gate=replace(make_prompt_gate(), scores=scores)), tmp_path)
+    with pytest.raises(RouterArtefactError, match=problem):
+        load_artefact(tmp_path)
+
+
+def test_a_prompt_gate_without_its_scores_is_refused(tmp_path: Path) -> None:
+    save_artefact(make_artefact(prompt_gate=make_prompt_gate()), tmp_path)
+    save_file({"gate/layer.0": torch.zeros(3, 16), "gate/layer.1": torch.zeros(3, 16)}, tmp_path / "router.safetensors")
+    with pytest.raises(RouterArtefactError, match="prompt_gate/scores"):
+        load_artefact(tmp_path)
 
 
 def test_equal_artefacts_have_equal_bytes(tmp_path: Path) -> None:

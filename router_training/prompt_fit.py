@@ -1,0 +1,211 @@
+"""Fits the prompt gate: token scores linear in the frozen token embeddings, trained through the chain that reads them.
+
+The loss is the negative log posterior of each question token's own choice, so that scores are as sure as they deserve
+to be, whatever the number of tokens. Letters: V vocabulary, S questions, L padded length, C choices, d embedding width.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from router_training.composites import common_length
+from router_training.encoding import ChatRenderer, TokenSequence
+from router_training.progress import Progress
+from router_training.roster import FIRST_SLOT, Roster
+from router_training.settings import TrainingConfig
+from router_training.trainer import Guide
+from server.errors import ConfigError, InvalidRequestError
+from server.model.loader import LoadedModel
+from server.routing.policy import BASE_SLOT, GatePlan, PlanSpan, Policy
+from server.routing.prompt_gate import ChatFrame, PromptGate, PromptGateSettings, prompt_spans
+
+EPOCHS = 6
+BATCH_SIZE = 48
+"""Questions of similar length per step."""
+LEARNING_RATE = 1e-3
+PENALTY = 1e-4
+"""L2 penalty on the rows. These four and the chain's settings: best of a few tried, see docs/prompt-gate.md."""
+UNGUIDED_EVERY = 4
+"""One chat in so many is trained without the gate, so that the router also learns to find its way alone."""
+
+Question = tuple[Tensor, Tensor]
+"""Token ids and labels, both (L,) int64, of a first question."""
+
+
+def chat_frame(tokenizer: ChatRenderer) -> ChatFrame:
+    """What the chat template puts around a user's first words, whatever stands before them.
+
+    Raises ConfigError for a template whose user turns cannot be told apart by whole tokens.
+    """
+
+    def render(system: str | None, text: str) -> list[int]:
+        messages = [{"role": "user", "content": text}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        return tokenizer.render_chat(messages, add_generation_prompt=True)
+
+    def split(system: str | None) -> tuple[list[int], list[int]]:
+        first, second = render(system, "A"), render(system, "7")
+        return first[: common_length(first, second)], first[::-1][: common_length(first[::-1], second[::-1])][::-1]
+
+    try:
+        openings, closings = zip(*(split(system) for system in (None, "A", "7")), strict=True)
+    except InvalidRequestError as error:
+        raise ConfigError(f"no prompt gate for this base model: {error.message}; train without it") from error
+    header = openings[0]
+    for opening in openings[1:]:
+        header = header[len(header) - common_length(header[::-1], opening[::-1]) :]
+    if not header or not closings[0]:
+        raise ConfigError("no prompt gate for this base model: its chat template puts no tokens around a user's words")
+    return ChatFrame(tuple(header), closings[0][0])
+
+
+def fit_prompt_gate(
+    embeddings: Tensor,
+    sequences: Sequence[TokenSequence],
+    frame: ChatFrame,
+    *,
+    first_slot: int,
+    num_choices: int,
+    seed: int,
+    settings: PromptGateSettings = PromptGateSettings(),  # noqa: B008  frozen
+    on_step: Callable[[int], None] = lambda _: None,
+) -> PromptGate:
+    """A gate from the first questions of the sequences. `embeddings` (V, d); column c is slot `first_slot` + c.
+
+    `on_step` hears of every step with the number of questions in it. Deterministic in the seed.
+    """
+    features = normalised(embeddings)
+    questions = sorted(
+        (question for sequence in sequences if (question := _question(frame, sequence, first_slot)) is not None),
+        key=lambda question: len(question[0]),
+    )
+    if not questions:
+        raise ConfigError("the prompt gate found no first question in the training chats; train without it")
+    batches = [questions[start : start + BATCH_SIZE] for start in range(0, len(questions), BATCH_SIZE)]
+    rows = torch.zeros(num_choices, features.shape[1], requires_grad=True)
+    optimiser = torch.optim.Adam([rows], lr=LEARNING_RATE)
+    order = random.Random(f"prompt gate {seed}")
+    for _ in range(EPOCHS):
+        order.shuffle(batches)
+        for batch in batches:
+            loss = question_loss(features, rows, batch, settings.switch) + PENALTY * rows.square().sum()
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            on_step(len(batch))
+    with torch.no_grad():
+        scores = F.linear(features, rows)
+        scores -= scores.mean(dim=1, keepdim=True)  # a constant per token changes nothing and would cost bits
+    return PromptGate(scores.half(), frame, settings)
+
+
+def normalised(embeddings: Tensor) -> Tensor:
+    """(V, d) float32 of root mean square 1, as the first layer's norm makes them up to its own scale."""
+    values = embeddings.detach().float()
+    return values * torch.rsqrt(values.square().mean(dim=1, keepdim=True) + 1e-5)
+
+
+def question_loss(features: Tensor, rows: Tensor, batch: Sequence[Question], switch: float) -> Tensor:
+    """Mean over questions of the mean over their tokens of -log posterior of the token's own choice, a scalar."""
+    longest = max(len(tokens) for tokens, _ in batch)
+    ids = torch.stack([F.pad(tokens, (0, longest - len(tokens))) for tokens, _ in batch])  # (S, L)
+    labels = torch.stack([F.pad(own, (0, longest - len(own))) for _, own in batch])
+    lengths = torch.tensor([len(tokens) for tokens, _ in batch])
+    is_real = torch.arange(longest)[None] < lengths[:, None]
+    posterior = log_posterior(F.linear(features[ids], rows) * is_real[:, :, None], switch)
+    own = posterior.gather(2, labels[:, :, None])[:, :, 0]
+    return -(own * is_real / lengths[:, None]).sum() / len(batch)
+
+
+def log_posterior(emissions: Tensor, switch: float) -> Tensor:
+    """As `prompt_gate.smoothed` for a batch (S, L, C), in logarithms and differentiable: the same chain, held to it by
+    a test. Padding at the end must have zero emissions: it says nothing."""
+    length, count = emissions.shape[1:]
+    transition = torch.full((count, count), switch / max(1, count - 1)).fill_diagonal_(1 - switch).log()
+    forward, backward = [emissions[:, 0]], [torch.zeros_like(emissions[:, 0])]
+    for position in range(1, length):
+        message = torch.logsumexp(forward[-1][:, :, None] + transition, dim=1)
+        forward.append(message + emissions[:, position])
+    for position in range(length - 1, 0, -1):
+        message = backward[-1] + emissions[:, position]
+        backward.append(torch.logsumexp(message[:, None, :] + transition, dim=2))
+    return torch.log_softmax(torch.stack(forward, dim=1) + torch.stack(backward[::-1], dim=1), dim=2)
+
+
+class PromptReader:
+    """A prompt gate over one roster: the spans of training sequences, each read once."""
+
+    def __init__(self, gate: PromptGate, roster: Roster, *, unguided: Iterable[TokenSequence] = ()) -> None:
+        """Of `unguided` sequences the gate says nothing. A column more than adapters is the null expert's."""
+        first_slot = BASE_SLOT if gate.scores.shape[1] > len(roster.adapters) else FIRST_SLOT
+        self._gate = gate
+        self._columns = {slot: slot - first_slot for slot in range(first_slot, len(roster.tasks))}
+        self._digests = roster.digest_of_slot
+        self._num_slots = roster.routed.num_slots
+        self._known: dict[tuple[int, ...], tuple[PlanSpan, ...]] = {s.token_ids: () for s in unguided}
+        self._plan = GatePlan(Policy.ROUTED, b"", allowed_slots=tuple(self._columns))
+
+    def fixed_gates(self, sequences: Sequence[TokenSequence], length: int) -> tuple[Tensor, Tensor]:
+        """Gates (T, E) float32 of the sequences padded to `length`, and (T,) bool where they hold."""
+        gates = torch.zeros(len(sequences), length, self._num_slots)
+        decides = torch.zeros(len(sequences), length, dtype=torch.bool)
+        for row, sequence in enumerate(sequences):
+            start = 0
+            for stop, plan in self._spans(sequence):
+                if plan is not self._plan:
+                    decides[row, start:stop] = True
+                    for slot in plan.slots:
+                        gates[row, start:stop, slot] = 1.0
+                start = stop
+        return gates.flatten(0, 1), decides.flatten()
+
+    def _spans(self, sequence: TokenSequence) -> tuple[PlanSpan, ...]:
+        tokens = sequence.token_ids
+        if tokens not in self._known:
+            self._known[tokens] = prompt_spans(self._gate, self._plan, self._columns, self._digests, tokens)
+        return self._known[tokens]
+
+
+def train_prompt_gate(
+    loaded: LoadedModel, num_adapters: int, sequences: Sequence[TokenSequence], settings: TrainingConfig
+) -> PromptGate | None:
+    """The gate of a training run, if its settings want one, with a progress display.
+
+    It takes seconds, so a run that goes on makes it again, with the same result, and no checkpoint keeps it.
+    """
+    if not settings.prompt_gate:
+        return None
+    model: Any = loaded.model
+    with Progress("prompt gate", total=EPOCHS * len(sequences), unit="question") as progress:
+        return fit_prompt_gate(
+            model.get_input_embeddings().weight,
+            sequences,
+            chat_frame(loaded.tokenizer),
+            first_slot=BASE_SLOT if settings.null_expert else FIRST_SLOT,
+            num_choices=num_adapters + settings.null_expert,
+            seed=settings.seed,
+            on_step=progress.advance,
+        )
+
+
+def guide_of(gate: PromptGate | None, roster: Roster, sequences: Sequence[TokenSequence]) -> Guide | None:
+    """What a trainer of these sequences is guided by: the gate, but for one chat in `UNGUIDED_EVERY`."""
+    if gate is None:
+        return None
+    return PromptReader(gate, roster, unguided=sequences[UNGUIDED_EVERY - 1 :: UNGUIDED_EVERY]).fixed_gates
+
+
+def _question(frame: ChatFrame, sequence: TokenSequence, first_slot: int) -> Question | None:
+    found = frame.question(sequence.token_ids)
+    if found is None:
+        return None
+    start, stop = found
+    labels = torch.full((len(sequence),), sequence.label)
+    for position, label in sequence.label_changes:
+        labels[position:] = label
+    return torch.tensor(sequence.token_ids[start:stop]), labels[start:stop] - first_slot

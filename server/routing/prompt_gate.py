@@ -1,0 +1,173 @@
+"""The prompt gate: reads a whole first question before its tokens run, and gives confident stretches to one adapter.
+
+A router that decides per token knows nothing at a prompt's beginning, which is the same for every task, and little in
+its first words. But a prompt is known whole. Token scores, a linear map of the frozen token embeddings as a table
+(vocabulary x choices), are the emissions of a hidden Markov chain over the choices; its smoothed posterior at a token
+looks both ways, and tells where in a prompt the task changes. Where it is unsure the router decides as elsewhere.
+
+A pure function of (prompt tokens, router, allowed choices). Letters: T tokens of the question, C choices.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from server.routing.policy import BASE_PLAN, BASE_SLOT, GatePlan, PlanSpan, Policy, fixed_plan
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ChatFrame:
+    """Where the first question stands in a rendered chat, in token ids."""
+
+    header: tuple[int, ...]
+    """What the chat template puts right before a user's words."""
+    end: int
+    """The first token after them."""
+
+    def question(self, token_ids: Sequence[int]) -> tuple[int, int] | None:
+        """(first token, token behind the last) of the first user message; None where there is none or it is empty."""
+        width, first = len(self.header), 0
+        while True:
+            try:
+                first = token_ids.index(self.header[0], first)
+            except ValueError:
+                return None
+            if tuple(token_ids[first : first + width]) == self.header:
+                break
+            first += 1
+        start = first + width
+        try:
+            stop = token_ids.index(self.end, start)
+        except ValueError:
+            return None
+        return (start, stop) if start < stop else None
+
+
+@dataclass(frozen=True)
+class PromptGateSettings:
+    """How scores become choices. Chosen on training chats; see docs/prompt-gate.md."""
+
+    switch: float = 1e-3
+    """Prior probability that the next token belongs to another choice, 0 to 1."""
+    confidence: float = 0.9
+    """Posterior from which a token is given to a choice, 0 to 1; below it the router decides."""
+    max_opening_tokens: int = 64
+    """Tokens before the question follow its first token if they are no more than this. A longer system message is
+    left to the router, so that requests of all tasks share its cached K/V."""
+    max_question_tokens: int = 512
+    """Tokens of the question that are read; the router has seen enough by then."""
+
+
+@dataclass(frozen=True, eq=False)
+class PromptGate:
+    """Scores per token id and choice, in the order of the artefact's adapters."""
+
+    scores: Tensor
+    """(V, C) float16: emissions in nats, up to a constant per token."""
+    frame: ChatFrame
+    settings: PromptGateSettings = PromptGateSettings()
+
+    def posterior(self, token_ids: Sequence[int], columns: Sequence[int]) -> Floats:
+        """(T, len(columns)): probability that each token belongs to each of the choices `columns`. Ids beyond the
+        table say nothing."""
+        ids = torch.tensor(token_ids)
+        known = (ids < len(self.scores)) & (ids >= 0)
+        emissions = self.scores[ids.where(known, 0)][:, list(columns)].double() * known[:, None]
+        return smoothed(emissions.numpy(), self.settings.switch)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Everything but the scores, which belong to the adapters' rows."""
+        return f"frame={self.frame.header}{self.frame.end} {self.settings}"
+
+    def record(self) -> dict[str, Any]:
+        """For the artefact's JSON."""
+        return {"header": list(self.frame.header), "end": self.frame.end, **asdict(self.settings)}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], scores: Tensor) -> "PromptGate":
+        """Inverse of `record`. Raises KeyError, TypeError or ValueError for what no `record` wrote."""
+        settings = dict(record)
+        frame = ChatFrame(tuple(map(int, settings.pop("header"))), int(settings.pop("end")))
+        if not frame.header:
+            raise ValueError("the prompt gate's header has no tokens")
+        read = PromptGateSettings(**settings)
+        if not (0 < read.switch < 1 and 0 < read.confidence <= 1):
+            raise ValueError("the prompt gate's switch and confidence must lie between 0 and 1")
+        return cls(scores, frame, read)
+
+
+def smoothed(emissions: Floats, switch: float) -> Floats:
+    """Posterior (T, C) of a hidden Markov chain by the forward-backward algorithm (Rabiner 1989).
+
+    emissions (T, C) in nats. The first choice is uniform; each token keeps the choice of the one before it with
+    probability 1 - `switch`, and takes each other one with equal probability.
+    """
+    length, count = emissions.shape
+    if count == 1 or length == 0:
+        return np.ones((length, count))
+    other = switch / (count - 1)
+    keep = 1 - switch - other
+    likelihood: Floats = np.exp(emissions - emissions.max(axis=1, keepdims=True))
+    # Far from the best choice is as good as never; zero would divide by zero where everything is.
+    likelihood = np.maximum(likelihood, 1e-30)
+    posterior: Floats = np.empty_like(likelihood)
+    message = np.full(count, 1 / count)
+    for position in range(length):
+        message = likelihood[position] * (keep * message + other)
+        message /= message.sum()
+        posterior[position] = message
+    message = np.ones(count)
+    for position in range(length - 2, -1, -1):
+        message = likelihood[position + 1] * message
+        message /= message.sum()
+        message = keep * message + other
+        posterior[position] *= message
+    posterior /= posterior.sum(axis=1, keepdims=True)
+    return posterior
+
+
+def prompt_spans(
+    gate: PromptGate,
+    plan: GatePlan,
+    column_of_slot: Mapping[int, int],
+    digest_of_slot: Mapping[int, str],
+    token_ids: Sequence[int],
+) -> tuple[PlanSpan, ...]:
+    """Which plan the tokens of a prompt's beginning follow; behind the last span all follow `plan`.
+
+    None at all where an allowed choice has no scores: the gate would give that one's prompts to others.
+    """
+    slots = plan.allowed_slots
+    if any(slot not in column_of_slot for slot in slots) or (found := gate.frame.question(token_ids)) is None:
+        return ()
+    start, stop = found
+    stop = min(stop, start + gate.settings.max_question_tokens)
+    posterior = gate.posterior(token_ids[start:stop], [column_of_slot[slot] for slot in slots])
+    best = posterior.argmax(axis=1)
+    is_sure = posterior.max(axis=1) >= gate.settings.confidence
+    choices = [slots[index] if sure else None for index, sure in zip(best.tolist(), is_sure.tolist(), strict=True)]
+    opening = choices[0] if start <= gate.settings.max_opening_tokens else None
+    spans: list[PlanSpan] = []
+    end = 0
+    for slot, group in groupby([opening] * start + choices):
+        end += len(list(group))
+        spans.append(PlanSpan(end, plan if slot is None else _only(slot, digest_of_slot)))
+    while spans and spans[-1].plan is plan:
+        spans.pop()
+    return tuple(spans)
+
+
+def _only(slot: int, digest_of_slot: Mapping[int, str]) -> GatePlan:
+    if slot == BASE_SLOT:
+        return BASE_PLAN
+    return fixed_plan(Policy.PINNED, {slot: 1.0}, digest_of_slot)

@@ -1,0 +1,78 @@
+"""A served router with a prompt gate: over HTTP, beside a server that does not obey it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+import yaml
+
+from server.routing.prompt_gate import ChatFrame, PromptGate
+from server.routing.router import load_artefact, save_artefact
+from tests.integration.tiny import make_tiny_root, serve_here
+
+PROMPT = "Q:aaaaaabbbbbb\nA:"
+
+
+def give_prompt_gate(root: Path, tokens_of: Callable[[str], list[int]]) -> None:
+    """The letter a speaks for the first adapter of the router and b for the second; questions stand as in `PROMPT`."""
+    artefact = load_artefact(root / "router")
+    scores = torch.zeros(300, len(artefact.adapters), dtype=torch.float16)
+    for column, letter in enumerate("ab"):
+        scores[tokens_of(letter)[0], column] = 4.0
+    frame = ChatFrame(tuple(tokens_of("Q:")), tokens_of("\n")[0])
+    save_artefact(replace(artefact, prompt_gate=PromptGate(scores, frame)), root / "router")
+
+
+def complete(url: str, **fields: Any) -> dict[str, Any]:
+    body = {"model": "auto", "prompt": PROMPT, "max_tokens": 8, "temperature": 0, "routing": {"trace": "summary"}}
+    response = httpx.post(f"{url}/v1/completions", json={**body, **fields}, timeout=60)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def test_a_prompts_clear_stretches_go_to_one_adapter(
+    tmp_path: Path, tiny_llama: Callable[..., Any], make_adapter: Callable[..., Path]
+) -> None:
+    make_tiny_root(tmp_path, tiny_llama, make_adapter, num_adapters=3, num_configured=2)
+    with serve_here(tmp_path) as server:
+
+        def tokens_of(text: str) -> list[int]:
+            tokens: list[int] = httpx.post(f"{server.url}/tokenize", json={"prompt": text}).json()["tokens"]
+            return tokens
+
+        before = complete(server.url)
+        assert "prompt" not in before["choices"][0]["routing"]
+        assert httpx.get(f"{server.url}/v1/router").json()["prompt_gate"] is None
+        give_prompt_gate(tmp_path, tokens_of)
+        swapped = httpx.post(f"{server.url}/v1/router", json={"path": "router"})
+        assert swapped.json()["prompt_gate"]["confidence"] == 0.9, swapped.text
+
+        after = complete(server.url)
+        stretches = after["choices"][0]["routing"]["prompt"]
+        assert stretches == [{"tokens": 8, "adapter": "a0"}, {"tokens": 6, "adapter": "a1"}]
+        assert after["choices"][0]["text"] != before["choices"][0]["text"], "prompts must be computed otherwise"
+        again = complete(server.url)
+        assert again["choices"][0]["text"] == after["choices"][0]["text"]
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 16
+
+        narrowed = complete(server.url, adapters=["a0"])
+        assert narrowed["choices"][0]["routing"]["prompt"] == [{"tokens": 14, "adapter": "a0"}]
+        pinned = complete(server.url, model="a1")
+        assert "prompt" not in pinned["choices"][0]["routing"]
+        registered = httpx.post(
+            f"{server.url}/v1/adapters", json={"name": "a2", "source": "./sources/a2", "wait": True}, timeout=60
+        )
+        assert registered.status_code == 201, registered.text
+        assert complete(server.url)["choices"][0]["text"] == after["choices"][0]["text"], "it is served by name only"
+
+    config = yaml.safe_load((tmp_path / "adapters.yaml").read_text())
+    config["server"]["prompt_gate"] = False
+    (tmp_path / "adapters.yaml").write_text(yaml.safe_dump(config))
+    with serve_here(tmp_path) as server:
+        off = complete(server.url)
+        assert "prompt" not in off["choices"][0]["routing"]
+        assert off["choices"][0]["text"] == before["choices"][0]["text"]

@@ -1,0 +1,200 @@
+"""The prompt gate as it is trained: where a template puts questions, the chain's two forms, and serving's own spans."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from router_training.artefact import build_artefact
+from router_training.encoding import TokenSequence, collate
+from router_training.evaluation import gate_batch
+from router_training.forward import answer_losses
+from router_training.gates import RouterParameters, TrainingBatch
+from router_training.generation import token_plans
+from router_training.prompt_fit import (
+    UNGUIDED_EVERY,
+    PromptReader,
+    chat_frame,
+    fit_prompt_gate,
+    guide_of,
+    log_posterior,
+)
+from router_training.roster import FIRST_SLOT, Roster
+from router_training.settings import TrainingConfig
+from server.errors import ConfigError
+from server.model.tokenizer import ChatTokenizer
+from server.routing.policy import plan_runs
+from server.routing.prompt_gate import ChatFrame, PromptGate, smoothed
+from server.routing.router import load_artefact
+from tests.router_training.conftest import TOKENS_PER_TASK, byte_tokenizer
+from tests.router_training.test_run import QUICK, run
+
+FRAME = ChatFrame((200, 201), 202)
+Sequences = Callable[..., list[TokenSequence]]
+
+
+def framed(sequences: list[TokenSequence]) -> list[TokenSequence]:
+    """The sequences with a question of the same tokens before them."""
+    return [
+        replace(s, token_ids=(*FRAME.header, *s.token_ids, FRAME.end, *s.token_ids), answer_start=len(s) + 5)
+        for s in sequences
+    ]
+
+
+def fit(roster: Roster, sequences: list[TokenSequence], seed: int = 0) -> PromptGate:
+    # A tiny model's embeddings have few dimensions: many short passes over the chats make up for it.
+    return fit_prompt_gate(
+        roster.routed.model.get_input_embeddings().weight,  # type: ignore[operator]
+        sequences * 20,
+        FRAME,
+        first_slot=FIRST_SLOT,
+        num_choices=3,
+        seed=seed,
+    )
+
+
+def test_both_forms_of_the_chain_agree_whatever_the_padding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    emissions = torch.randn(3, 9, 4, generator=generator) * 2
+    lengths = [9, 1, 5]
+    for row, length in enumerate(lengths):
+        emissions[row, length:] = 0
+    batched = log_posterior(emissions, 0.01).exp()
+    for row, length in enumerate(lengths):
+        alone = smoothed(emissions[row, :length].double().numpy(), 0.01)
+        np.testing.assert_allclose(batched[row, :length].numpy(), alone, atol=1e-5)
+
+
+def test_the_frame_is_what_the_template_puts_around_a_question() -> None:
+    tokenizer = ChatTokenizer(byte_tokenizer())
+    frame = chat_frame(tokenizer)
+    assert tokenizer.decode(frame.header, skip_special_tokens=False) == "<|im_start|>user\n"
+    assert tokenizer.decode([frame.end], skip_special_tokens=False) == "<|im_end|>"
+    for messages in (
+        [{"role": "user", "content": "what now?"}],
+        [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what now?"}],
+        [{"role": "user", "content": "what now?"}, {"role": "assistant", "content": "this"}],
+    ):
+        tokens = tokenizer.render_chat(messages)
+        start, stop = frame.question(tokens) or (0, 0)
+        assert tokenizer.decode(tokens[start:stop]) == "what now?"
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{% for message in messages %}{{ message['content'] }}{% endfor %}", "{{ raise_exception('no system') }}", None],
+    ids=["no marks", "refuses", "none"],
+)
+def test_a_template_without_a_frame_is_refused(template: str | None) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ConfigError, match=r"no prompt gate for this base model: .*"):
+        chat_frame(ChatTokenizer(tokenizer))
+
+
+def test_the_gate_tells_tasks_apart_and_sees_where_they_change(roster: Roster, make_sequences: Sequences) -> None:
+    gate = fit(roster, framed(make_sequences(60)))
+    assert gate.scores.shape == (roster.loaded.vocab_size, 3)
+    for held_out in make_sequences(9, seed=5):
+        posterior = gate.posterior(held_out.token_ids, [0, 1, 2])
+        assert posterior[:, held_out.label - FIRST_SLOT].min() > 0.9
+    first, second = (list(range(task * TOKENS_PER_TASK, (task + 1) * TOKENS_PER_TASK)) * 12 for task in (0, 2))
+    both = gate.posterior([*first, *second], [0, 1, 2]).argmax(axis=1).tolist()
+    assert both == [0] * len(first) + [2] * len(second)
+
+
+def test_one_seed_gives_one_gate_and_another_seed_another(roster: Roster, make_sequences: Sequences) -> None:
+    sequences = framed(make_sequences(60))
+    first, again, other = (fit(roster, sequences, seed) for seed in (0, 0, 1))
+    assert torch.equal(first.scores, again.scores)
+    assert not torch.equal(first.scores, other.scores)
+
+
+def test_chats_without_questions_are_refused(roster: Roster, make_sequences: Sequences) -> None:
+    with pytest.raises(ConfigError, match="no first question"):
+        fit(roster, make_sequences(6))
+
+
+def test_the_trainers_gates_are_the_servers_spans(roster: Roster, make_sequences: Sequences) -> None:
+    """Training, evaluation and generation give the same tokens to the same adapters."""
+    sequences = framed(make_sequences(8))
+    gate = fit(roster, framed(make_sequences(60)))
+    batch = collate(sequences)
+    longest = batch.token_ids.shape[1]
+    fixed, decides = PromptReader(gate, roster).fixed_gates(sequences, longest)
+    router = RouterParameters.zeros(roster.gated_projections(), "layer", 3)
+    config = TrainingConfig(top_k=3)
+    plans = roster.routed_plans(build_artefact(router.detached(), roster, config, prompt_gate=gate))
+    expected = torch.zeros(len(sequences), longest, roster.routed.num_slots)
+    for row, sequence in enumerate(sequences):
+        spans = roster.routed.routers.prompt_spans(plans[0], sequence.token_ids)
+        assert spans, "the gate has learnt these tasks"
+        start = 0
+        for plan, count in plan_runs(spans, plans[0], 0, spans[-1].stop):
+            for slot in plan.slots if plan is not plans[0] else ():
+                expected[row, start : start + count, slot] = 1.0
+            start += count
+    assert torch.equal(fixed.view_as(expected), expected)
+    assert torch.equal(decides, expected.sum(dim=2).flatten() > 0)
+
+    gates = gate_batch(roster.routed, batch, plans)
+    assert gates is not None
+    with torch.inference_mode():
+        answer_losses(roster.routed, batch, gates)
+    assert torch.allclose(gates.share[decides], fixed[decides])
+    assert torch.allclose(gates.share[~decides][:, FIRST_SLOT:], torch.tensor(1 / 3))
+
+    all_plans, plan_of_token = token_plans(roster.routed, [s.token_ids for s in sequences], batch.labels[:, 0], plans)
+    for row, sequence in enumerate(sequences):
+        own = [all_plans[index] for index in plan_of_token[row, longest - len(sequence) :].tolist()]
+        is_fixed = decides.view(len(sequences), longest)[row, : len(sequence)].tolist()
+        assert [plan != plans[0] for plan in own] == is_fixed
+
+
+def test_where_the_gate_decides_the_router_learns_nothing(roster: Roster, make_sequences: Sequences) -> None:
+    sequences = make_sequences(4)
+    batch = collate(sequences)
+    num_tokens = batch.token_ids.numel()
+    fixed = torch.zeros(num_tokens, roster.routed.num_slots)
+    fixed[:, 2] = 1.0
+    snapshot = roster.routed.bank.snapshot
+    router = RouterParameters.zeros(roster.gated_projections(), "layer", 3)
+
+    def loss(decides: torch.Tensor) -> torch.Tensor:
+        training = TrainingBatch(snapshot, router, "dense", top_k=2, temperature=1.0, fixed=(fixed, decides))
+        return answer_losses(roster.routed, batch, training).sum()
+
+    everywhere = loss(torch.ones(num_tokens, dtype=torch.bool))
+    everywhere.backward()  # type: ignore[no-untyped-call]
+    assert all(row.grad is None or not row.grad.any() for row in router.parameters)
+    own = gate_batch(roster.routed, batch, [roster.own_adapter_plans()[2]] * len(roster.tasks))
+    assert torch.allclose(everywhere, answer_losses(roster.routed, batch, own).sum(), rtol=1e-5)
+    loss(torch.zeros(num_tokens, dtype=torch.bool)).backward()  # type: ignore[no-untyped-call]
+    assert all(row.grad is not None and row.grad.any() for row in router.parameters)
+
+
+def test_some_chats_are_trained_without_the_gate(roster: Roster, make_sequences: Sequences) -> None:
+    sequences = framed(make_sequences(60))
+    guide = guide_of(fit(roster, sequences), roster, sequences[:8])
+    assert guide is not None
+    decides = guide(sequences[:8], 64)[1].view(8, 64).any(dim=1)
+    assert decides.tolist() == [index % UNGUIDED_EVERY != UNGUIDED_EVERY - 1 for index in range(8)]
+    assert guide_of(None, roster, sequences) is None
+
+
+@pytest.mark.parametrize("flags", [[], ["--null-expert"]], ids=["adapters", "null expert"])
+def test_train_with_a_prompt_gate_writes_one_that_fits(project: Path, flags: list[str]) -> None:
+    if flags:
+        folder = project / "data" / "base"
+        folder.mkdir()
+        for name in ("train.jsonl", "validation.jsonl"):
+            lines = (project / "data" / "letters" / name).read_text(encoding="utf-8")
+            (folder / name).write_text(lines.replace('"letters"', '"base"'), encoding="utf-8")
+    assert run(project, "train", "--out", str(project / "router"), "--prompt-gate", *flags, *QUICK) == 0
+    gate = load_artefact(project / "router").prompt_gate
+    assert gate is not None
+    assert gate.scores.shape[1] == 2 + len(flags)
+    assert gate.frame == chat_frame(ChatTokenizer(byte_tokenizer()))

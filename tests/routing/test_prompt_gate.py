@@ -1,0 +1,162 @@
+"""The prompt gate: smoothing against enumeration, where a question stands, and which tokens go to whom."""
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from server.routing.policy import BASE_PLAN, GatePlan, PlanSpan, Policy, plan_runs, routed_plan
+from server.routing.prompt_gate import ChatFrame, PromptGate, PromptGateSettings, prompt_spans, smoothed
+
+FRAME = ChatFrame(header=(90, 91, 90), end=99)
+DIGESTS = {1: "d1", 2: "d2"}
+COLUMNS = {0: 0, 1: 1, 2: 2}
+A, B, BASE, DULL = 10, 20, 0, 50
+"""Tokens that speak for slot 1, slot 2, the base model, and nobody."""
+
+
+def make_gate(**settings: float) -> PromptGate:
+    scores = torch.zeros(80, 3, dtype=torch.float16)
+    scores[A, 1] = scores[B, 2] = scores[BASE, 0] = 4.0
+    return PromptGate(scores, FRAME, replace(PromptGateSettings(), **settings))  # type: ignore[arg-type]
+
+
+def make_plan(allowed: dict[int, str] = {0: "base", **DIGESTS}) -> GatePlan:  # noqa: B006  never changed
+    return routed_plan(allowed, {slot: f"row {slot}" for slot in allowed}, 1, "settings", 2)
+
+
+def prompt(question: list[int], opening: int = 5) -> list[int]:
+    return [60] * (opening - 3) + list(FRAME.header) + question + [99, 61, 62]
+
+
+def choices(question: list[int], *, opening: int = 5, gate: PromptGate | None = None) -> list[str]:
+    """Who each token of the prompt up to the question's end goes to."""
+    plan = make_plan()
+    spans = prompt_spans(gate or make_gate(), plan, COLUMNS, DIGESTS, prompt(question, opening))
+    found = []
+    for own, count in plan_runs(spans, plan, 0, opening + len(question)):
+        name = "router" if own is plan else "base" if own is BASE_PLAN else DIGESTS[own.slots[0]]
+        found += [name] * count
+    return found
+
+
+def test_smoothing_equals_the_sum_over_all_paths() -> None:
+    generator = np.random.default_rng(0)
+    emissions, switch = generator.normal(size=(6, 3)) * 2, 0.1
+    expected = np.zeros((6, 3))
+    for path in itertools.product(range(3), repeat=6):
+        changes = sum(first != second for first, second in itertools.pairwise(path))
+        weight = math.exp(sum(emissions[position, choice] for position, choice in enumerate(path)))
+        weight *= (switch / 2) ** changes * (1 - switch) ** (5 - changes)
+        for position, choice in enumerate(path):
+            expected[position, choice] += weight
+    expected /= expected.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(smoothed(emissions, switch), expected, rtol=1e-10)
+
+
+def test_smoothing_stays_finite_for_long_and_extreme_questions() -> None:
+    emissions = np.random.default_rng(1).normal(size=(3000, 4)) * 300
+    posterior = smoothed(emissions, 1e-3)
+    assert np.isfinite(posterior).all()
+    np.testing.assert_allclose(posterior.sum(axis=1), 1.0, rtol=1e-9)
+
+
+def test_a_single_choice_is_certain() -> None:
+    assert (smoothed(np.zeros((4, 1)), 1e-3) == 1).all()
+
+
+@pytest.mark.parametrize("make", [list, tuple])
+def test_the_first_question_is_found_between_header_and_end(make: type) -> None:
+    tokens = [90, 91, 60, 90, 91, 90, 91, 7, 8, 99, 5, 90, 91, 90, 1, 99]
+    assert FRAME.question(make(tokens)) == (6, 9), "half a header does not count, and the first whole one does"
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [[], [1, 2, 3], [90, 91, 90], [90, 91, 90, 99], [90, 91, 90, 5, 6], [99, 90, 91]],
+    ids=["nothing", "no header", "header at the end", "empty question", "no end", "cut header"],
+)
+def test_a_prompt_without_a_question_is_left_to_the_router(tokens: list[int]) -> None:
+    assert FRAME.question(tokens) is None
+    assert prompt_spans(make_gate(), make_plan(), COLUMNS, DIGESTS, tokens) == ()
+
+
+def test_clear_stretches_go_to_one_adapter_and_the_opening_follows_the_first() -> None:
+    assert choices([DULL, A, A, DULL, A]) == ["d1"] * 10
+
+
+def test_a_question_may_change_its_task() -> None:
+    assert choices([A] * 6 + [B] * 6) == ["d1"] * 11 + ["d2"] * 6
+
+
+def test_later_turns_change_nothing_of_the_first() -> None:
+    """So that a conversation finds its earlier turns in the prefix cache."""
+    first = prompt([A] * 4 + [B] * 4)
+    longer = [*first, 5, 6, 99, *FRAME.header, *[B] * 9, 99, 61, 62]
+    assert prompt_spans(make_gate(), plan := make_plan(), COLUMNS, DIGESTS, first) == prompt_spans(
+        make_gate(), plan, COLUMNS, DIGESTS, longer
+    )
+
+
+def test_what_speaks_for_the_base_model_gets_no_adapter() -> None:
+    assert choices([BASE, BASE, BASE]) == ["base"] * 8
+
+
+def test_what_says_nothing_is_left_to_the_router() -> None:
+    assert choices([DULL] * 4) == ["router"] * 9
+    assert prompt_spans(make_gate(), make_plan(), COLUMNS, DIGESTS, prompt([DULL] * 4)) == ()
+
+
+def test_a_long_opening_is_left_to_the_router() -> None:
+    assert choices([A, A, A], opening=64)[0] == "d1"
+    assert choices([A, A, A], opening=65) == ["router"] * 65 + ["d1"] * 3
+
+
+def test_only_so_many_tokens_of_a_question_are_read() -> None:
+    assert choices([A] * 6, gate=make_gate(max_question_tokens=4)) == ["d1"] * 9 + ["router"] * 2
+
+
+def test_ids_beyond_the_table_say_nothing() -> None:
+    assert choices([A, A, 10**6, A]) == ["d1"] * 9
+
+
+def test_an_allowed_slot_without_scores_silences_the_gate() -> None:
+    plan = make_plan({0: "base", **DIGESTS, 3: "newcomer"})
+    assert prompt_spans(make_gate(), plan, COLUMNS, DIGESTS, prompt([A] * 5)) == ()
+
+
+def test_a_slot_outside_the_pool_gets_nothing() -> None:
+    plan = make_plan({0: "base", 2: "d2"})
+    spans = prompt_spans(make_gate(), plan, COLUMNS, DIGESTS, prompt([A] * 5))
+    assert all(1 not in span.plan.slots for span in spans)
+
+
+def test_spans_of_equal_gates_have_equal_fingerprints_in_any_slot() -> None:
+    spans = prompt_spans(make_gate(), make_plan(), COLUMNS, DIGESTS, prompt([A] * 5))
+    elsewhere = routed_plan({4: "d1"}, {4: "row"}, 1, "settings", 2)
+    moved = prompt_spans(make_gate(), elsewhere, {4: 1}, {4: "d1"}, prompt([A] * 5))
+    assert spans[0].plan.fingerprint == moved[0].plan.fingerprint
+    assert moved[0].plan.policy is Policy.PINNED
+
+
+def test_runs_cover_every_token_once() -> None:
+    plan, other = make_plan(), BASE_PLAN
+    spans = (PlanSpan(3, other), PlanSpan(5, plan), PlanSpan(8, other))
+    whole = [own for own, count in plan_runs(spans, plan, 0, 12) for _ in range(count)]
+    assert whole == [other] * 3 + [plan] * 2 + [other] * 3 + [plan] * 4
+    for start, stop in itertools.combinations(range(13), 2):
+        assert [own for own, count in plan_runs(spans, plan, start, stop) for _ in range(count)] == whole[start:stop]
+    assert plan_runs((), plan, 2, 5) == [(plan, 3)]
+
+
+def test_a_gate_without_a_header_is_refused() -> None:
+    record = make_gate().record()
+    changes: list[dict[str, Any]] = [{"header": []}, {"switch": 0.0}, {"confidence": 1.5}, {"unknown": 1}]
+    for broken in changes:
+        with pytest.raises((ValueError, TypeError)):
+            PromptGate.from_record({**record, **broken}, make_gate().scores)
+    assert PromptGate.from_record(record, make_gate().scores).record() == record
