@@ -3,6 +3,7 @@
 Letters: S sequences, L padded length, T = S * L token positions.
 """
 
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -41,6 +42,15 @@ class TokenSequence:
     @property
     def num_answer_tokens(self) -> int:
         return len(self.token_ids) - self.answer_start - len(self.unscored)
+
+    @property
+    def answer_labels(self) -> list[int]:
+        """Label of each answer token that counts: that of the position which predicts it."""
+        labels, changes = [self.label] * len(self), [*self.label_changes, (len(self), self.label)]
+        for (start, label), (stop, _) in itertools.pairwise(changes):
+            labels[start:stop] = [label] * (stop - start)
+        tokens = range(self.answer_start, len(self))
+        return [labels[token - 1] for token in tokens if token not in self.unscored]
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ follow from the step number alone, so a run can be cut and continued at any step
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -232,9 +233,14 @@ def micro_batches(members: Sequence[TokenSequence]) -> Iterator[Sequence[TokenSe
 
 
 def chat_weights(part: Sequence[TokenSequence], num_chats: int) -> Tensor:
-    """Weight of each answer token of `part`, (N,), such that every chat of a step of `num_chats` counts the same."""
-    counts = torch.tensor([sequence.num_answer_tokens for sequence in part])
-    return (1 / counts).repeat_interleave(counts) / num_chats
+    """Weight of each answer token of `part`, (N,), such that every chat of a step of `num_chats` counts the same, and
+    within a composite chat every task: a one-word answer behind a long one is as much of a task as that one."""
+    weights = []
+    for sequence in part:
+        labels = sequence.answer_labels
+        counts = Counter(labels)
+        weights += [1 / (counts[label] * len(counts) * num_chats) for label in labels]
+    return torch.tensor(weights)
 
 
 def learning_rate_at(step: int, config: TrainingConfig, peak: float | None = None) -> float:

@@ -93,12 +93,13 @@ class TestSettingsFlags:
 
     def test_every_setting_can_be_given_as_a_flag(self, tmp_path: Path) -> None:
         (tmp_path / "a.yaml").write_text("{}")
-        values = {"prefix_caching": None, "log_level": "error", "device": "cuda", "host": "::1", "backend": "torch"}
+        values = {"log_level": "error", "device": "cuda", "host": "::1", "backend": "torch"}
         values |= dict.fromkeys(("adapter_roots", "hub_allowed", "registry_file"), "x")
         argv = []
         for name, field in ServerSettings.model_fields.items():
             flag = "--adapter-root" if name == "adapter_roots" else f"--{name.replace('_', '-')}"
-            argv += ["--no-prefix-caching"] if name == "prefix_caching" else [flag, str(values.get(name, 7))]
+            off = f"--no-{name.replace('_', '-')}"
+            argv += [off] if isinstance(field.default, bool) else [flag, str(values.get(name, 7))]
             assert field.default != 7
         settings = config_from(parse("serve", "--config", str(tmp_path / "a.yaml"), *argv)).server
         unchanged = [

@@ -98,6 +98,16 @@ def test_labels_change_where_a_sequence_says_and_unscored_tokens_are_no_targets(
     assert TokenSequence((1, 2, 3, 4, 5), 2, 3, unscored=(3,)).num_answer_tokens == 2
 
 
+def test_answer_labels_are_those_of_the_positions_that_predict() -> None:
+    sequences = [
+        TokenSequence((1, 2, 3, 4, 5, 6, 7), 2, 3, label_changes=((3, 1), (5, 2)), unscored=(3,)),
+        TokenSequence((1, 2, 3), 1, 2),
+    ]
+    batch = collate(sequences)
+    expected = batch.token_labels[batch.answer_positions].tolist()
+    assert [label for sequence in sequences for label in sequence.answer_labels] == expected == [3, 1, 1, 2, 2, 2]
+
+
 def test_batches_by_length_hold_every_sequence_once_within_the_token_limit() -> None:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(2, 40, (50,), generator=generator).tolist()

@@ -16,7 +16,7 @@ from router_training.forward import answer_logits, answer_losses
 from router_training.gates import RouterParameters, TrainingBatch
 from router_training.roster import Roster
 from router_training.settings import TrainingConfig
-from router_training.trainer import StepMetrics, Trainer, learning_rate_at
+from router_training.trainer import StepMetrics, Trainer, chat_weights, learning_rate_at
 from server.routing.context import RoutingBatch
 from server.routing.router import Granularity
 
@@ -142,6 +142,13 @@ def test_each_chat_weighs_the_same_whatever_the_length_of_its_answer(roster: Ros
     together = make_trainer(roster, sequences).step().lm_loss
     alone = [make_trainer(roster, [sequence], batch_size=1).step().lm_loss for sequence in sequences]
     assert together == pytest.approx(sum(alone) / len(alone), abs=1e-4)
+
+
+def test_each_task_of_a_composite_chat_weighs_the_same() -> None:
+    joined = TokenSequence(tuple(range(12)), 4, 1, label_changes=((10, 2),))
+    weights = chat_weights([joined, TokenSequence((1, 2, 3), 2, 3)], 4)
+    assert joined.answer_labels == [1] * 7 + [2]
+    assert torch.allclose(weights, torch.tensor([1 / 56] * 7 + [1 / 8, 1 / 4]))
 
 
 def test_learning_rate_rises_then_falls_to_a_tenth() -> None:
