@@ -66,13 +66,36 @@ def encode_examples(raw: Sequence[Any], tokenizer: ChatRenderer) -> tuple[Exampl
     return tuple(_encode(chat, tokenizer, template) for chat in chats)
 
 
-def read_examples(folder: Path) -> list[Any] | None:
+@dataclass(frozen=True)
+class ExamplesFile:
+    """Where the source of an adapter has examples, or may have."""
+
+    folder: Path | None = None
+    """None: it has none."""
+    link_root: Path | None = None
+    """Folder that a link may lead into, such as the Hub's cache; None: a link is no examples file."""
+    problem: str | None = None
+    """Why its examples could not be had."""
+
+    def read(self) -> list[Any] | None:
+        """As `read_examples`; also raises InvalidRequestError when they could not be had."""
+        if self.problem is not None:
+            raise InvalidRequestError(self.problem, param="examples", code="invalid_examples")
+        return None if self.folder is None else read_examples(self.folder, self.link_root)
+
+
+NO_EXAMPLES = ExamplesFile()
+
+
+def read_examples(folder: Path, link_root: Path | None = None) -> list[Any] | None:
     """Raw examples of `examples.jsonl` in an adapter's folder, one JSON value a line; None where there is no file.
 
-    Raises InvalidRequestError naming the line.
+    A link counts only if it leads into `link_root`. Raises InvalidRequestError naming the line.
     """
     path = folder / EXAMPLES_NAME
-    if path.is_symlink() or not path.is_file():
+    if path.is_symlink() and (link_root is None or not path.resolve().is_relative_to(link_root.resolve())):
+        return None
+    if not path.is_file():
         return None
     try:
         with path.open("rb") as file:

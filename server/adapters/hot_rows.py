@@ -7,15 +7,13 @@ One thread of its own calibrates, one adapter at a time, so that neither downloa
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from server.adapters.calibration import Calibration, Calibrator
-from server.adapters.examples import MAX_EXAMPLES, EncodeExamples, Example, read_examples
+from server.adapters.examples import MAX_EXAMPLES, EncodeExamples, Example
 from server.adapters.records import AdapterState, Record
 from server.adapters.residency import CancelledLoadError
 from server.adapters.roster import routed_slots
-from server.adapters.sources import local_folder
 from server.adapters.state import RegistryState
 from server.errors import AdapterConflictError, InvalidRequestError, LoraMixerError, NotReadyError
 from server.routing.router import RouterArtefact
@@ -37,14 +35,12 @@ class HotRows:
         calibrator: Calibrator,
         publish: Callable[[], None],
         encode: EncodeExamples,
-        root: Path,
     ) -> None:
-        """`publish` brings the router in line with the records; `root` is the folder of relative sources."""
+        """`publish` brings the router in line with the records."""
         self._state = state
         self._calibrator = calibrator
         self._publish = publish
         self._encode = encode
-        self._root = root
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-calibrator")
 
     def encode(self, raw: Sequence[Any]) -> tuple[Example, ...]:
@@ -145,8 +141,7 @@ class HotRows:
             trained = {} if router is None else _trained_slots(state, router.artefact)
         if router is None or slot is None or adapter is None or adapter.digest in trained_digests(router.artefact):
             return None
-        folder = local_folder(record.spec, self._root)
-        if not record.examples and folder is not None and (raw := read_examples(folder)) is not None:
+        if not record.examples and (raw := adapter.examples.read()) is not None:
             record.examples = self._encode(raw)
         if not record.examples and not (record.spec.routed and "routed" in record.spec.model_fields_set):
             return None

@@ -1,21 +1,22 @@
 """Adapters from the Hugging Face Hub: a branch becomes a commit once, sizes are checked before anything is fetched,
-two files come down at that commit, and their bytes are verified. Only the modules `hub*` here talk to the network.
+two files come down at that commit, and examples if it has some, and their bytes are verified. Only the modules `hub*`
+here talk to the network.
 
 Tokens are passed to huggingface_hub and to nobody else; none is logged or stored.
 """
 
+import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Self
-
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
 
 from server.adapters.download_meter import Progress as Progress
 from server.adapters.download_meter import ignore_progress as ignore_progress
+from server.adapters.examples import EXAMPLES_NAME
+from server.adapters.hub_cache import cached_source, resolved_source
 from server.adapters.hub_errors import download_error
-from server.adapters.hub_fetch import FetchSettings, fetch_files, sha256_of
+from server.adapters.hub_fetch import DOWNLOAD_ERRORS, OPTIONAL_TIMEOUT_S, FetchSettings, fetch_files
 from server.adapters.hub_listing import require_allowed
 from server.adapters.hub_retry import RetryPolicy
 from server.adapters.lockfile import LockEntry
@@ -23,25 +24,15 @@ from server.adapters.peft_config import CONFIG_NAME
 from server.adapters.sources import COMMIT_PATTERN, ResolvedSource, checked_subfolder
 from server.adapters.validation import WEIGHTS_NAME
 from server.config import AdapterSpec, Secrets, ServerSettings
+from server.errors import AdapterDownloadError
 
-CLIENT_ERRORS: tuple[type[Exception], ...] = (
-    HfHubHTTPError.__bases__[0],  # HTTPError of the HTTP library the client is built on: timeouts, connection errors
-    OSError,  # most of the client's own, and the cache's
-    ValueError,  # bad ids, and answers that are not JSON
-    TypeError,  # answers that are not the JSON expected
-    KeyError,
-    RuntimeError,
-)
-"""What a call into huggingface_hub may raise; everything else is a bug of ours."""
-
-FILE_NAMES = (CONFIG_NAME, WEIGHTS_NAME)
-"""All that is ever downloaded of a repository."""
+REQUIRED_NAMES = (CONFIG_NAME, WEIGHTS_NAME)
+FILE_NAMES = (EXAMPLES_NAME, *REQUIRED_NAMES)
+"""All that is ever downloaded of a repository. The examples come whether or not the registration asks for routing: the
+lock is the source's, and the next registration of it, or `calibrate` without a network, may ask."""
 
 DEFAULT_REVISION = "main"
 DEFAULT_RETRIES = RetryPolicy()
-
-_ETAG_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
-"""ETags become file names in the cache."""
 
 
 class HubSource:
@@ -84,48 +75,33 @@ class HubSource:
     def fetch(
         self, spec: AdapterSpec, *, locked: LockEntry | None = None, progress: Progress = ignore_progress
     ) -> ResolvedSource:
-        """The two files of a Hub source on this machine.
+        """The files of a Hub source on this machine: the two required ones, and its examples or why they did not come.
 
         A locked commit wins over a branch that has moved, needs no network when its files are cached, and its bytes
-        must be the locked ones. Raises AdapterDownloadError; AdapterRefusedError when the source is not allowed or the
-        repository's file list already shows that it cannot be served; InvalidRequestError for a bad subfolder.
+        must be the locked ones; a lock without examples says that there are none. Raises AdapterDownloadError;
+        AdapterRefusedError when the source is not allowed or the repository's file list already shows that it cannot be
+        served; InvalidRequestError for a bad subfolder.
         """
         subfolder = checked_subfolder(spec.subfolder)
         require_allowed(spec, spec.source, self._settings.allowed)
-        wanted = {name: f"{subfolder}/{name}" if subfolder else name for name in FILE_NAMES}
+        names = FILE_NAMES if locked is None else [name for name in FILE_NAMES if name in locked.files]
+        wanted = {name: f"{subfolder}/{name}" if subfolder else name for name in names}
         revision = locked.commit if locked is not None else spec.revision or DEFAULT_REVISION
+        settings, cached = self._settings, None
         if re.fullmatch(COMMIT_PATTERN, revision):
-            cached = self._from_cache(spec, wanted, revision)
-            if cached is not None and (locked is None or cached.files == locked.files):
+            cached = cached_source(spec.source, wanted, revision, locked, settings.cache_folder)
+            if cached is not None and cached.examples_problem is None:
                 progress(1, 1)
                 return cached
+            if cached is not None:  # all that is missing may be missing
+                timeout_s = min(settings.download_timeout_s, OPTIONAL_TIMEOUT_S)
+                settings = dataclasses.replace(settings, download_timeout_s=timeout_s)
         try:
-            paths, hashes = fetch_files(
-                spec, wanted, revision, self._settings, self._token_for(spec.source), locked, progress
-            )
-            return _resolved(paths, hashes, wanted)
-        except CLIENT_ERRORS as error:
+            fetched = fetch_files(spec, wanted, revision, settings, self._token_for(spec.source), locked, progress)
+            return resolved_source(fetched.paths, fetched.hashes, wanted, fetched.examples_problem)
+        except DOWNLOAD_ERRORS as error:
+            if cached is not None:
+                return cached
+            if isinstance(error, AdapterDownloadError):
+                raise
             raise download_error(error, spec, None if locked is None else locked.commit) from error
-
-    def _from_cache(self, spec: AdapterSpec, wanted: Mapping[str, str], commit: str) -> ResolvedSource | None:
-        """Both files of a commit if huggingface_hub's cache has them."""
-        found = {
-            name: try_to_load_from_cache(spec.source, path, cache_dir=self._settings.cache_folder, revision=commit)
-            for name, path in wanted.items()
-        }
-        paths = {name: Path(path) for name, path in found.items() if isinstance(path, str)}
-        if len(paths) < len(wanted):
-            return None
-        return _resolved(paths, {name: sha256_of(path) for name, path in paths.items()}, wanted)
-
-
-def _resolved(paths: Mapping[str, Path], hashes: Mapping[str, str], wanted: Mapping[str, str]) -> ResolvedSource:
-    """The cache lays files out as <cache>/models--org--name/snapshots/<commit>/<path>, linking into its blobs."""
-    config = paths[CONFIG_NAME]
-    depth = len(PurePosixPath(wanted[CONFIG_NAME]).parts)
-    return ResolvedSource(
-        folder=config.parent,
-        link_root=config.parents[depth + 2],
-        revision=config.parents[depth - 1].name,
-        files=hashes,
-    )

@@ -1,6 +1,6 @@
 """One download of one Hub source: listing, headers, then bytes, each checked before the next, within one deadline."""
 
-import hashlib
+import logging
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -8,19 +8,49 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
-from huggingface_hub.file_download import HfFileMetadata, repo_folder_name
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.file_download import HfFileMetadata
+from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils._headers import build_hf_headers
 
 from server.adapters.download_meter import DownloadMeter, Progress
-from server.adapters.hub_listing import RemoteFile, check_size, checked_files, commit_of, require_allowed
+from server.adapters.examples import EXAMPLES_NAME
+from server.adapters.hub_cache import note_absence, repository_folder, sha256_of
+from server.adapters.hub_errors import download_error
+from server.adapters.hub_listing import (
+    RemoteFile,
+    check_size,
+    checked_files,
+    commit_of,
+    examples_file,
+    require_allowed,
+)
 from server.adapters.hub_retry import RetryPolicy
 from server.adapters.hub_transfer import WrongContentError, download
 from server.adapters.lockfile import LockEntry
 from server.config import AdapterSpec
 from server.errors import AdapterDownloadError, AdapterRefusedError
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+CLIENT_ERRORS: tuple[type[Exception], ...] = (
+    HfHubHTTPError.__bases__[0],  # HTTPError of the HTTP library the client is built on: timeouts, connection errors
+    OSError,  # most of the client's own, and the cache's
+    ValueError,  # bad ids, and answers that are not JSON
+    TypeError,  # answers that are not the JSON expected
+    KeyError,
+    RuntimeError,
+)
+"""What a call into huggingface_hub may raise; everything else is a bug of ours."""
+
+DOWNLOAD_ERRORS: tuple[type[Exception], ...] = (*CLIENT_ERRORS, AdapterDownloadError)
+"""Also what the checks of a download raise."""
+
+OPTIONAL_TIMEOUT_S = 60.0
+"""What the examples may take, and no more than a quarter of what all may: an adapter must not fail for their sake."""
 
 _ETAG_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 """ETags become file names in the cache."""
@@ -39,6 +69,18 @@ class FetchSettings:
     retries: RetryPolicy
 
 
+@dataclass(frozen=True)
+class Fetched:
+    """What a download has brought."""
+
+    paths: Mapping[str, Path]
+    """In the cache, by name."""
+    hashes: Mapping[str, str]
+    """sha256 by name."""
+    examples_problem: str | None
+    """Why the examples are not among them, although the repository has some."""
+
+
 def fetch_files(
     spec: AdapterSpec,
     wanted: Mapping[str, str],
@@ -47,8 +89,8 @@ def fetch_files(
     token: str | None,
     locked: LockEntry | None,
     progress: Progress,
-) -> tuple[dict[str, Path], dict[str, str]]:
-    """Path in the cache and sha256 of each wanted file, by name.
+) -> Fetched:
+    """Each wanted file; the examples come first, so that whoever finds the other two finds them as well.
 
     Raises what huggingface_hub raises, AdapterDownloadError and AdapterRefusedError, and what `progress` raises.
     """
@@ -72,10 +114,13 @@ class _Fetch:
         self._wanted = wanted
         self._locked = locked
         self._token = token
-        self._deadline_s = time.monotonic() + settings.download_timeout_s
+        self._limit_s = settings.download_timeout_s
+        self._deadline_s = time.monotonic() + self._limit_s
         self._meter = DownloadMeter(progress)
+        self._cache_folder = repository_folder(spec.source, settings.cache_folder)
+        self._examples_problem: str | None = None
 
-    def run(self, revision: str) -> tuple[dict[str, Path], dict[str, str]]:
+    def run(self, revision: str) -> Fetched:
         """Raises CLIENT_ERRORS, AdapterDownloadError and AdapterRefusedError."""
         settings, spec = self._settings, self._spec
         api = HfApi(endpoint=settings.endpoint, token=self._token)
@@ -87,18 +132,61 @@ class _Fetch:
         )
         require_allowed(spec, str(info.id), settings.allowed)  # the Hub redirects names of repositories that have moved
         commit = commit_of(info, spec, revision)
-        remote = checked_files(info, spec, self._wanted, max_bytes=settings.max_bytes)
-        # The headers of both files before a byte of either: sizes that the list left out are checked here.
+        required = {name: path for name, path in self._wanted.items() if name != EXAMPLES_NAME}
+        remote = checked_files(info, spec, required, max_bytes=settings.max_bytes)
+        # The headers of all files before a byte of any: sizes that the list left out are checked here.
         heads = {name: self._metadata(file, commit) for name, file in remote.items()}
         sizes = {name: self._size(file, heads[name]) for name, file in remote.items()}
         if reasons := [reason for name, file in remote.items() for reason in check_size(file, sizes[name])]:
             raise AdapterRefusedError(spec.name, reasons)
-        self._meter.start(sum(sizes.values()))
+        examples = self._examples_head(info, commit)
+        self._meter.start(sum(sizes.values()) + (examples[2] if examples else 0))
         paths, hashes = {}, {}
+        if examples and (
+            found := self._forgiven(examples[0].path, lambda: self._file(EXAMPLES_NAME, *examples, commit))
+        ):
+            paths[EXAMPLES_NAME], hashes[EXAMPLES_NAME] = found
+        self._meter.end_file(examples[2] if examples else 0)
         for name, file in remote.items():
             paths[name], hashes[name] = self._file(name, file, heads[name], sizes[name], commit)
             self._meter.end_file(sizes[name])
-        return paths, hashes
+        return Fetched(paths, hashes, self._examples_problem)
+
+    def _examples_head(self, info: ModelInfo, commit: str) -> tuple[RemoteFile, HfFileMetadata, int] | None:
+        """The examples with headers and size, if they are wanted, are there and may be fetched."""
+        if (path := self._wanted.get(EXAMPLES_NAME)) is None:
+            return None
+        file, self._examples_problem = examples_file(info, path)
+        if file is None:
+            if self._examples_problem is None:
+                note_absence(self._cache_folder, commit, path)
+            return None
+
+        def look() -> tuple[HfFileMetadata, int]:
+            head = self._metadata(file, commit)
+            return head, self._size(file, head)
+
+        if (found := self._forgiven(path, look)) is None:
+            return None
+        if reasons := check_size(file, found[1]):
+            self._examples_problem = f"{path}: {reasons[0].message}"
+            return None
+        return file, *found
+
+    def _forgiven(self, path: str, attempt: Callable[[], T]) -> T | None:
+        """What `attempt` gives within a time of its own; None when the optional file at `path` cannot be had."""
+        before = self._limit_s, self._deadline_s
+        self._limit_s = min(OPTIONAL_TIMEOUT_S, self._limit_s / 4)
+        self._deadline_s = min(self._deadline_s, time.monotonic() + self._limit_s)
+        try:
+            return attempt()
+        except DOWNLOAD_ERRORS as error:
+            known = error if isinstance(error, AdapterDownloadError) else download_error(error, self._spec)
+            self._examples_problem = f"{path} could not be downloaded: {known.message}"
+            logger.warning("%s", self._examples_problem)
+            return None
+        finally:
+            self._limit_s, self._deadline_s = before
 
     def _metadata(self, file: RemoteFile, commit: str) -> HfFileMetadata:
         url = self._url(file, commit)
@@ -145,8 +233,7 @@ class _Fetch:
     def _fill_blob(self, file: RemoteFile, etag: str, size_bytes: int, expected: str | None, commit: str) -> None:
         """Have the file's sound content in the cache's blob folder, where huggingface_hub looks before it downloads."""
         settings = self._settings
-        cache = Path(constants.HF_HUB_CACHE) if settings.cache_folder is None else settings.cache_folder
-        blob = cache / repo_folder_name(repo_id=self._spec.source, repo_type="model") / "blobs" / etag
+        blob = self._cache_folder / "blobs" / etag
         if blob.is_file():
             if blob.stat().st_size == size_bytes and (expected is None or sha256_of(blob) == expected):
                 return
@@ -197,7 +284,7 @@ class _Fetch:
         self._meter.report()
         if time.monotonic() > self._deadline_s:
             raise self._error(
-                f"the download of {self._spec.source!r} took longer than {self._settings.download_timeout_s:g} s; "
+                f"the download of {self._spec.source!r} took longer than {self._limit_s:g} s; "
                 "try again (what has come is kept), or raise server.hub_download_timeout_s"
             )
 
@@ -209,9 +296,3 @@ class _Fetch:
 
     def _error(self, message: str) -> AdapterDownloadError:
         return AdapterDownloadError(f"adapter {self._spec.name!r}: {message}", param="source")
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,11 +2,12 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from server.adapters.examples import MAX_FILE_BYTES
 from server.adapters.peft_config import CONFIG_NAME, MAX_CONFIG_BYTES
 from server.adapters.sources import COMMIT_PATTERN
 from server.adapters.validation import PICKLE_NAMES, WEIGHTS_NAME
@@ -89,6 +90,19 @@ def checked_files(info: Any, spec: AdapterSpec, wanted: Mapping[str, str], *, ma
     return files
 
 
+def examples_file(info: Any, path: str) -> tuple[RemoteFile | None, str | None]:
+    """The repository's examples as its list has them, if any; or why they are not fetched."""
+    sibling = next((sibling for sibling in info.siblings or () if sibling.rfilename == path), None)
+    if sibling is None:
+        return None, None
+    file = RemoteFile(path, MAX_FILE_BYTES, sibling.size, sibling.lfs.sha256 if sibling.lfs else None)
+    if file.size_bytes is not None and (reasons := check_size(file, file.size_bytes)):
+        return None, f"{path}: {reasons[0].message}"
+    if level := next((level for accused, level in _accusations(info.security_repo_status) if accused == path), None):
+        return None, printable(f"{path}: the Hub's scanners call it {level[:20]}; it was not downloaded")
+    return file, None
+
+
 def check_size(file: RemoteFile, size_bytes: int) -> list[RefusalReason]:
     """Reason to refuse a file of this size unread."""
     if size_bytes <= file.max_bytes:
@@ -100,20 +114,12 @@ def check_size(file: RemoteFile, size_bytes: int) -> list[RefusalReason]:
 def _scanner_reasons(status: Any, spec: AdapterSpec, wanted: Sequence[str]) -> list[RefusalReason]:
     """Reasons from the Hub's malware scanners, when it gives their verdict.
 
-    Our own two files must not be accused of anything. Nothing else is ever fetched, but who keeps a file that the
-    scanners call unsafe beside an adapter is not to be trusted with the adapter either.
+    The two files that an adapter needs must not be accused of anything, nor are examples fetched that are. Nothing else
+    ever is, but who keeps a file that the scanners call unsafe beside an adapter is not to be trusted with it either.
     """
-    issues = status.get("filesWithIssues") if isinstance(status, Mapping) else None
-    if not isinstance(issues, list):
-        return []
     accused: list[str] = []
     suspicious: list[str] = []
-    for issue in issues:
-        path, level = (
-            (str(issue.get(key) or "") for key in ("path", "level")) if isinstance(issue, Mapping) else ("", "")
-        )
-        if level.lower() in HARMLESS_LEVELS:
-            continue
+    for path, level in _accusations(status):
         shown = printable(f"{path[:200]} ({level[:20]})")
         (accused if path in wanted or level.lower() == "unsafe" else suspicious).append(shown)
     if suspicious:
@@ -123,6 +129,16 @@ def _scanner_reasons(status: Any, spec: AdapterSpec, wanted: Sequence[str]) -> l
     more = f" and {len(accused) - MAX_LISTED_FILES} more" if len(accused) > MAX_LISTED_FILES else ""
     message = f"the Hub's scanners warn of {', '.join(accused[:MAX_LISTED_FILES])}{more}; nothing was downloaded"
     return [RefusalReason("scanner_verdict", message, "security status of the repository")]
+
+
+def _accusations(status: Any) -> Iterator[tuple[str, str]]:
+    """(path, level) of each file that the Hub's scanners accuse of something."""
+    issues = status.get("filesWithIssues") if isinstance(status, Mapping) else None
+    for issue in issues if isinstance(issues, list) else ():
+        if isinstance(issue, Mapping):
+            level = str(issue.get("level") or "")
+            if level.lower() not in HARMLESS_LEVELS:
+                yield str(issue.get("path") or ""), level
 
 
 def _absent(path: str, listed: Mapping[str, Any]) -> RefusalReason:

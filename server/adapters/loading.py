@@ -1,5 +1,6 @@
 """From an AdapterSpec to a validated Adapter: local folder or Hub, lock, checks. Knows no registry and no slots."""
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.adapters.download_meter import Progress, ignore_progress
+from server.adapters.examples import EXAMPLES_NAME, ExamplesFile
 from server.adapters.hub import HubSource
 from server.adapters.lockfile import LockEntry, Lockfile, LockKey
 from server.adapters.sources import ResolvedSource, local_folder
@@ -65,11 +67,11 @@ class AdapterLoader:
             message = "adapters.lock states another digest for these files; delete its entry to accept the new one"
             raise AdapterRefusedError(spec.name, [RefusalReason("lock_mismatch", message, "adapters.lock")])
         if resolved.revision is not None:
-            self._lock(spec, resolved, adapter)
+            self._lock(spec, resolved, adapter, locked)
         logger.info(
             "adapter %s loaded in %.2f s, digest %s", spec.name, time.monotonic() - start_s, adapter.digest[:12]
         )
-        return adapter
+        return dataclasses.replace(adapter, examples=_examples_of(resolved))
 
     def forget(self, spec: AdapterSpec) -> None:
         """Drop the lock of a source, so that registering it anew resolves its branch anew."""
@@ -78,10 +80,20 @@ class AdapterLoader:
         except OSError as error:
             logger.warning("adapters.lock still lists %s: %s", spec.source, error)
 
-    def _lock(self, spec: AdapterSpec, resolved: ResolvedSource, adapter: Adapter) -> None:
+    def _lock(self, spec: AdapterSpec, resolved: ResolvedSource, adapter: Adapter, locked: LockEntry | None) -> None:
+        """What is locked stays so, also while locked examples cannot be had."""
         assert resolved.revision is not None
+        files = {**({} if locked is None else locked.files), **resolved.files}
         try:
-            self.lockfile.put(LockKey.of(spec), LockEntry(resolved.revision, dict(resolved.files), adapter.digest))
+            self.lockfile.put(LockKey.of(spec), LockEntry(resolved.revision, files, adapter.digest))
         except OSError as error:
             # A read-only deployment still serves; it only has to resolve the branch again next time.
             logger.warning("adapters.lock could not record %s at %s: %s", spec.source, resolved.revision, error)
+
+
+def _examples_of(resolved: ResolvedSource) -> ExamplesFile:
+    """A local folder may come to have some later; of a Hub source only the file that was verified counts."""
+    if resolved.revision is None:
+        return ExamplesFile(resolved.folder)
+    has_examples = EXAMPLES_NAME in resolved.files
+    return ExamplesFile(resolved.folder if has_examples else None, resolved.link_root, resolved.examples_problem)

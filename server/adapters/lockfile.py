@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from server.adapters.atomic_file import remove_leftovers, write_atomically
+from server.adapters.examples import EXAMPLES_NAME
 from server.adapters.peft_config import CONFIG_NAME
 from server.adapters.sources import COMMIT_PATTERN
 from server.adapters.strict_json import StrictJsonError, parse_object
@@ -46,7 +47,7 @@ class LockEntry:
 
     commit: str
     files: Mapping[str, str]
-    """File name -> sha256 in hex."""
+    """File name -> sha256 in hex; without the examples where the commit has none, or none that could be had."""
     digest: str
     """Digest of the adapter."""
 
@@ -126,7 +127,7 @@ def _is_sound(record: dict[str, Any]) -> bool:
         and _matches(COMMIT_PATTERN, record["commit"])
         and _matches(_SHA256_PATTERN, record["digest"])
         and isinstance(files, dict)
-        and set(files) == {CONFIG_NAME, WEIGHTS_NAME}
+        and set(files) - {EXAMPLES_NAME} == {CONFIG_NAME, WEIGHTS_NAME}
         and all(_matches(_SHA256_PATTERN, sha256) for sha256 in files.values())
     )
 

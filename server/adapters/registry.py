@@ -78,7 +78,7 @@ class AdapterRegistry:
         self._residency = Residency(routed, self._state, self._publisher, self._forget_source)
         publish_rows = functools.partial(self._publisher.run, self._residency.refresh_router)
         calibrator = Calibrator(routed, run_between_steps, states)
-        self._hot_rows = HotRows(self._state, calibrator, publish_rows, encode_examples, root)
+        self._hot_rows = HotRows(self._state, calibrator, publish_rows, encode_examples)
         self._registrations = Registrations(
             self.loader,
             self._state,

@@ -25,6 +25,8 @@ class ResolvedSource:
     """Commit of a Hub source; None for a local folder."""
     files: Mapping[str, str] = field(default_factory=dict)
     """File name -> sha256 in hex; Hub sources only."""
+    examples_problem: str | None = None
+    """Why the examples of a Hub source could not be had."""
 
 
 def local_folder(spec: AdapterSpec, root: Path) -> Path | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from server.adapters.examples import NO_EXAMPLES, ExamplesFile
 from server.adapters.matching import TargetSettings, match_targets
 from server.adapters.peft_config import CONFIG_NAME, MAX_CONFIG_BYTES, parse_config
 from server.adapters.strict_json import StrictJsonError, parse_object
@@ -53,6 +54,8 @@ class Adapter:
     source: str
     revision: str | None
     base_model_name: str
+    examples: ExamplesFile = NO_EXAMPLES
+    """The examples of its source; not checked before somebody wants a gate row from them."""
 
 
 @dataclass(frozen=True)

@@ -67,3 +67,19 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/examples.jsonl").symlink_to(tmp_path / "secret")
     assert read_examples(tmp_path / "folder") is None
+
+
+def test_a_link_counts_inside_the_folder_that_is_named_only(tmp_path: Path) -> None:
+    """As in the Hub's cache, whose snapshots link into its blobs."""
+    cache, elsewhere = tmp_path / "cache", tmp_path / "elsewhere"
+    for folder in (cache / "blobs", cache / "snapshot", elsewhere):
+        folder.mkdir(parents=True)
+    for blob in (cache / "blobs/x", elsewhere / "x"):
+        blob.write_text('"a"\n"b"\n')
+    link = cache / "snapshot/examples.jsonl"
+    link.symlink_to("../blobs/x")
+    assert read_examples(link.parent) is None
+    assert read_examples(link.parent, cache) == ["a", "b"]
+    link.unlink()
+    link.symlink_to(elsewhere / "x")
+    assert read_examples(link.parent, cache) is None

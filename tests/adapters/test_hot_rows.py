@@ -1,7 +1,9 @@
 """Adapters that the router was not trained with: routed after their canary, refused with numbers, never in the way."""
 
 import functools
+import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from server.adapters.examples import encode_examples
+from server.adapters.hub import HubSource
+from server.adapters.hub_retry import RetryPolicy
 from server.adapters.records import AdapterInfo
 from server.adapters.registry import AdapterRegistry
 from server.backend import build_backend
@@ -20,6 +24,7 @@ from server.native.library import libraries
 from server.routing.attach import RoutedModel, attach_routing
 from server.routing.router import save_artefact
 from tests.adapters.calibrating import ORDINARY, OWN, ByteRenderer, router_with_statistics
+from tests.adapters.fake_hub import FakeHub, Fault
 from tests.adapters.folders import BASE, copied
 from tests.adapters.harness import run_inline, save_router
 
@@ -269,6 +274,94 @@ def test_damaged_examples_beside_an_adapter_are_named_and_do_no_harm(start: Star
     info = add(start(), "d", source="./bad-examples")
     assert info.state == "READY"
     assert "examples.jsonl, line 2 is not JSON" in str(info.reason)
+
+
+# Examples in a Hub repository
+
+
+@pytest.fixture
+def push(hub: FakeHub, folders: Path) -> Callable[[bytes], str]:
+    """Commit adapter c with this content of `examples.jsonl` as org/c."""
+
+    def commit(examples: bytes) -> str:
+        files = {path.name: path.read_bytes() for path in (folders / "c").iterdir()}
+        return hub.push("org/c", {**files, "examples.jsonl": examples})
+
+    return commit
+
+
+def hub_options(hub: FakeHub, tmp_path: Path) -> dict[str, Any]:
+    source = HubSource(endpoint=hub.endpoint, cache_folder=tmp_path / "cache", retries=RetryPolicy(0))
+    return {"hub": source, "lockfile": tmp_path / "adapters.lock", "journal": tmp_path / "adapters.state"}
+
+
+def lines(texts: list[str]) -> bytes:
+    return "".join(json.dumps(text) + "\n" for text in texts).encode()
+
+
+def test_a_hub_adapter_is_routed_by_the_examples_of_its_repository_and_again_offline(
+    start: Start, hub: FakeHub, push: Callable[[bytes], str], tmp_path: Path
+) -> None:
+    commit = push(lines(OWN))
+    options = hub_options(hub, tmp_path)
+    registry = start(**options)
+    info = add(registry, "c", source="org/c")
+    assert info.routed, info.reason
+    assert info.to_dict()["calibration"]["num_examples"] == 6
+    (entry,) = json.loads((tmp_path / "adapters.lock").read_text())["adapters"]
+    assert entry["commit"] == commit
+    assert entry["files"]["examples.jsonl"] == hashlib.sha256(lines(OWN)).hexdigest()
+    push(lines(ORDINARY))  # the branch moves; the lock does not
+    registry.close()
+    hub.stop()
+    restored = start(restores=True, **options)
+    assert restored.get("c").calibration == info.calibration
+    assert restored.get("c").routed
+
+
+@pytest.mark.parametrize(
+    ("examples", "problem"),
+    [
+        (b'"fine"\n{broken\n', "examples.jsonl, line 2 is not JSON"),
+        (b"\xff\xfe", "examples.jsonl cannot be used"),
+        (b'"only one"\n', "1 examples; give 2 to 64"),
+        (b'"x"\n[]\n', r"examples[1] must be a prompt"),
+        (b"[" * 100_000, "examples.jsonl, line 1 is not JSON"),
+        (b"x" * (4 * 2**20 + 1), "the file has 4194305 bytes"),
+    ],
+)
+def test_bad_examples_of_a_repository_are_named_and_do_no_harm(
+    examples: bytes, problem: str, start: Start, hub: FakeHub, push: Callable[[bytes], str], tmp_path: Path
+) -> None:
+    push(examples)
+    registry = start(**hub_options(hub, tmp_path))
+    info = add(registry, "c", source="org/c")
+    assert (info.state, info.routed) == ("READY", False)
+    assert problem in str(info.reason)
+    assert str(info.reason).endswith(": served by name only")
+    assert registry.lease("c").plan.weights
+    registry.calibrate("c", OWN)
+    assert registry.wait("c", 60).routed, "examples in a request take their place"
+
+
+def test_examples_that_fail_for_now_stay_in_the_lock(
+    start: Start, hub: FakeHub, push: Callable[[bytes], str], tmp_path: Path
+) -> None:
+    push(lines(OWN))
+    options = hub_options(hub, tmp_path)
+    first = start(**options)
+    before = add(first, "c", source="org/c").calibration
+    first.close()
+    locked = (tmp_path / "adapters.lock").read_bytes()
+    shutil.rmtree(tmp_path / "cache")
+    hub.fail(Fault("examples.jsonl", status=503))
+    second = start(restores=True, **options)
+    assert second.get("c").state == "READY"
+    assert "examples.jsonl could not be downloaded" in str(second.get("c").reason)
+    second.close()
+    assert (tmp_path / "adapters.lock").read_bytes() == locked
+    third = start(restores=True, **options)
+    assert third.get("c").calibration == before
 
 
 def test_another_router_gets_rows_of_its_own(start: Start, routed: RoutedModel, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from server.adapters.hub import HubSource
-from server.adapters.hub_fetch import sha256_of
+from server.adapters.hub_cache import sha256_of
 from server.adapters.hub_retry import RetryPolicy
 from server.adapters.lockfile import LockEntry
 from server.config import AdapterSpec, load_secrets

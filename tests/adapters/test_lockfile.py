@@ -31,6 +31,15 @@ def test_what_is_put_is_read_back_by_another_process(path: Path) -> None:
     assert Lockfile(path).get(KEY) is None
 
 
+def test_examples_are_locked_where_there_are_some(path: Path) -> None:
+    entry = LockEntry(ENTRY.commit, {**FILES, "examples.jsonl": "f" * 64}, ENTRY.digest)
+    Lockfile(path).put(KEY, entry)
+    assert Lockfile(path).get(KEY) == entry
+    path.write_text(path.read_text().replace("examples.jsonl", "examples.py"))
+    with pytest.raises(ConfigError, match="entry 0 is malformed"):
+        Lockfile(path)
+
+
 def test_the_key_is_what_was_asked_for() -> None:
     spec = AdapterSpec(name="a", source="org/name", revision="main")
     assert LockKey.of(spec) == KEY

@@ -1,0 +1,76 @@
+"""What huggingface_hub's cache has of a commit. The layout is the client's own:
+<cache>/models--org--name/snapshots/<commit>/<path>, linking into its blobs. Asks nobody over the network.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.file_download import repo_folder_name
+
+from server.adapters.examples import EXAMPLES_NAME
+from server.adapters.lockfile import LockEntry
+from server.adapters.peft_config import CONFIG_NAME
+from server.adapters.sources import ResolvedSource
+
+
+def repository_folder(repository: str, cache_folder: Path | None) -> Path:
+    """The cache's folder of a Hub id; None for `cache_folder` is the client's default."""
+    return (cache_folder or Path(constants.HF_HUB_CACHE)) / repo_folder_name(repo_id=repository, repo_type="model")
+
+
+def note_absence(folder: Path, commit: str, path: str) -> None:
+    """Note, where the client does, that a commit lacks a file, so that the cache can tell next time."""
+    note = folder / ".no_exist" / commit / path
+    with contextlib.suppress(OSError):  # then the Hub is asked again
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
+
+
+def cached_source(
+    repository: str, wanted: Mapping[str, str], commit: str, locked: LockEntry | None, cache_folder: Path | None
+) -> ResolvedSource | None:
+    """The files of a commit if the cache has the required ones, and they are the locked ones.
+
+    With an `examples_problem` when it does not know about the examples, or has others than the locked ones.
+    """
+    found = {
+        name: try_to_load_from_cache(repository, path, cache_dir=cache_folder, revision=commit)
+        for name, path in wanted.items()
+    }
+    paths = {name: Path(path) for name, path in found.items() if isinstance(path, str)}
+    hashes = {name: sha256_of(path) for name, path in paths.items()}
+    expected = {name: hashes.get(name) if locked is None else locked.files.get(name) for name in wanted}
+    if any(name not in hashes or hashes[name] != expected[name] for name in wanted if name != EXAMPLES_NAME):
+        return None
+    problem = None
+    is_unknown = EXAMPLES_NAME in wanted and found[EXAMPLES_NAME] is None  # neither there nor known to be absent
+    if is_unknown or hashes.get(EXAMPLES_NAME) != expected.get(EXAMPLES_NAME):
+        problem = (
+            f"{wanted[EXAMPLES_NAME]} of the repository is not in the cache, and the Hub could not be asked for it"
+        )
+        hashes.pop(EXAMPLES_NAME, None)
+    return resolved_source(paths, hashes, wanted, problem)
+
+
+def resolved_source(
+    paths: Mapping[str, Path], hashes: Mapping[str, str], wanted: Mapping[str, str], examples_problem: str | None
+) -> ResolvedSource:
+    """Files in the cache as one source: its links lead into the folder of its repository, and nowhere else."""
+    config = paths[CONFIG_NAME]
+    depth = len(PurePosixPath(wanted[CONFIG_NAME]).parts)
+    return ResolvedSource(
+        folder=config.parent,
+        link_root=config.parents[depth + 2],
+        revision=config.parents[depth - 1].name,
+        files=hashes,
+        examples_problem=examples_problem,
+    )
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
