@@ -10,8 +10,8 @@ from pathlib import Path
 _SUFFIX = ".tmp"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """On disk when the call returns. Raises OSError, and then the file is what it was."""
+def write_atomically(path: Path, text: str, *, mode: int = 0o644) -> None:
+    """On disk when the call returns, with these permissions. Raises OSError, and then the file is what it was."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=_SUFFIX)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -19,7 +19,7 @@ def write_atomically(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
+            os.chmod(temporary, mode)
             os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

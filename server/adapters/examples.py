@@ -5,7 +5,7 @@ Reading, checking and encoding; knows no router.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,8 @@ MIN_EXAMPLES = 2
 MAX_EXAMPLES = 64
 MAX_FILE_BYTES = 4 * 2**20
 """64 chats of ordinary length are a hundredth of this."""
+MAX_EXAMPLE_BYTES = MAX_FILE_BYTES // MAX_EXAMPLES
+"""A thousand tokens are some 5,000 bytes, and fewer are computed."""
 MAX_TOKENS = 192
 """Tokens computed per example: what one step between two of the running requests' may cost."""
 _ROLES = ("system", "user", "assistant")
@@ -39,6 +41,8 @@ class Example:
     """First token that another chat would not begin with as well: what the template always prints is no evidence."""
     answer_start: int
     """First token of the answer; the number of tokens when it is a prompt only."""
+    source: str = field(default="", compare=False, repr=False)
+    """The chat as one line of JSON, to be encoded anew after a restart."""
 
 
 EncodeExamples = Callable[[Sequence[Any]], tuple[Example, ...]]
@@ -55,15 +59,16 @@ def encode_examples(raw: Sequence[Any], tokenizer: ChatRenderer) -> tuple[Exampl
         raise InvalidRequestError(message, param="examples", code="invalid_examples")
     chats, problems = [], []
     for index, value in enumerate(raw):
-        found = _messages(value)
-        if isinstance(found, str):
-            problems.append(f"examples[{index}] {found}")
+        messages = _messages(value)
+        checked = messages if isinstance(messages, str) else _with_source(messages)
+        if isinstance(checked, str):
+            problems.append(f"examples[{index}] {checked}")
         else:
-            chats.append(found)
+            chats.append(checked)
     if problems:
         raise InvalidRequestError("; ".join(problems[:10]), param="examples", code="invalid_examples")
     template = tokenizer.render_chat([{"role": "user", "content": ""}])
-    return tuple(_encode(chat, tokenizer, template) for chat in chats)
+    return tuple(_encode(chat, source, tokenizer, template) for chat, source in chats)
 
 
 @dataclass(frozen=True)
@@ -95,16 +100,19 @@ def read_examples(folder: Path, link_root: Path | None = None) -> list[Any] | No
     path = folder / EXAMPLES_NAME
     if path.is_symlink() and (link_root is None or not path.resolve().is_relative_to(link_root.resolve())):
         return None
-    if not path.is_file():
-        return None
+    return read_lines(path, MAX_FILE_BYTES) if path.is_file() else None
+
+
+def read_lines(path: Path, max_bytes: int) -> list[Any]:
+    """The JSON values of a file, one a line, empty lines left out. Raises InvalidRequestError naming the line."""
     try:
         with path.open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-        if len(content) > MAX_FILE_BYTES:
-            raise ValueError(f"it has more than {MAX_FILE_BYTES} bytes")
+            content = file.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise ValueError(f"it has more than {max_bytes} bytes")
         lines = content.decode("utf-8").split("\n")
     except (OSError, ValueError) as error:
-        message = f"{EXAMPLES_NAME} cannot be used: {error}"
+        message = f"{path.name} cannot be used: {error}"
         raise InvalidRequestError(message, param="examples", code="invalid_examples") from error
     values = []
     for number, line in enumerate(lines, start=1):
@@ -113,7 +121,7 @@ def read_examples(folder: Path, link_root: Path | None = None) -> list[Any] | No
         try:
             values.append(json.loads(line))
         except (ValueError, RecursionError) as error:
-            message = f"{EXAMPLES_NAME}, line {number} is not JSON: {error}"
+            message = f"{path.name}, line {number} is not JSON: {error}"
             raise InvalidRequestError(message, param="examples", code="invalid_examples") from error
     return values
 
@@ -137,7 +145,21 @@ def _messages(value: Any) -> list[Message] | str:
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-def _encode(messages: list[Message], tokenizer: ChatRenderer, template: Sequence[int]) -> Example:
+def _with_source(messages: list[Message]) -> tuple[list[Message], str] | str:
+    """The messages and their line of JSON, or what is wrong with them."""
+    try:
+        source = json.dumps({"messages": messages}, ensure_ascii=False)
+        size_bytes = len(source.encode("utf-8"))
+    except UnicodeEncodeError:
+        return "holds half a surrogate pair, which is no text"
+    if size_bytes > MAX_EXAMPLE_BYTES:
+        return (
+            f"has {size_bytes} bytes, more than the limit of {MAX_EXAMPLE_BYTES}; {MAX_TOKENS} tokens of it would count"
+        )
+    return messages, source
+
+
+def _encode(messages: list[Message], source: str, tokenizer: ChatRenderer, template: Sequence[int]) -> Example:
     """A chat whose last message is the assistant's has an answer; any other is a prompt."""
     is_answered = messages[-1]["role"] == "assistant"
     prompt = tokenizer.render_chat([*messages[:-1]] if is_answered else [*messages])
@@ -153,4 +175,4 @@ def _encode(messages: list[Message], tokenizer: ChatRenderer, template: Sequence
         # The middle goes: the template's beginning and the generation prompt stay.
         prompt = prompt[: kept // 2] + prompt[len(prompt) - (kept - kept // 2) :]
     start = next((i for i, pair in enumerate(zip(prompt, template, strict=False)) if pair[0] != pair[1]), 0)
-    return Example((*prompt, *answer), start, len(prompt))
+    return Example((*prompt, *answer), start, len(prompt), source)

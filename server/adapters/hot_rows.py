@@ -5,11 +5,13 @@ One thread of its own calibrates, one adapter at a time, so that neither downloa
 """
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from server.adapters.calibration import Calibration, Calibrator
+from server.adapters.example_store import ExampleStore
 from server.adapters.examples import MAX_EXAMPLES, EncodeExamples, Example
 from server.adapters.records import AdapterState, Record
 from server.adapters.residency import CancelledLoadError
@@ -35,12 +37,16 @@ class HotRows:
         calibrator: Calibrator,
         publish: Callable[[], None],
         encode: EncodeExamples,
+        store: ExampleStore,
     ) -> None:
-        """`publish` brings the router in line with the records."""
+        """`publish` brings the router in line with the records; `store` keeps examples across restarts."""
         self._state = state
         self._calibrator = calibrator
         self._publish = publish
         self._encode = encode
+        self._store = store
+        self._additions = threading.Lock()
+        """Held while examples are added to an adapter's, written and counted. Taken before the state's mutex."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-calibrator")
 
     def encode(self, raw: Sequence[Any]) -> tuple[Example, ...]:
@@ -50,41 +56,67 @@ class HotRows:
     def add_examples(self, name: str, raw: Sequence[Any]) -> None:
         """Calibrate an adapter anew with these examples besides the ones it has, of which the oldest fall out.
 
-        Raises AdapterNotFoundError, InvalidRequestError, and AdapterConflictError for one that is not READY or has a
-        trained row.
+        Raises AdapterNotFoundError, InvalidRequestError, AdapterConflictError for one that is not READY or has a
+        trained row, and LoraMixerError when the examples cannot be kept; then nothing has changed.
         """
         examples = self._encode(raw)
-        with self._state.mutex:
-            record = self._state.record(name)
-            if record.state is not AdapterState.READY or record.adapter is None:
-                raise AdapterConflictError(f"adapter {name!r} is {record.state}; it cannot be calibrated", param="name")
-            router = self._state.router
-            if router is not None and record.adapter.digest in trained_digests(router.artefact):
-                message = f"the router was trained with {name!r}; its gate row needs no examples"
-                raise AdapterConflictError(message, param="name")
-            record.examples = _merged(record.examples, examples)
-            record.num_calibrations += 1
-        self._submit(record)
+        with self._additions:
+            with self._state.mutex:
+                record = self._state.record(name)
+                if record.state is not AdapterState.READY or record.adapter is None:
+                    raise _not_ready(record)
+                router = self._state.router
+                if router is not None and record.adapter.digest in trained_digests(router.artefact):
+                    message = f"the router was trained with {name!r}; its gate row needs no examples"
+                    raise AdapterConflictError(message, param="name")
+            self._add(record, examples)
 
     def merge(self, name: str, examples: tuple[Example, ...]) -> None:
         """Examples that came with a registration: those that the adapter, or its loading next generation, lacks count
-        as well, and a READY one is calibrated anew. Raises AdapterNotFoundError.
+        as well, and a READY one is calibrated anew. Raises AdapterNotFoundError, AdapterConflictError when it is
+        retired meanwhile, and LoraMixerError when the examples cannot be kept.
         """
+        with self._additions:
+            with self._state.mutex:
+                record = self._state.record(name)
+                pending = self._state.replacements.get(name)
+                if pending is not None and pending.state.is_loading:
+                    record = pending
+                if set(examples) <= set(record.examples):
+                    return
+            self._add(record, examples)
+
+    def _add(self, record: Record, examples: tuple[Example, ...]) -> None:
+        """Keep more examples, then count them, and calibrate a READY adapter anew."""
+        spec, adapter = record.spec, record.adapter
+        try:
+            merged = _merged(self._known(record), examples)
+        except InvalidRequestError as error:
+            logger.warning("earlier examples of adapter %s are dropped: %s", spec.name, error)
+            merged = examples
+        self._store.keep(spec.name, record.generation, None if adapter is None else adapter.digest, merged)
         with self._state.mutex:
-            record = self._state.record(name)
-            pending = self._state.replacements.get(name)
-            if pending is not None and pending.state.is_loading:
-                record = pending
-            if set(examples) <= set(record.examples):
-                return
-            record.examples = _merged(record.examples, examples)
-            if record.state is not AdapterState.READY:
-                return  # its first calibration is still to come
-            record.num_calibrations += 1
-        self._submit(record)
+            is_alive = record.state is AdapterState.READY or record.state.is_loading
+            is_ready = record.state is AdapterState.READY
+            if is_alive:
+                record.examples = merged
+                record.num_calibrations += is_ready  # one that loads has its first calibration still to come
+        if not is_alive:  # retired meanwhile, and its examples with it
+            self._store.forget(spec.name, only=record.generation)
+            raise _not_ready(record)
+        if is_ready:
+            self._submit(record)
+
+    def _known(self, record: Record) -> tuple[Example, ...]:
+        """Examples of an adapter, also those that were kept before a restart. Raises InvalidRequestError."""
+        if record.examples or record.adapter is None:
+            return record.examples
+        kept = self._store.recall(record.spec.name, record.generation, record.adapter.digest)
+        return self._encode(kept) if kept else ()
 
     def start(self, record: Record) -> None:
         """Make the row of an adapter that has just become READY, if it wants one and the router has none."""
+        self._store.forget(record.spec.name, below=record.generation)  # a next generation brings examples of its own
         self._submit(record)  # the record has counted this one from its beginning, so that `wait` waits for it
 
     def renew(self) -> None:
@@ -141,16 +173,18 @@ class HotRows:
             trained = {} if router is None else _trained_slots(state, router.artefact)
         if router is None or slot is None or adapter is None or adapter.digest in trained_digests(router.artefact):
             return None
-        if not record.examples and (raw := adapter.examples.read()) is not None:
-            record.examples = self._encode(raw)
-        if not record.examples and not (record.spec.routed and "routed" in record.spec.model_fields_set):
+        with self._additions:
+            if not (examples := self._known(record)) and (raw := adapter.examples.read()) is not None:
+                examples = self._encode(raw)
+            record.examples = examples
+        if not examples and not (record.spec.routed and "routed" in record.spec.model_fields_set):
             return None
 
         def poll() -> None:
             if record.cancelled.is_set() or record.state is not AdapterState.READY:
                 raise CancelledLoadError
 
-        calibration = self._calibrator.calibrate(slot, record.examples, router.artefact, trained, poll)
+        calibration = self._calibrator.calibrate(slot, examples, router.artefact, trained, poll)
         logger.info(
             "adapter %s calibrated from %s: %s",
             record.spec.name,
@@ -158,6 +192,12 @@ class HotRows:
             "; ".join(calibration.report.problems) or "passed",
         )
         return calibration
+
+
+def _not_ready(record: Record) -> AdapterConflictError:
+    return AdapterConflictError(
+        f"adapter {record.spec.name!r} is {record.state}; it cannot be calibrated", param="name"
+    )
 
 
 def _merged(known: tuple[Example, ...], more: tuple[Example, ...]) -> tuple[Example, ...]:

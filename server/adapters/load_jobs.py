@@ -117,8 +117,11 @@ class LoadJobs:
                 is_current = self._state.records.get(record.spec.name) is record
                 self._state.commit(self._state.router)
             # A refusal is final. What the network or a disk did is tried again by a restart.
-            if is_failure and is_current and isinstance(failure, AdapterRefusedError) and not record.expected_digest:
+            is_final = isinstance(failure, AdapterRefusedError) and not record.expected_digest
+            if is_failure and is_current and is_final:
                 _logged(lambda: self._journal.remove(record.spec.name), not record.is_configured)
+            if not (is_failure and is_current and (record.is_configured or not is_final)):
+                self._journal.examples.forget(record.spec.name, only=record.generation)
 
 
 def _changed_content(record: Record, digest: str) -> RefusalReason:

@@ -94,6 +94,8 @@ class Registrations:
                 logger.error("adapter %s is not restored: %s", entry.spec.name, error)
                 continue
             records.append(Record(entry.spec, entry.generation, expected_digest=entry.digest))
+        alive = {(entry.spec.name, entry.generation) for entry in entries}
+        self._journal.examples.sweep(alive | {(record.spec.name, record.generation) for record in records})
         names = []
         for record in records:
             with self._state.mutex:
@@ -150,6 +152,7 @@ class Registrations:
                 record.state = AdapterState.RETIRING
                 self._state.commit(self._state.router)
                 info = self._state.info(record)
+            self._journal.examples.forget(name)
             self._on_retired(record)  # now, not when the last request ends: until then a crash would forget to
         self._publisher.enqueue(self._residency.collect)
         return info
@@ -261,11 +264,14 @@ class Registrations:
 
     def _keep(self, record: Record, *, is_replacement: bool) -> None:
         """Have a registration in the journal before it is acknowledged. A next generation counts once it is loaded."""
-        if is_replacement:
-            return
+        examples = self._journal.examples
         try:
-            self._journal.put(JournalEntry(record.spec, record.generation))
+            if record.examples:
+                examples.keep(record.spec.name, record.generation, None, record.examples)
+            if not is_replacement:
+                self._journal.put(JournalEntry(record.spec, record.generation))
         except LoraMixerError:
+            examples.forget(record.spec.name, only=record.generation)
             with self._state.mutex:
                 self._state.remove(record)
                 self._state.commit(self._state.router)

@@ -76,15 +76,16 @@ class AdapterRegistry:
         self._state = RegistryState(base_model_name, alarm_factor=settings.traffic_alarm_factor)
         self._publisher = Publisher(routed, run_between_steps)
         self._residency = Residency(routed, self._state, self._publisher, self._forget_source)
+        records = Journal(journal)
         publish_rows = functools.partial(self._publisher.run, self._residency.refresh_router)
         calibrator = Calibrator(routed, run_between_steps, states)
-        self._hot_rows = HotRows(self._state, calibrator, publish_rows, encode_examples)
+        self._hot_rows = HotRows(self._state, calibrator, publish_rows, encode_examples, records.examples)
         self._registrations = Registrations(
             self.loader,
             self._state,
             self._publisher,
             self._residency,
-            Journal(journal),
+            records,
             base_model_name=base_model_name,
             max_adapters=min(settings.max_adapters, routed.num_slots - 1),
             max_loading=settings.max_loading_adapters,

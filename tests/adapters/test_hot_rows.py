@@ -1,10 +1,13 @@
 """Adapters that the router was not trained with: routed after their canary, refused with numbers, never in the way."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,12 @@ from server.adapters.records import AdapterInfo
 from server.adapters.registry import AdapterRegistry
 from server.backend import build_backend
 from server.config import AdapterSpec, ServerSettings
-from server.errors import AdapterConflictError, InvalidRequestError
+from server.errors import (
+    AdapterConflictError,
+    AdapterNotFoundError,
+    InvalidRequestError,
+    LoraMixerError,
+)
 from server.native.library import libraries
 from server.routing.attach import RoutedModel, attach_routing
 from server.routing.router import save_artefact
@@ -55,9 +63,15 @@ def start(
     made: list[AdapterRegistry] = []
 
     def build(
-        *, has_statistics: bool = True, restores: bool = False, routed_model: RoutedModel | None = None, **options: Any
+        *,
+        has_statistics: bool = True,
+        restores: bool = False,
+        routed_model: RoutedModel | None = None,
+        configured: Sequence[AdapterSpec] = (),
+        has_router: bool = True,
+        **options: Any,
     ) -> AdapterRegistry:
-        """`restores`: with the router of before, and whatever the journal holds."""
+        """`restores`: with the router of before, and whatever the journal and `configured` hold."""
         registry = AdapterRegistry(
             routed_model or (attach_routing(tiny_llama(), num_slots=6) if restores else routed),
             base_model_name=BASE,
@@ -69,8 +83,11 @@ def start(
         )
         made.append(registry)
         if restores:
-            names = registry.restore([])
-            registry.swap_router(tmp_path / "router")
+            names = registry.restore(configured)
+            for name in names:
+                registry.wait(name, 60)
+            if has_router:
+                registry.swap_router(tmp_path / "router")
             for name in names:
                 registry.wait(name, 60)
             return registry
@@ -362,6 +379,188 @@ def test_examples_that_fail_for_now_stay_in_the_lock(
     assert (tmp_path / "adapters.lock").read_bytes() == locked
     third = start(restores=True, **options)
     assert third.get("c").calibration == before
+
+
+# Examples that came over HTTP, across restarts
+
+
+def kept(tmp_path: Path) -> list[str]:
+    """Files of the store beside the journal."""
+    folder = tmp_path / "adapters.state.examples"
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def test_examples_sent_over_http_make_the_same_row_after_a_restart(start: Start, tmp_path: Path) -> None:
+    journal = tmp_path / "adapters.state"
+    registry = start(journal=journal)
+    add(registry, "c", OWN[:4])
+    registry.calibrate("c", OWN[4:])
+    before = registry.wait("c", 60)
+    assert before.to_dict()["calibration"]["num_examples"] == 6
+    assert kept(tmp_path) == ["c.1.jsonl"]
+    registry.close()
+    for _ in range(2):
+        registry = start(journal=journal, restores=True)
+        assert registry.get("c").calibration == before.calibration
+        assert registry.get("c").routed == before.routed
+        add(registry, "c", OWN[1:3])  # idempotent
+        assert registry.get("c").calibration == before.calibration
+        registry.close()
+    assert kept(tmp_path) == ["c.1.jsonl"]
+
+
+def test_a_restart_under_another_router_makes_the_row_that_this_one_needs(
+    start: Start, routed: RoutedModel, tmp_path: Path
+) -> None:
+    journal = tmp_path / "adapters.state"
+    registry = start(journal=journal)
+    first = add(registry, "c", OWN).calibration
+    assert registry.roster.router is not None
+    known = [(adapter.name, adapter.digest) for adapter in registry.roster.router.artefact.adapters]
+    other = router_with_statistics(routed, known, seed=5)  # of the base model: before anything is retired
+    save_artefact(other, tmp_path / "other")
+    registry.swap_router(tmp_path / "other")
+    expected = registry.wait("c", 60).calibration
+    assert expected != first
+    registry.close()
+    save_artefact(other, tmp_path / "router")
+    restored = start(journal=journal, restores=True)
+    assert restored.get("c").calibration == expected
+
+
+def test_more_examples_after_a_restart_without_a_router_add_to_the_kept_ones(start: Start, tmp_path: Path) -> None:
+    journal = tmp_path / "adapters.state"
+    registry = start(journal=journal)
+    add(registry, "c", OWN[:4])
+    registry.close()
+    waiting = start(journal=journal, restores=True, has_router=False)
+    waiting.calibrate("c", OWN[4:])
+    assert waiting.wait("c", 60).calibration is None
+    waiting.close()
+    restored = start(journal=journal, restores=True)
+    assert restored.get("c").to_dict()["calibration"]["num_examples"] == 6
+
+
+def test_retiring_deletes_the_examples_at_once_and_a_next_generation_brings_its_own(
+    start: Start, tmp_path: Path
+) -> None:
+    registry = start(journal=tmp_path / "adapters.state")
+    add(registry, "c", OWN)
+    running = registry.lease("c")
+    registry.register(AdapterSpec(name="c", source="./d"), OWN[:4], expected=["*"])
+    assert kept(tmp_path)[-1] == "c.2.jsonl"
+    registry.wait("c", 60)
+    assert kept(tmp_path) == ["c.2.jsonl"]
+    registry.register(AdapterSpec(name="c", source="./c"), expected=["*"])
+    registry.wait("c", 60)
+    assert kept(tmp_path) == []
+    registry.calibrate("c", OWN)
+    assert kept(tmp_path) == ["c.3.jsonl"]
+    held = registry.lease("c")
+    registry.retire("c")
+    assert kept(tmp_path) == [], "not only when the last request ends"
+    with pytest.raises((AdapterConflictError, AdapterNotFoundError)):
+        registry.calibrate("c", OWN)
+    running.release()
+    held.release()
+    assert kept(tmp_path) == []
+
+
+def test_refused_adapters_and_replacements_leave_no_examples(start: Start, folders: Path, tmp_path: Path) -> None:
+    broken = copied(folders / "d", folders / "broken")
+    (broken / "adapter_model.safetensors").write_bytes(b"broken")
+    registry = start(journal=tmp_path / "adapters.state")
+    assert add(registry, "d", OWN, source="./broken").state == "FAILED"
+    assert add(registry, "c", OWN, source="./broken").state == "FAILED"
+    add(registry, "c", OWN)
+    registry.register(AdapterSpec(name="c", source="./broken"), OWN[:2], expected=["*"])
+    assert registry.wait("c", 60).replacement is not None
+    registry.close()  # a failure is told before it is cleared away
+    assert kept(tmp_path) == ["c.2.jsonl"]
+
+
+def test_a_configured_adapter_keeps_its_examples_while_its_content_stays(
+    start: Start, folders: Path, tmp_path: Path
+) -> None:
+    content = copied(folders / "c", folders / "configured")
+    spec = AdapterSpec(name="c", source="./configured")
+    journal = tmp_path / "adapters.state"
+    start(journal=journal).close()
+
+    def restart() -> AdapterRegistry:
+        return start(journal=journal, restores=True, configured=[spec])
+
+    registry = restart()
+    registry.calibrate("c", OWN)
+    before = registry.wait("c", 60).calibration
+    registry.close()
+    registry = restart()
+    assert registry.get("c").calibration == before
+    registry.close()
+    shutil.rmtree(content)
+    copied(folders / "d", content)
+    registry = restart()
+    assert registry.get("c").state == "READY"
+    assert registry.get("c").calibration is None
+    assert kept(tmp_path) == []
+    registry.calibrate("c", OWN)
+    registry.retire("c")
+    assert kept(tmp_path) == []
+
+
+def test_examples_that_cannot_be_kept_are_not_acknowledged(start: Start, tmp_path: Path) -> None:
+    registry = start(journal=tmp_path / "adapters.state")
+    add(registry, "c", OWN[:2])
+    before = registry.get("c")
+    folder = tmp_path / "adapters.state.examples"
+    moved = folder.rename(tmp_path / "elsewhere")
+    folder.write_text("in the way")
+    changes: list[Callable[[], AdapterInfo]] = [
+        lambda: registry.calibrate("c", OWN),
+        lambda: registry.register(AdapterSpec(name="c", source="./c"), OWN),
+        lambda: registry.register(AdapterSpec(name="d", source="./d"), OWN),
+        lambda: registry.register(AdapterSpec(name="c", source="./d"), OWN, expected=["*"]),
+    ]
+    for change in changes:
+        with pytest.raises(LoraMixerError, match="nothing was changed"):
+            change()
+        assert registry.get("c") == before
+        assert {info.name for info in registry.list()} == {"a", "b", "c"}
+    folder.unlink()
+    moved.rename(folder)
+
+
+def test_damaged_kept_examples_cost_the_row_only(start: Start, tmp_path: Path) -> None:
+    journal = tmp_path / "adapters.state"
+    registry = start(journal=journal)
+    add(registry, "c", OWN)
+    registry.close()
+    (tmp_path / "adapters.state.examples/c.1.jsonl").write_text("{broken")
+    restored = start(journal=journal, restores=True)
+    assert restored.get("c").state == "READY"
+    assert "c.1.jsonl, line 1 is not JSON" in str(restored.get("c").reason)
+    restored.calibrate("c", OWN)
+    assert restored.wait("c", 60).routed
+
+
+def test_a_retirement_amid_a_calibration_leaves_no_examples(start: Start, tmp_path: Path) -> None:
+    """The call that adds examples and the one that retires meet in every order."""
+    registry = start(journal=tmp_path / "adapters.state")
+
+    def calibrate() -> None:
+        with contextlib.suppress(AdapterConflictError, AdapterNotFoundError):
+            for _ in range(20):
+                registry.calibrate("c", OWN[:2])
+
+    for round_ in range(5):
+        add(registry, "c", routed=False)
+        caller = threading.Thread(target=calibrate)
+        caller.start()
+        time.sleep(0.002 * round_)
+        registry.retire("c")
+        caller.join(60)
+        assert kept(tmp_path) == []
+        assert registry.wait_retired("c", 60)
 
 
 def test_another_router_gets_rows_of_its_own(start: Start, routed: RoutedModel, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """kill -9 at random moments of registrations, replacements and retirements: a restart serves what was acknowledged."""
 
 import contextlib
+import json
 import random
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+from tests.adapters.calibrating import ORDINARY, OWN
 from tests.adapters.fake_hub import FakeHub, Fault
 from tests.integration.tiny import make_tiny_root, serve_apart
 
@@ -105,6 +108,79 @@ def test_a_restart_after_kill_9_serves_what_was_acknowledged(
             client.check(url)
     assert client.num_acknowledged > num_kills
     assert not list(tmp_path.glob("adapters.*.tmp")), "nothing is left half written"
+
+
+class Teacher:
+    """Gives an adapter examples, and knows which sets of them it may have: acknowledged ones, or None: no adapter."""
+
+    def __init__(self, root: Path, seed: int) -> None:
+        self._folder = root / "adapters.state.examples"
+        self._rng = random.Random(seed)
+        self.possible: set[frozenset[str] | None] = {None}
+        self.num_acknowledged = 0
+
+    def work(self, url: str) -> None:
+        """Until the server is gone."""
+        with httpx.Client(base_url=url, timeout=30) as http, contextlib.suppress(httpx.TransportError):
+            while True:
+                self._change(http)
+
+    def _change(self, http: httpx.Client) -> None:
+        (before,) = self.possible
+        texts = self._rng.sample(OWN + ORDINARY, 3)
+        after: frozenset[str] | None = (before or frozenset()) | frozenset(texts)
+        kind = self._rng.random()
+        self.possible = {before, None if kind < 0.3 else after}
+        if kind < 0.3:
+            after, answer = None, http.delete("/v1/adapters/red")
+        elif kind < 0.6:
+            body = {"name": "red", "source": "sources/a1", "examples": texts}
+            answer = http.post("/v1/adapters", json=body)
+        else:
+            answer = http.post("/v1/adapters/red/calibrate", json={"examples": texts})
+        if answer.is_success:
+            self.possible = {after}
+            self.num_acknowledged += 1
+        else:  # not there, or not READY yet
+            assert answer.status_code in (404, 409), answer.text
+            self.possible = {before}
+
+    def check(self, url: str) -> None:
+        """What is on disk may be, nobody else may read it, and the server has made a row from it."""
+        files = sorted(self._folder.iterdir()) if self._folder.is_dir() else []
+        listed = {info["name"]: info for info in httpx.get(f"{url}/v1/adapters").json()["data"]}
+        found: frozenset[str] | None = None
+        if "red" in listed:
+            assert len(files) == 1
+            assert stat.S_IMODE(files[0].stat().st_mode) == 0o600
+            lines = [json.loads(line) for line in files[0].read_text().splitlines()[1:]]
+            found = frozenset(chat["messages"][0]["content"] for chat in lines)
+            assert listed["red"]["calibration"]["num_examples"] == len(found)
+            assert listed["red"]["calibration"]["state"] in ("passed", "refused")
+        else:
+            assert files == []
+        assert found in self.possible, (found, self.possible)
+        self.possible = {found}
+
+
+@pytest.mark.parametrize("num_kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_examples_survive_kill_9_with_their_adapter_and_go_with_it(
+    num_kills: int, tiny_llama: "Callable[..., LlamaForCausalLM]", make_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    make_tiny_root(tmp_path, tiny_llama, make_adapter, num_adapters=2, num_configured=1, can_calibrate=True)
+    rng = random.Random(11)
+    teacher = Teacher(tmp_path, seed=5)
+    for _ in range(num_kills):
+        with serve_apart(tmp_path, {}) as (url, process):
+            teacher.check(url)
+            worker = threading.Thread(target=teacher.work, args=(url,))
+            worker.start()
+            time.sleep(rng.uniform(0.05, LONGEST_LIFE_S))
+            process.kill()
+            worker.join(60)
+    with serve_apart(tmp_path, {}) as (url, _):
+        teacher.check(url)
+    assert teacher.num_acknowledged > num_kills
 
 
 def test_a_download_that_a_kill_cut_off_goes_on_after_the_restart_and_then_offline(

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 REPOSITORY = Path(__file__).parents[2]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<s>{{ message.role }}:{{ message.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
 TARGETS = (["q_proj", "v_proj"], ["q_proj"], ["up_proj", "down_proj"], ["o_proj"])
 
 
@@ -33,18 +37,21 @@ def make_tiny_root(
     *,
     num_adapters: int,
     num_configured: int,
+    can_calibrate: bool = False,
     **settings: Any,
 ) -> dict[str, str]:
     """A configuration in `root`: model, adapters a0, a1, ... below sources/, the first ones configured and routed.
 
-    Digest of each adapter by its name.
+    Digest of each adapter by its name. `can_calibrate`: with a chat template, and a router that has statistics.
     """
     from server.adapters.weights import load_adapter
     from server.routing.attach import attach_routing, find_projections
+    from server.routing.router import save_artefact
+    from tests.adapters.calibrating import router_with_statistics
 
     model = tiny_llama(tie_word_embeddings=True)
     model.save_pretrained(root / "model")
-    _save_tokenizer(root / "model")
+    _save_tokenizer(root / "model", CHAT_TEMPLATE if can_calibrate else None)
     digests = {}
     for index in range(num_adapters):
         folder = root / "sources" / f"a{index}"
@@ -53,7 +60,9 @@ def make_tiny_root(
         projections = find_projections(model)
         digests[f"a{index}"] = load_adapter(folder, "a", projections=projections, base_model_name=BASE).digest
     known = [(name, digest) for name, digest in digests.items() if int(name[1:]) < num_configured]
-    if known:
+    if known and can_calibrate:
+        save_artefact(router_with_statistics(attach_routing(model, num_slots=2), known), root / "router")
+    elif known:
         save_router(root / "router", attach_routing(model, num_slots=2), known)
     config = {
         "base_model": {"name": BASE, "source": "./model", "dtype": "float32"},
@@ -131,7 +140,7 @@ def _wait_until_ready(url: str) -> None:
     raise AssertionError("the server was not ready within 60 s")
 
 
-def _save_tokenizer(folder: Path) -> None:
+def _save_tokenizer(folder: Path, chat_template: str | None) -> None:
     """One token per byte, and three control tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -142,4 +151,5 @@ def _save_tokenizer(folder: Path) -> None:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)

@@ -1,0 +1,39 @@
+"""Who gets how much of what the router gives away, and whether that is more than it may have. Knows slots only.
+
+Routed requests with a choice count, pinned ones do not: a cap is about capture, not about demand.
+"""
+
+from collections.abc import Mapping
+
+
+class GateShares:
+    """Routed gate mass by slot, fading. Every call holds the registry's mutex."""
+
+    def __init__(self, window: int) -> None:
+        """`window` is how many token-weights are judged at a time; those of before count half, and so on."""
+        self._window = window
+        self._mass: dict[int, float] = {}
+        self._unjudged = 0.0
+
+    def add(self, slot: int, mass: float) -> None:
+        self._mass[slot] = self._mass.get(slot, 0.0) + mass
+        self._unjudged += mass
+
+    @property
+    def is_due(self) -> bool:
+        """Whether enough has come in to judge."""
+        return self._unjudged >= self._window
+
+    def judge(self, caps: Mapping[int, float]) -> dict[int, float]:
+        """slot -> share of the slots in `caps` that have more than their cap of all that was routed, the base
+        model's included.
+        """
+        total = sum(self._mass.values())
+        shares = {slot: self._mass.get(slot, 0.0) / total for slot in caps}
+        self._mass = {slot: own / 2 for slot, own in self._mass.items()}
+        self._unjudged = 0.0
+        return {slot: share for slot, share in shares.items() if share > caps[slot]}
+
+    def forget(self, slot: int) -> None:
+        """What the slot has had counts no more, neither for it nor in the sum."""
+        self._mass.pop(slot, None)
