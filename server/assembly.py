@@ -193,7 +193,7 @@ class _StepObserver:
             self._slot_names |= {adapter.slot: adapter.name for adapter in self._roster.adapters.values()}
         self._metrics.observe_step(stats, self._slot_names)
         if stats.routing.gate_mass:
-            self._registry.record_traffic(stats.routing.gate_mass)
+            self._registry.record_traffic(stats.routing.gate_mass, stats.routing.routed_mass)
 
 
 def _load_adapters(registry: AdapterRegistry, config: ServerConfig) -> None:

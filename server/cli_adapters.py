@@ -60,6 +60,13 @@ def _add_add(subcommands: Any) -> None:
     )
     _add_hub_flags(parser)
     parser.add_argument("--not-routed", action="store_true", help="serve it by name only; auto never picks it")
+    parser.add_argument(
+        "--max-gate-share",
+        type=positive_float,
+        metavar="SHARE",
+        help="largest share of the routed traffic that it may take, above 0 and at most 1; beyond, auto leaves it out "
+        "(default: the server's hot_max_gate_share if its gate row is made without training, else no cap)",
+    )
     parser.add_argument("--description", metavar="TEXT", help="one sentence for people")
     parser.add_argument(
         "--replace",

@@ -152,6 +152,7 @@ def _registration(arguments: argparse.Namespace) -> dict[str, Any]:
         "revision": arguments.revision,
         "subfolder": arguments.subfolder,
         "routed": False if arguments.not_routed else None,
+        "max_gate_share": arguments.max_gate_share,
         "description": arguments.description,
     }
     return {key: value for key, value in body.items() if value is not None}

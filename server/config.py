@@ -48,6 +48,9 @@ class AdapterSpec(_Frozen):
     """Folder inside the source that holds the two adapter files."""
     routed: bool = True
     """Whether `auto` may route to it; false serves it by name only."""
+    max_gate_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Largest share of the routed traffic that it may take; beyond, `auto` leaves it out until an operator lets it in
+    again; null: `server.hot_max_gate_share` where its gate row was made without training, else no cap."""
     description: str = ""
     """One sentence for people; shown in /v1/adapters."""
 
@@ -102,6 +105,10 @@ class ServerSettings(_Frozen):
     """File, relative to the config file, that keeps HTTP registrations across restarts; null or empty: none."""
     traffic_alarm_factor: Annotated[float, Field(gt=1)] = 4.0
     """How many times its even share of recent traffic an adapter may capture before the alarm metric rises."""
+    hot_max_gate_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """`max_gate_share` of adapters that state none and whose gate row was made without training; null: no cap."""
+    gate_share_window: Annotated[int, Field(ge=1)] = 32_768
+    """Routed tokens after which shares are compared with `max_gate_share`; those of before count half, and so on."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
@@ -275,10 +282,6 @@ def _explain(problem: Any) -> str:
 
 
 def _known_keys(parent: tuple[Any, ...]) -> list[str]:
-    models: dict[str, type[BaseModel]] = {
-        "base_model": BaseModelConfig,
-        "adapters": AdapterSpec,
-        "server": ServerSettings,
-    }
-    model = models[str(parent[0])] if parent else ServerConfig
+    kinds: dict[str, type[_Frozen]] = {"base_model": BaseModelConfig, "adapters": AdapterSpec, "server": ServerSettings}
+    model = kinds[str(parent[0])] if parent else ServerConfig
     return [name for name in model.model_fields if name != "root"]

@@ -47,6 +47,8 @@ class AdapterFacts(Protocol):
     def routed(self) -> bool: ...
     @property
     def traffic_alarm(self) -> bool: ...
+    @property
+    def exclusion(self) -> Mapping[str, object] | None: ...
 
 
 class AdapterUsage:
@@ -145,6 +147,14 @@ class _ScrapedState:
         for adapter in self.adapters():
             alarm.add_metric([adapter.name], float(adapter.traffic_alarm))
         yield alarm
+        excluded = GaugeMetricFamily(
+            PREFIX + "adapter_excluded",
+            "1 while auto leaves an adapter out since it took more than its max_gate_share of the routed traffic",
+            labels=("adapter",),
+        )
+        for adapter in self.adapters():
+            excluded.add_metric([adapter.name], float(adapter.exclusion is not None))
+        yield excluded
         requests = GaugeMetricFamily(
             PREFIX + "lora_requests_info",
             "Adapters that requests in flight may use, for the Gateway API inference extension; value = Unix time",

@@ -95,6 +95,7 @@ class TestSettingsFlags:
         (tmp_path / "a.yaml").write_text("{}")
         values = {"log_level": "error", "device": "cuda", "host": "::1", "backend": "torch"}
         values |= dict.fromkeys(("adapter_roots", "hub_allowed", "registry_file"), "x")
+        values |= {"hot_max_gate_share": "0.7"}
         argv = []
         for name, field in ServerSettings.model_fields.items():
             flag = "--adapter-root" if name == "adapter_roots" else f"--{name.replace('_', '-')}"

@@ -113,7 +113,9 @@ class TestAgainstTheRealApp:
 
     def test_add_sends_every_field(self, harness: Harness, url: str, capsys: pytest.CaptureFixture[str]) -> None:
         argv = ["adapters", "add", "new", "org/new", "--revision", "main", "--subfolder", "a", "--not-routed"]
-        assert cli.main([*argv, "--description", "A new one.", "--no-wait", "--url", url]) == 0
+        assert (
+            cli.main([*argv, "--description", "A new one.", "--max-gate-share", "0.25", "--no-wait", "--url", url]) == 0
+        )
         assert capsys.readouterr().out.startswith("new: DOWNLOADING")
         spec = harness.registry.registered[0]
         assert spec.model_dump() == {
@@ -122,6 +124,7 @@ class TestAgainstTheRealApp:
             "revision": "main",
             "subfolder": "a",
             "routed": False,
+            "max_gate_share": 0.25,
             "description": "A new one.",
         }
 

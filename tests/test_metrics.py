@@ -99,13 +99,20 @@ def test_requests_tokens_and_loads_are_counted() -> None:
 
 def test_scraped_state_is_read_when_it_is_scraped() -> None:
     metrics = Metrics()
-    adapter = SimpleNamespace(name="a", digest="d1", revision=None, rank=8, state="READY", routed=True)
+    facts = {"name": "a", "digest": "d1", "revision": None, "rank": 8, "state": "READY", "routed": True}
+    adapter = SimpleNamespace(**facts, traffic_alarm=True, exclusion=None)
     adapters = [adapter]
     running = [4]
     metrics.watch(num_running=lambda: running[0], num_waiting=lambda: 7, adapters=lambda: adapters, max_adapters=64)
     labels = {"name": "a", "digest": "d1", "revision": "", "rank": "8", "state": "READY", "routed": "true"}
     assert value(metrics, "adapter_info", **labels) == 1
     assert (value(metrics, "running_requests"), value(metrics, "waiting_requests")) == (4, 7)
+    assert (value(metrics, "adapter_traffic_alarm", adapter="a"), value(metrics, "adapter_excluded", adapter="a")) == (
+        1,
+        0,
+    )
+    adapter.exclusion = {"share": 0.9}
+    assert value(metrics, "adapter_excluded", adapter="a") == 1
     adapters.clear()
     running[0] = 0
     assert value(metrics, "adapter_info", **labels) is None

@@ -4,7 +4,7 @@ not let them in again. Owned by whoever owns the journal beside it. Decides noth
 
 import json
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,13 +65,6 @@ class Exclusions:
         with self._mutex:
             if name in self._entries:
                 self._change({other: entry for other, entry in self._entries.items() if other != name})
-
-    def sweep(self, alive: Collection[tuple[str, int]]) -> None:
-        """Forget what belongs to none of these (name, generation). Raises as `put` does."""
-        with self._mutex:
-            kept = {name: entry for name, entry in self._entries.items() if (name, entry.generation) in alive}
-            if kept != self._entries:
-                self._change(kept)
 
     def _change(self, entries: dict[str, Exclusion]) -> None:
         if self._path is not None:

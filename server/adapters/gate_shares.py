@@ -24,15 +24,17 @@ class GateShares:
         """Whether enough has come in to judge."""
         return self._unjudged >= self._window
 
-    def judge(self, caps: Mapping[int, float]) -> dict[int, float]:
-        """slot -> share of the slots in `caps` that have more than their cap of all that was routed, the base
-        model's included.
+    def judge(self, caps: Mapping[int, float]) -> tuple[int, float] | None:
+        """(slot, share of all that was routed, the base model's included) of who exceeds its cap the most, if anybody.
+
+        One at a time: without it the others' shares are other ones.
         """
         total = sum(self._mass.values())
         shares = {slot: self._mass.get(slot, 0.0) / total for slot in caps}
         self._mass = {slot: own / 2 for slot, own in self._mass.items()}
         self._unjudged = 0.0
-        return {slot: share for slot, share in shares.items() if share > caps[slot]}
+        worst = max(caps, key=lambda slot: shares[slot] / caps[slot], default=None)
+        return (worst, shares[worst]) if worst is not None and shares[worst] > caps[worst] else None
 
     def forget(self, slot: int) -> None:
         """What the slot has had counts no more, neither for it nor in the sum."""

@@ -38,13 +38,17 @@ class HotRows:
         publish: Callable[[], None],
         encode: EncodeExamples,
         store: ExampleStore,
+        readmit: Callable[[Record], object],
     ) -> None:
-        """`publish` brings the router in line with the records; `store` keeps examples across restarts."""
+        """`publish` brings the router in line with the records, `store` keeps examples across restarts, and `readmit`
+        lets an adapter into the routed pool again.
+        """
         self._state = state
         self._calibrator = calibrator
         self._publish = publish
         self._encode = encode
         self._store = store
+        self._readmit = readmit
         self._additions = threading.Lock()
         """Held while examples are added to an adapter's, written and counted. Taken before the state's mutex."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-calibrator")
@@ -69,7 +73,7 @@ class HotRows:
                 if router is not None and record.adapter.digest in trained_digests(router.artefact):
                     message = f"the router was trained with {name!r}; its gate row needs no examples"
                     raise AdapterConflictError(message, param="name")
-            self._add(record, examples)
+            self._add(record, examples, readmits=True)
 
     def merge(self, name: str, examples: tuple[Example, ...]) -> None:
         """Examples that came with a registration: those that the adapter, or its loading next generation, lacks count
@@ -86,7 +90,7 @@ class HotRows:
                     return
             self._add(record, examples)
 
-    def _add(self, record: Record, examples: tuple[Example, ...]) -> None:
+    def _add(self, record: Record, examples: tuple[Example, ...], *, readmits: bool = False) -> None:
         """Keep more examples, then count them, and calibrate a READY adapter anew."""
         spec, adapter = record.spec, record.adapter
         try:
@@ -105,7 +109,7 @@ class HotRows:
             self._store.forget(spec.name, only=record.generation)
             raise _not_ready(record)
         if is_ready:
-            self._submit(record)
+            self._submit(record, readmits=readmits)
 
     def _known(self, record: Record) -> tuple[Example, ...]:
         """Examples of an adapter, also those that were kept before a restart. Raises InvalidRequestError."""
@@ -132,13 +136,13 @@ class HotRows:
         """End the running calibration, forget the waiting ones."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _submit(self, record: Record) -> None:
+    def _submit(self, record: Record, *, readmits: bool = False) -> None:
         try:
-            self._thread.submit(self._run, record)
+            self._thread.submit(self._run, record, readmits)
         except RuntimeError:  # the registry is closing; nobody will look
             self._finish(record)
 
-    def _run(self, record: Record) -> None:
+    def _run(self, record: Record, readmits: bool) -> None:
         problem: str | None = None
         calibration: Calibration | None = None
         try:
@@ -156,6 +160,8 @@ class HotRows:
             record.calibration, record.calibration_problem = calibration, problem
         try:
             self._publish()
+            if readmits and calibration is not None and not calibration.report.problems:
+                self._readmit(record)
         except Exception:
             logger.exception("the gate row of adapter %s could not be published", record.spec.name)
         self._finish(record)

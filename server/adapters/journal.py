@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from server.adapters.atomic_file import remove_leftovers, write_atomically
 from server.adapters.example_store import ExampleStore
+from server.adapters.exclusions import Exclusions
 from server.adapters.strict_json import StrictJsonError, parse_object
 from server.config import AdapterSpec
 from server.errors import ConfigError, LoraMixerError
@@ -60,6 +61,8 @@ class Journal:
         self._path = path if path is not None and self._claim(path) else None
         self.examples = ExampleStore(self._path and self._path.with_name(f"{self._path.name}.examples"))
         """Stands beside the journal, for files that are nobody else's business, and is kept where that is."""
+        self.exclusions = Exclusions(self._path and self._path.with_name(f"{self._path.name}.excluded"))
+        """Likewise: who is out of the routed pool, configured adapters included."""
         if self._path is not None:
             remove_leftovers(self._path)
             self._read(self._path)

@@ -10,6 +10,7 @@ from server.adapters.loading import AdapterLoader
 from server.adapters.publisher import Publisher
 from server.adapters.records import AdapterState, Record
 from server.adapters.residency import CancelledLoadError, Residency
+from server.adapters.share_guard import ShareGuard
 from server.adapters.state import RegistryState
 from server.config import AdapterSpec
 from server.errors import AdapterRefusedError, LoraMixerError, RefusalReason
@@ -30,6 +31,7 @@ class LoadJobs:
         publisher: Publisher,
         residency: Residency,
         journal: Journal,
+        guard: ShareGuard,
         *,
         decisions: threading.Lock,
         configured: Mapping[str, AdapterSpec],
@@ -45,6 +47,7 @@ class LoadJobs:
         self._publisher = publisher
         self._residency = residency
         self._journal = journal
+        self._guard = guard
         self._decisions = decisions
         self._configured = configured
         self._on_ready = on_ready
@@ -63,6 +66,7 @@ class LoadJobs:
             if record.expected_digest not in (None, adapter.digest):
                 raise AdapterRefusedError(record.spec.name, [_changed_content(record, adapter.digest)])
             self._confirm(record, adapter.digest)
+            self._guard.restore(record, adapter.digest)
             self._publisher.run(lambda: self._residency.admit(record, adapter))
             self._on_ready(record)
             self._publisher.enqueue(self._residency.collect)

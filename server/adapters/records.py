@@ -8,6 +8,7 @@ from typing import Any
 
 from server.adapters.calibration import Calibration
 from server.adapters.examples import Example
+from server.adapters.exclusions import Exclusion
 from server.adapters.roster import ResidentAdapter
 from server.adapters.weights import Adapter
 from server.config import AdapterSpec
@@ -64,6 +65,10 @@ class AdapterInfo:
     """Bytes of the download in all; 0 while unknown, and for local folders."""
     traffic_alarm: bool = False
     """Whether it captures far more of the recent traffic than its even share."""
+    max_gate_share: float | None = None
+    """Largest share of the routed traffic that it may take; None: any."""
+    exclusion: Mapping[str, Any] | None = None
+    """Set while `auto` leaves it out since it took more than that, with the numbers."""
     calibration: Mapping[str, Any] | None = None
     """How its gate row was made without training, with the canary's numbers; None where there is no such row."""
     replacement: "AdapterInfo | None" = None
@@ -110,6 +115,8 @@ class Record:
     expected_digest: str | None = None
     """Restored from the journal: the digest that was acknowledged."""
     has_alarm: bool = False
+    exclusion: Exclusion | None = None
+    """Why it is out of the routed pool although the router has a row for it."""
     examples: tuple[Example, ...] = ()
     calibration: Calibration | None = None
     calibration_problem: str | None = None
@@ -126,10 +133,17 @@ class Record:
             return None
         problem = "its gate row is being calibrated" if self.num_calibrations else self.calibration_problem
         digest = self.adapter.digest
-        return ResidentAdapter(self.spec.name, self.slot, digest, self.spec.routed, self.calibration, problem)
+        return ResidentAdapter(
+            self.spec.name, self.slot, digest, self.spec.routed, self.calibration, problem, self.exclusion
+        )
 
     def info(
-        self, *, unrouted_reason: str | None, total_gate_mass: float, replacement: "Record | None" = None
+        self,
+        *,
+        unrouted_reason: str | None,
+        total_gate_mass: float,
+        max_gate_share: float | None = None,
+        replacement: "Record | None" = None,
     ) -> AdapterInfo:
         """Immutable view; `unrouted_reason` counts when READY only."""
         adapter, failure = self.adapter, self.failure
@@ -160,6 +174,8 @@ class Record:
             downloaded_bytes=self.downloaded_bytes,
             download_bytes=self.download_bytes,
             traffic_alarm=is_ready and self.has_alarm,
+            max_gate_share=max_gate_share,
+            exclusion=asdict(self.exclusion) if is_ready and self.exclusion is not None else None,
             replacement=None if replacement is None else replacement.info(unrouted_reason=None, total_gate_mass=0.0),
             calibration=self._calibration_facts() if is_ready else None,
         )

@@ -17,6 +17,7 @@ from server.adapters.publisher import Publisher
 from server.adapters.records import AdapterInfo, AdapterState, Record
 from server.adapters.residency import Residency
 from server.adapters.sameness import asks_for_the_same, check_expected
+from server.adapters.share_guard import ShareGuard
 from server.adapters.state import RegistryState
 from server.config import AdapterSpec
 from server.errors import (
@@ -44,6 +45,7 @@ class Registrations:
         publisher: Publisher,
         residency: Residency,
         journal: Journal,
+        guard: ShareGuard,
         *,
         base_model_name: str,
         max_adapters: int,
@@ -57,6 +59,7 @@ class Registrations:
         self._publisher = publisher
         self._residency = residency
         self._journal = journal
+        self._guard = guard
         self._base_model_name = base_model_name
         self._max_adapters = max_adapters
         self._max_loading = max_loading
@@ -73,6 +76,7 @@ class Registrations:
             publisher,
             residency,
             journal,
+            guard,
             decisions=self._decisions,
             configured=self._configured,
             on_ready=on_ready,
@@ -128,7 +132,7 @@ class Registrations:
                     record = self._decide(spec, known, expected, is_same)
                     info = self._state.info(self._state.record(spec.name))
                 if record is None:
-                    return info
+                    return self._guard.readmit(known) if is_same and known is not None else info
                 record.examples = examples
                 self._keep(record, is_replacement=record is not self._state.records.get(spec.name))
             self._loaders.submit(self._jobs.run, record)
@@ -153,6 +157,7 @@ class Registrations:
                 self._state.commit(self._state.router)
                 info = self._state.info(record)
             self._journal.examples.forget(name)
+            self._guard.forget(name)
             self._on_retired(record)  # now, not when the last request ends: until then a crash would forget to
         self._publisher.enqueue(self._residency.collect)
         return info

@@ -23,6 +23,7 @@ from server.adapters.registration import Registrations
 from server.adapters.residency import Residency
 from server.adapters.roster import Roster
 from server.adapters.router_swap import load_checked_artefact, router_facts
+from server.adapters.share_guard import ShareGuard
 from server.adapters.state import RegistryState
 from server.adapters.weights import AdapterLimits
 from server.config import AdapterSpec, ServerSettings
@@ -73,19 +74,29 @@ class AdapterRegistry:
         self._base_model_name = base_model_name
         self._routed = routed
         self._has_prompt_gate = settings.prompt_gate
-        self._state = RegistryState(base_model_name, alarm_factor=settings.traffic_alarm_factor)
+        self._state = RegistryState(
+            base_model_name,
+            alarm_factor=settings.traffic_alarm_factor,
+            share_window=settings.gate_share_window,
+            hot_max_gate_share=settings.hot_max_gate_share,
+            on_excluded=lambda record: self._publisher.enqueue(lambda: guard.keep(record)),
+        )
         self._publisher = Publisher(routed, run_between_steps)
         self._residency = Residency(routed, self._state, self._publisher, self._forget_source)
         records = Journal(journal)
+        guard = ShareGuard(self._state, records.exclusions)
         publish_rows = functools.partial(self._publisher.run, self._residency.refresh_router)
         calibrator = Calibrator(routed, run_between_steps, states)
-        self._hot_rows = HotRows(self._state, calibrator, publish_rows, encode_examples, records.examples)
+        self._hot_rows = HotRows(
+            self._state, calibrator, publish_rows, encode_examples, records.examples, guard.readmit
+        )
         self._registrations = Registrations(
             self.loader,
             self._state,
             self._publisher,
             self._residency,
             records,
+            guard,
             base_model_name=base_model_name,
             max_adapters=min(settings.max_adapters, routed.num_slots - 1),
             max_loading=settings.max_loading_adapters,
@@ -117,9 +128,13 @@ class AdapterRegistry:
         """Plans of the beginning of a prompt whose request holds `plan`: see `RouterBank.prompt_spans`."""
         return self._routed.routers.prompt_spans(plan, token_ids) if self._has_prompt_gate else ()
 
-    def record_traffic(self, gate_mass: Iterable[tuple[int, float]]) -> None:
-        """Add one step's (slot, gate mass) pairs to the traffic shares."""
-        self._state.record_traffic(gate_mass)
+    def record_traffic(
+        self, gate_mass: Iterable[tuple[int, float]], routed_mass: Iterable[tuple[int, float]] = ()
+    ) -> None:
+        """Add one step's (slot, gate mass) pairs to the traffic shares; `routed_mass` is what the router gave where it
+        had a choice, and counts towards `max_gate_share`.
+        """
+        self._state.record_traffic(gate_mass, routed_mass)
 
     def _release(self, lease: AdapterLease) -> None:
         if self._state.release(lease):
@@ -141,7 +156,8 @@ class AdapterRegistry:
         """Start to load an adapter; `get` and `wait` tell how it goes on. `examples` are those of `encode_examples`.
 
         Idempotent: the same spec while it loads, or equal content under a READY name, gives the existing adapter (for
-        a READY local folder this call reads the folder to compare). A FAILED name starts anew. `expected` holds etags,
+        a READY local folder this call reads the folder to compare), which is let into the routed pool again if it had
+        to leave it. A FAILED name starts anew. `expected` holds etags,
         or `*`: the name must have an adapter with one of them, which other content then replaces as its next
         generation; running requests keep theirs. Raises AdapterConflictError, PreconditionFailedError,
         TooManyRegistrationsError, InvalidRequestError for a reserved name or contradictory spec, NotReadyError at
@@ -180,7 +196,9 @@ class AdapterRegistry:
         return self._state.wait_until_gone(name, timeout_s)
 
     def calibrate(self, name: str, examples: Sequence[Any]) -> AdapterInfo:
-        """Make its gate row anew with more examples; `wait` tells when. Raises as `HotRows.add_examples`."""
+        """Make its gate row anew with more examples, and let it into the routed pool again if it passes; `wait` tells
+        when. Raises as `HotRows.add_examples`.
+        """
         self._hot_rows.add_examples(name, examples)
         return self.get(name)
 

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from server.adapters.calibration import Calibration
+from server.adapters.exclusions import Exclusion
 from server.errors import InvalidRequestError, ModelNotFoundError
 from server.routing.policy import BASE_DIGEST, BASE_PLAN, BASE_SLOT, GatePlan, Policy, fixed_plan, routed_plan
 from server.routing.prototypes import HotRow
@@ -38,6 +39,8 @@ class ResidentAdapter:
     """Its gate row made without training, and the canary's verdict on it."""
     calibration_problem: str | None = None
     """Why there is no such row, if one was asked for."""
+    exclusion: Exclusion | None = None
+    """Why it may not be routed to although there is a row."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,10 @@ def hot_rows(resident: Iterable[ResidentAdapter], artefact: RouterArtefact) -> d
 
 
 def build_roster(base_model_name: str, ready: Iterable[ResidentAdapter], router: RouterGeneration | None) -> Roster:
-    """Roster of the resident adapters; one is routed iff it wants to be and the router has a gate row in its slot."""
+    """Roster of the resident adapters; routed is who wants to be, is not excluded, and has a gate row in its slot.
+
+    An excluded one keeps its row, so that nobody with the same weights gets it instead.
+    """
     resident = tuple(ready)
     adapters = {
         adapter.name: RosterAdapter(
@@ -198,7 +204,7 @@ def _unrouted_reason(
     if router is None:
         return "no router is loaded: served by name only"
     if adapter.slot in router.slots:
-        return None
+        return None if adapter.exclusion is None else f"{adapter.exclusion.reason}: served by name only"
     for other in resident:
         if other.digest == adapter.digest and other.slot in router.slots:
             return f"the same weights are routed as {other.name!r}: served by name only"

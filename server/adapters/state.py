@@ -5,10 +5,12 @@ Methods are short and never wait for anything but the mutex, so the model's thre
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+from server.adapters.exclusions import Exclusion
+from server.adapters.gate_shares import GateShares
 from server.adapters.leases import AdapterLease, LeaseBook
 from server.adapters.records import AdapterInfo, AdapterState, Record
 from server.adapters.roster import ResidentAdapter, Roster, build_roster
@@ -36,7 +38,16 @@ class Garbage:
 class RegistryState:
     """Take `mutex` around everything marked so; the other methods take it themselves."""
 
-    def __init__(self, base_model_name: str, *, alarm_factor: float) -> None:
+    def __init__(
+        self,
+        base_model_name: str,
+        *,
+        alarm_factor: float,
+        share_window: int,
+        hot_max_gate_share: float | None,
+        on_excluded: Callable[[Record], object],
+    ) -> None:
+        """`on_excluded` hears of an adapter that has just left the routed pool: on the model's thread, mutex held."""
         self.records: dict[str, Record] = {}
         """By name, in order of registration. With the mutex."""
         self.replacements: dict[str, Record] = {}
@@ -52,6 +63,10 @@ class RegistryState:
         self._loaded_routers: frozenset[int] = frozenset()
         self._total_gate_mass = 0.0
         self._traffic = TrafficWatch(alarm_factor)
+        self._shares = GateShares(share_window)
+        self._share_window = share_window
+        self._hot_max_gate_share = hot_max_gate_share
+        self._on_excluded = on_excluded
         self._changed = threading.Condition()
 
     @property
@@ -80,7 +95,9 @@ class RegistryState:
         with self._changed:
             return self._leases.release(lease.plan) and bool(self.garbage())
 
-    def record_traffic(self, gate_mass: Iterable[tuple[int, float]]) -> None:
+    def record_traffic(
+        self, gate_mass: Iterable[tuple[int, float]], routed_mass: Iterable[tuple[int, float]] = ()
+    ) -> None:
         with self._changed:
             record_of_slot = {record.slot: record for record in self.all_records()}
             for slot, mass in gate_mass:
@@ -90,6 +107,10 @@ class RegistryState:
                     self._traffic.add(slot, mass)
             if self._traffic.is_due:
                 self._judge_traffic()
+            for slot, mass in routed_mass:
+                self._shares.add(slot, mass)
+            if self._shares.is_due:
+                self._judge_shares()
 
     def wait_while_loading(self, name: str, timeout_s: float | None) -> AdapterInfo:
         """Until it and its next generation are loaded and calibrated. Raises AdapterNotFoundError, at once or when it
@@ -162,6 +183,39 @@ class RegistryState:
         for record in self.all_records():
             record.has_alarm = record.slot in self._traffic.alarmed
 
+    def _judge_shares(self) -> None:
+        """Take out of the routed pool who has more than its cap: new requests get another roster, running ones keep
+        theirs.
+        """
+        routed = [self.records[name] for name, adapter in self._roster.adapters.items() if adapter.is_routed]
+        capped = {record.slot: (record, cap) for record in routed if (cap := self.cap_of(record)) is not None}
+        caps = {slot: cap for slot, (_, cap) in capped.items() if slot is not None}
+        if (worst := self._shares.judge(caps)) is None:
+            return
+        record, cap = capped[worst[0]]
+        assert record.adapter is not None
+        record.exclusion = Exclusion(record.generation, record.adapter.digest, worst[1], cap, self._share_window)
+        logger.error("adapter %s is not routed to any more: %s", record.spec.name, record.exclusion.reason)
+        self.commit(self.router)
+        self._on_excluded(record)
+
+    def readmit(self, record: Record) -> None:
+        """Let an adapter into the routed pool again; what it has taken so far counts no more."""
+        record.exclusion = None
+        if record.slot is not None:
+            self._shares.forget(record.slot)
+        self.commit(self.router)
+
+    def cap_of(self, record: Record) -> float | None:
+        """Its `max_gate_share`, if it has one."""
+        if record.spec.max_gate_share is None and record.calibration is not None:
+            return self._hot_max_gate_share
+        return record.spec.max_gate_share
+
+    def has_cap(self, record: Record, cap: float) -> bool:
+        """Whether its cap is this one, also before its gate row is made."""
+        return cap == (record.spec.max_gate_share or self._hot_max_gate_share)
+
     def commit(self, router: RouterGeneration | None) -> None:
         """Make what `records` say visible to new requests, under this router, and wake who waits."""
         self._roster = build_roster(self._base_model_name, self.ready(), router)
@@ -173,6 +227,7 @@ class RegistryState:
     def forget_traffic(self, slot: int) -> None:
         """The slot's adapter is gone: what it captured says nothing about the next one."""
         self._traffic.forget(slot)
+        self._shares.forget(slot)
 
     def drop_routers(self, routers: Iterable[int]) -> None:
         self._loaded_routers -= frozenset(routers)
@@ -181,7 +236,12 @@ class RegistryState:
         entry = self._roster.adapters.get(record.spec.name)
         reason = entry.unrouted_reason if entry is not None else None
         replacement = self.replacements.get(record.spec.name)
-        return record.info(unrouted_reason=reason, total_gate_mass=self._total_gate_mass, replacement=replacement)
+        return record.info(
+            unrouted_reason=reason,
+            total_gate_mass=self._total_gate_mass,
+            max_gate_share=self.cap_of(record),
+            replacement=replacement,
+        )
 
     @property
     def has_leases(self) -> bool:

@@ -144,13 +144,19 @@ def _pairs(weights: Tensor) -> tuple[tuple[int, float], ...]:
 def _routing_stats(layout: StepLayout, gates: StepGates) -> RoutingStats:
     share = gates.share[: layout.num_tokens]  # (T, E)
     routed: list[int] = []
+    chosen: list[int] = []  # a prompt gate's decisions are its router's
+    for row, start in zip(layout.rows, layout.starts, strict=True):
+        if row.sequence.plan.policy is Policy.ROUTED and len(row.sequence.plan.allowed_slots) > 1:
+            chosen += range(start, start + row.num_tokens)
     start = 0
-    for plan, count in layout.runs:
-        if layout.plans[plan].policy is Policy.ROUTED:
+    for index, count in layout.runs:
+        if layout.plans[index].policy is Policy.ROUTED:
             routed += range(start, start + count)
         start += count
     entropy = ops.gate_entropy(share if len(routed) == layout.num_tokens else share[routed])
-    return RoutingStats(gate_mass=_pairs(share.sum(dim=0)), entropies=tuple(entropy.tolist()))
+    mass = _pairs(share.sum(dim=0))
+    routed_mass = mass if len(chosen) == layout.num_tokens else _pairs(share[chosen].sum(dim=0))
+    return RoutingStats(mass, tuple(entropy.tolist()), routed_mass)
 
 
 def _inverse(order: tuple[int, ...]) -> list[int]:

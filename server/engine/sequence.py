@@ -256,6 +256,8 @@ class RoutingStats:
     """(slot, sum of gate weight over tokens, averaged over routed layers)."""
     entropies: tuple[float, ...] = ()
     """Per routed token, entropy in nats of its gate share averaged over layers."""
+    routed_mass: tuple[tuple[int, float], ...] = ()
+    """As `gate_mass`, over the tokens for which the router had a choice."""
 
 
 class RunResult(NamedTuple):

@@ -69,13 +69,14 @@ def start(
         routed_model: RoutedModel | None = None,
         configured: Sequence[AdapterSpec] = (),
         has_router: bool = True,
+        settings: ServerSettings | None = None,
         **options: Any,
     ) -> AdapterRegistry:
         """`restores`: with the router of before, and whatever the journal and `configured` hold."""
         registry = AdapterRegistry(
             routed_model or (attach_routing(tiny_llama(), num_slots=6) if restores else routed),
             base_model_name=BASE,
-            settings=ServerSettings(max_adapters=5),
+            settings=settings or ServerSettings(max_adapters=5),
             run_between_steps=run_inline,
             root=folders,
             encode_examples=functools.partial(encode_examples, tokenizer=ByteRenderer()),
@@ -291,6 +292,44 @@ def test_damaged_examples_beside_an_adapter_are_named_and_do_no_harm(start: Star
     info = add(start(), "d", source="./bad-examples")
     assert info.state == "READY"
     assert "examples.jsonl, line 2 is not JSON" in str(info.reason)
+
+
+# Caps
+
+
+def test_the_default_cap_is_for_rows_made_without_training_and_calibrating_lets_in_again(
+    start: Start, tmp_path: Path
+) -> None:
+    settings = ServerSettings(max_adapters=5, hot_max_gate_share=0.4, gate_share_window=100)
+    registry = start(journal=tmp_path / "adapters.state", settings=settings)
+    add(registry, "c", OWN[:4])
+    assert {info.name: info.max_gate_share for info in registry.list()} == {"a": None, "b": None, "c": 0.4}
+    slot = registry.roster.adapters["c"].slot
+    for share in (39.0, 41.0):
+        assert registry.get("c").routed
+        registry.record_traffic([], [(slot, 2 * share), (registry.roster.adapters["a"].slot, 200 - 2 * share)])
+    info = registry.get("c")
+    assert not info.routed
+    assert "max_gate_share of 0.4" in str(info.reason)
+    registry.swap_router(tmp_path / "router")
+    assert registry.wait("c", 60).exclusion is not None, "another row does not let it in; an operator does"
+    registry._publisher.run(lambda: None)
+    registry.close()
+    registry = start(journal=tmp_path / "adapters.state", restores=True, settings=settings)
+    assert registry.get("c").exclusion == info.exclusion
+    registry.calibrate("c", ORDINARY * 2)
+    refused = registry.wait("c", 60)
+    assert refused.exclusion is not None, "a row that its canary refuses is no reason to let it in"
+    registry.register(AdapterSpec(name="c", source="./c"), OWN[:4], expected=["*"])
+    registry.retire("c")
+    assert registry.wait_retired("c", 60)
+    add(registry, "c", OWN[:4])
+    slot = registry.roster.adapters["c"].slot
+    registry.record_traffic([], [(slot, 500.0)])
+    assert not registry.get("c").routed
+    registry.calibrate("c", OWN[4:])
+    assert registry.wait("c", 60).routed
+    assert registry.get("c").exclusion is None
 
 
 # Examples in a Hub repository

@@ -167,7 +167,7 @@ class FakeRegistry:
         self.router_folders.append(folder)
         return {**self.router_info(), "generation": 4}
 
-    def record_traffic(self, gate_mass: Any) -> None:
+    def record_traffic(self, gate_mass: Any, routed_mass: Any) -> None:
         pass
 
     def close(self) -> None:

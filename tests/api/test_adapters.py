@@ -77,6 +77,7 @@ def test_registration_is_202_at_once_and_201_when_waited_for(client: httpx.Clien
         "revision": "main",
         "subfolder": "a/b",
         "routed": False,
+        "max_gate_share": 0.5,
         "description": "d",
     }
     response = client.post("/v1/adapters", json=body)
@@ -84,6 +85,13 @@ def test_registration_is_202_at_once_and_201_when_waited_for(client: httpx.Clien
     response = client.post("/v1/adapters", json={**body, "wait": True})
     assert (response.status_code, response.json()["state"]) == (201, "READY")
     assert harness.registry.registered[0].model_dump() == body
+
+
+@pytest.mark.parametrize("value", [0, -0.1, 1.01, "half", True, "nan"])
+def test_a_cap_that_is_no_share_is_refused(value: object, client: httpx.Client) -> None:
+    response = client.post("/v1/adapters", json={"name": "new", "source": "org/new", "max_gate_share": value})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "max_gate_share"
 
 
 def test_new_adapter_is_a_model_at_once(client: httpx.Client) -> None:

@@ -16,7 +16,8 @@ from server.errors import ModelLoadError
 from server.model.attention import PagedAttention, attach_paged_attention
 from server.routing.attach import RoutedModel, attach_routing
 from server.routing.bank import LoraWeights
-from server.routing.policy import BASE_PLAN, GatePlan, Policy, fixed_plan
+from server.routing.policy import BASE_PLAN, GatePlan, PlanSpan, Policy, fixed_plan, routed_plan
+from tests.adapters.harness import artefact_for
 
 BLOCK_SIZE = 4
 CPU = torch.device("cpu")
@@ -212,6 +213,40 @@ def test_traces_and_stats_report_fixed_weights(tiny_llama: Callable[..., Any]) -
     assert result.outputs[1].routing.share == ((0, 1.0),)
     assert dict(result.routing.gate_mass) == weights
     assert result.routing.entropies == (), "only routed tokens have an entropy"
+
+
+def test_mass_is_routed_where_the_router_had_a_choice(tiny_llama: Callable[..., Any]) -> None:
+    runner, routed, _ = make_setup(tiny_llama())
+    digests = {slot: f"adapter-{slot}" for slot in (1, 2)}
+    artefact = artefact_for(routed, [(digest, digest) for digest in digests.values()])
+    routed.routers.publish(routed.routers.stage(1, artefact, {digest: slot for slot, digest in digests.items()}))
+
+    def plan(*slots: int) -> GatePlan:
+        return routed_plan({slot: digests[slot] for slot in slots}, digests, 1, "layer", 2)
+
+    rows = [
+        make_sequence(1, plan=plan(1, 2), max_tokens=2),
+        make_sequence(20, plan=plan(2), max_tokens=2),
+        make_sequence(40, plan=fixed_plan(Policy.PINNED, {1: 1.0}, digests), max_tokens=2),
+        make_sequence(60, max_tokens=2),
+    ]
+    for count in range(1, len(rows) + 1):
+        for row in rows[:count]:
+            row.num_computed_tokens = 0
+        stats = runner.run(ScheduledBatch(tuple(ScheduledSequence(row, 4) for row in rows[:count]))).routing
+        assert sum(mass for _, mass in stats.routed_mass) == pytest.approx(4.0, abs=1e-5)
+        assert len(stats.entropies) == 4 * min(count, 2)
+        assert sum(mass for _, mass in stats.gate_mass) == pytest.approx(4.0 * min(count, 3), abs=1e-5)
+    rows[1].num_computed_tokens = 0
+    without_choice = runner.run(ScheduledBatch((ScheduledSequence(rows[1], 4),))).routing
+    assert dict(without_choice.gate_mass) == pytest.approx({2: 4.0})
+    assert without_choice.routed_mass == ()
+    rows[0].num_computed_tokens = 0
+    rows[0].spans = (PlanSpan(2, fixed_plan(Policy.PINNED, {2: 1.0}, digests)),)
+    guided = runner.run(ScheduledBatch((ScheduledSequence(rows[0], 4),))).routing
+    assert sum(mass for _, mass in guided.routed_mass) == pytest.approx(4.0), "a prompt gate is part of its router"
+    assert dict(guided.routed_mass)[2] >= 2.0
+    assert len(guided.entropies) == 2, "what the prompt gate decided has no entropy"
 
 
 def test_a_row_that_is_not_finite_fails_alone_and_its_blocks_are_cleaned(tiny_llama: Callable[..., Any]) -> None:
