@@ -42,6 +42,7 @@ def create_app(services: Services) -> FastAPI:
     services.metrics.watch(
         num_running=lambda: services.engine.num_running,
         num_waiting=lambda: services.engine.num_waiting,
+        num_waiting_for_adapters=lambda: services.registry.desk.num_waiting,
         adapters=services.registry.list,
         max_adapters=services.config.server.max_adapters,
     )
@@ -54,6 +55,7 @@ async def drain(services: Services) -> None:
     /ready says so from the first moment on, so call it while the server still listens.
     """
     services.lifecycle.mark_not_ready("draining")
+    services.registry.desk.refuse_waiting()
     await services.engine.drain(services.config.server.drain_timeout_s)
 
 

@@ -30,6 +30,7 @@ from server.engine.engine import Engine
 from server.engine.model_runner import ModelRunner
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import StepStats
+from server.errors import AdapterMemoryError, ConfigError, RouterArtefactError
 from server.metrics import Metrics
 from server.model.loader import LoadedModel, load_base_model
 from server.routing.attach import RoutedModel, attach_routing
@@ -67,7 +68,7 @@ def build_model(config: ServerConfig) -> ModelParts:
         torch.set_num_threads(settings.num_threads)
     started_s = time.monotonic()
     loaded = load_base_model(config.base_model, device=settings.device, cache_folder=cache_folder(), root=config.root)
-    routed = attach_routing(loaded.model, num_slots=settings.max_adapters + 1)
+    routed = attach_routing(loaded.model, num_slots=(settings.max_resident_adapters or settings.max_adapters) + 1)
     backend = build_backend(routed, settings, loaded.max_model_len)
     logger.info(
         "base model %s in %s on %s (%s backend), %d tokens of K/V cache, loaded in %.1f s",
@@ -122,10 +123,15 @@ def build_services(config: ServerConfig, secrets: Secrets) -> Services:
         journal=config.registry_file,
         root=config.root,
         on_load=metrics.count_load,
+        observer=metrics,
         states=parts.backend.states,
         encode_examples=functools.partial(encode_examples, tokenizer=parts.loaded.tokenizer),
     )
-    _load_adapters(registry, config)
+    try:
+        _load_adapters(registry, config)
+    except BaseException:
+        registry.close()
+        raise
     engine = AsyncEngine(
         build_engine(config, parts),
         eos_token_ids=parts.loaded.eos_token_ids,
@@ -190,7 +196,7 @@ class _StepObserver:
         if self._roster is not self._registry.roster:
             self._roster = self._registry.roster
             # Names of retired slots stay until the slot is taken again: running requests may still use them.
-            self._slot_names |= {adapter.slot: adapter.name for adapter in self._roster.adapters.values()}
+            self._slot_names |= self._roster.slot_names
         self._metrics.observe_step(stats, self._slot_names)
         if stats.routing.gate_mass:
             self._registry.record_traffic(stats.routing.gate_mass, stats.routing.routed_mass)
@@ -200,9 +206,19 @@ def _load_adapters(registry: AdapterRegistry, config: ServerConfig) -> None:
     """Load the adapters of configuration and journal, wait for all, then install the router over the ready ones."""
     names = registry.restore(config.adapters, admit=lambda spec: checked_source(config, spec))
     # The registry has logged why one failed, and /v1/adapters keeps saying so.
-    failed = sum(registry.wait(name).state is AdapterState.FAILED for name in names)
+    infos = [registry.wait(name) for name in names]
+    failed = sum(info.state is AdapterState.FAILED for info in infos)
+    for info in infos:
+        if info.pinned and info.code == AdapterMemoryError.default_code:
+            message = f"the pinned adapters do not fit into memory: {info.name}: {info.reason}"
+            raise ConfigError(message, param="server.adapter_memory_mib")
     if config.router_folder is not None:
-        registry.swap_router(config.router_folder)
+        try:
+            registry.swap_router(config.router_folder)
+        except RouterArtefactError as error:
+            if error.code == AdapterMemoryError.default_code:
+                raise ConfigError(error.message, param="server.adapter_memory_mib") from error
+            raise
         for name in names:  # until gate rows are made: nothing may compute beside the engine once that runs
             registry.wait(name)
     for info in registry.list():

@@ -60,6 +60,7 @@ def _add_add(subcommands: Any) -> None:
     )
     _add_hub_flags(parser)
     parser.add_argument("--not-routed", action="store_true", help="serve it by name only; auto never picks it")
+    parser.add_argument("--pinned", action="store_true", help="keep it in memory however rarely it is used")
     parser.add_argument(
         "--max-gate-share",
         type=positive_float,

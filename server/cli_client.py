@@ -119,13 +119,14 @@ def table_of(adapters: Sequence[Mapping[str, Any]]) -> str:
     """Adapter objects as an aligned table, and why each one that is not served or not routed is not."""
     if not adapters:
         return "no adapters"
-    rows = [("NAME", "STATE", "ROUTED", "RANK", "SHARE", "MIB", "DIGEST", "SOURCE")]
+    rows = [("NAME", "STATE", "ROUTED", "PLACE", "RANK", "SHARE", "MIB", "DIGEST", "SOURCE")]
     for info in adapters:
         share, num_bytes = info.get("traffic_share"), info.get("bytes")
         rows.append((
             str(info["name"]),
             str(info["state"]),
             "yes" if info.get("routed") else "no",
+            _place_of(info),
             "-" if info.get("rank") is None else str(info["rank"]),
             "-" if share is None else f"{100 * share:.1f}%",
             "-" if not num_bytes else f"{num_bytes / 2**20:.1f}",
@@ -152,6 +153,7 @@ def _registration(arguments: argparse.Namespace) -> dict[str, Any]:
         "revision": arguments.revision,
         "subfolder": arguments.subfolder,
         "routed": False if arguments.not_routed else None,
+        "pinned": True if arguments.pinned else None,
         "max_gate_share": arguments.max_gate_share,
         "description": arguments.description,
     }
@@ -190,6 +192,13 @@ def _state_of(info: Mapping[str, Any]) -> str:
 def _reason_of(info: Mapping[str, Any]) -> str:
     """On one line, with nothing in it that a terminal obeys: sources and foreign files speak through it."""
     return printable(str(info.get("reason") or "no reason given"))
+
+
+def _place_of(info: Mapping[str, Any]) -> str:
+    """Where its weights are; pinned ones are in memory to stay."""
+    if info.get("resident"):
+        return "pinned" if info.get("pinned") else "memory"
+    return "disk" if info.get("state") == "READY" else "-"
 
 
 def _source_of(info: Mapping[str, Any]) -> str:

@@ -4,7 +4,6 @@ The only module that reads the environment. Knows no torch and starts nothing.
 """
 
 import difflib
-import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server.errors import ConfigError
-from server.naming import ADAPTER_NAME_PATTERN, are_confusable, reserved_by
+from server.naming import ADAPTER_NAME_PATTERN, looks, reserved_by
 
 
 class _Frozen(BaseModel):
@@ -48,6 +47,8 @@ class AdapterSpec(_Frozen):
     """Folder inside the source that holds the two adapter files."""
     routed: bool = True
     """Whether `auto` may route to it; false serves it by name only."""
+    pinned: bool = False
+    """Whether it stays in memory however rarely it is used (`server.adapter_memory_mib`)."""
     max_gate_share: Annotated[float, Field(gt=0, le=1)] | None = None
     """Largest share of the routed traffic that it may take; beyond, `auto` leaves it out until an operator lets it in
     again; null: `server.hot_max_gate_share` where its gate row was made without training, else no cap."""
@@ -87,6 +88,12 @@ class ServerSettings(_Frozen):
     """Prompt plus max_tokens over all queued sequences; beyond, requests get 503."""
     max_adapters: Annotated[int, Field(ge=1, le=4096)] = 64
     """Most adapters registered at once."""
+    max_resident_adapters: Annotated[int, Field(ge=1, le=4096)] | None = None
+    """Most adapters in memory at once; null: `max_adapters`. Others wait on disk. A step's cost grows with it."""
+    adapter_memory_mib: Annotated[float, Field(gt=0)] | None = None
+    """Memory of all adapters' weights, in MiB; null: no limit. Those beyond wait on disk until a request wants them."""
+    adapter_wait_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds that a request may wait until its adapter is in memory; beyond, it gets 503."""
     max_adapter_rank: Annotated[int, Field(ge=1)] = 512
     """Largest LoRA rank accepted."""
     max_adapter_bytes: Annotated[int, Field(ge=1)] = 2 * 1024**3
@@ -192,12 +199,8 @@ def _listed_in(variable: str) -> list[str]:
 def _hub_tokens() -> Iterator[tuple[str, str]]:
     for number, part in enumerate(_listed_in("LORA_MIXER_HUB_TOKENS"), start=1):
         scope, _, token = (piece.strip() for piece in part.partition("="))
-        if (
-            not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", scope)
-            or not token.isascii()
-            or not token.isprintable()
-            or not token
-        ):
+        is_token = token.isascii() and token.isprintable() and token
+        if not (is_token and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", scope)):
             raise ConfigError(f"LORA_MIXER_HUB_TOKENS: part {number} is not of the form org=TOKEN or org/name=TOKEN")
         yield scope, token
 
@@ -263,12 +266,20 @@ def _refuse_duplicates(config: ServerConfig, origin: str) -> None:
     names = [spec.name for spec in config.adapters]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{origin}: adapters listed more than once: {', '.join(repeated)}")
-    if alike := [pair for pair in itertools.combinations(names, 2) if are_confusable(*pair)]:
+    if alike := list(_confusable_pairs(names)):
         raise ConfigError(f"{origin}: adapter names that look alike: {', '.join(' and '.join(pair) for pair in alike)}")
     if shadowing := sorted(name for name in names if reserved_by(name, config.base_model.name)):
         raise ConfigError(
             f"{origin}: adapter names must not look like 'auto', 'base' or the base model's: {', '.join(shadowing)}"
         )
+
+
+def _confusable_pairs(names: list[str]) -> Iterator[tuple[str, str]]:
+    """Each name with the earlier ones that it could be taken for: one pair per name and kind of likeness."""
+    seen: dict[tuple[int, str], str] = {}
+    for name in names:
+        earlier = {seen.setdefault((kind, look), name) for kind, look in enumerate(looks(name))}
+        yield from ((other, name) for other in sorted(earlier - {name}))
 
 
 def _explain(problem: Any) -> str:

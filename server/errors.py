@@ -11,6 +11,7 @@ LoraMixerError
   + PermissionDeniedError        the caller may not do this (admin routes, paths outside the adapter roots)
   + OverloadedError              admission limits reached; retry later
     - TooManyRegistrationsError  too many registrations under way; retry later
+    - AdapterMemoryError         an adapter has no place in memory now; retry later
   + NotReadyError                starting or draining
   + AdapterNotFoundError         no adapter of that name
   + AdapterConflictError         the name is taken by other content, or the operation collides with another
@@ -99,6 +100,12 @@ class TooManyRegistrationsError(OverloadedError):
     """As many adapters are loading as may load at once."""
 
     default_code = "too_many_registrations"
+
+
+class AdapterMemoryError(OverloadedError):
+    """Adapters that a request needs are on disk, and there was no room for them in memory."""
+
+    default_code = "adapter_memory_full"
 
 
 class NotReadyError(LoraMixerError):

@@ -10,13 +10,13 @@ from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Lock
-from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import Metric
 
+from server.adapters.records import AdapterInfo
 from server.engine.sequence import RoutingStats, StepStats
 
 PREFIX = "lora_mixer_"
@@ -28,27 +28,6 @@ STEP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.
 LOAD_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 600)
 ENTROPY_BUCKETS_NATS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.9, 1.1, 1.4, 1.8, 2.3, 3.0)
 """ln 2 = 0.69 is an even mix of two adapters, ln 8 = 2.08 of eight."""
-
-
-class AdapterFacts(Protocol):
-    """What the metrics show of a registered adapter."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def digest(self) -> str | None: ...
-    @property
-    def revision(self) -> str | None: ...
-    @property
-    def rank(self) -> int | None: ...
-    @property
-    def state(self) -> str: ...
-    @property
-    def routed(self) -> bool: ...
-    @property
-    def traffic_alarm(self) -> bool: ...
-    @property
-    def exclusion(self) -> Mapping[str, object] | None: ...
 
 
 class AdapterUsage:
@@ -122,39 +101,39 @@ class _ScrapedState:
         self._usage = usage
         self.num_running: Callable[[], int] = lambda: 0
         self.num_waiting: Callable[[], int] = lambda: 0
-        self.adapters: Callable[[], Sequence[AdapterFacts]] = tuple
+        self.num_waiting_for_adapters: Callable[[], int] = lambda: 0
+        self.adapters: Callable[[], Sequence[AdapterInfo]] = tuple
         self.max_adapters = 0
 
     def collect(self) -> Iterable[Metric]:
-        running, waiting = self.num_running(), self.num_waiting()
+        running, waiting, lacking = self.num_running(), self.num_waiting(), self.num_waiting_for_adapters()
         yield GaugeMetricFamily(PREFIX + "running_requests", "Sequences being computed", running)
         yield GaugeMetricFamily(PREFIX + "waiting_requests", "Sequences queued", waiting)
+        yield GaugeMetricFamily(PREFIX + "requests_waiting_for_adapters", "Requests in line for memory", lacking)
         info = GaugeMetricFamily(
             PREFIX + "adapter_info",
             "1 for every registered adapter",
             labels=("name", "digest", "revision", "rank", "state", "routed"),
         )
-        for adapter in self.adapters():
+        adapters = self.adapters()
+        for adapter in adapters:
             facts = (adapter.digest, adapter.revision, adapter.rank)
             shown = ["" if fact is None else str(fact) for fact in facts]
             info.add_metric([adapter.name, *shown, str(adapter.state), str(adapter.routed).lower()], 1)
         yield info
-        alarm = GaugeMetricFamily(
-            PREFIX + "adapter_traffic_alarm",
+        yield _flags(
+            "adapter_traffic_alarm",
             "1 while an adapter captures far more of the recent routed traffic than its even share",
-            labels=("adapter",),
+            {adapter.name: adapter.traffic_alarm for adapter in adapters},
         )
-        for adapter in self.adapters():
-            alarm.add_metric([adapter.name], float(adapter.traffic_alarm))
-        yield alarm
-        excluded = GaugeMetricFamily(
-            PREFIX + "adapter_excluded",
+        yield _flags(
+            "adapter_excluded",
             "1 while auto leaves an adapter out since it took more than its max_gate_share of the routed traffic",
-            labels=("adapter",),
+            {adapter.name: adapter.exclusion is not None for adapter in adapters},
         )
-        for adapter in self.adapters():
-            excluded.add_metric([adapter.name], float(adapter.exclusion is not None))
-        yield excluded
+        sizes = [adapter.memory_bytes for adapter in adapters if adapter.resident]
+        yield GaugeMetricFamily(PREFIX + "adapters_resident", "Adapters in memory", len(sizes))
+        yield GaugeMetricFamily(PREFIX + "adapter_memory_bytes", "Memory of the adapters in it", sum(sizes))
         requests = GaugeMetricFamily(
             PREFIX + "lora_requests_info",
             "Adapters that requests in flight may use, for the Gateway API inference extension; value = Unix time",
@@ -163,6 +142,13 @@ class _ScrapedState:
         running_names, waiting_names = self._usage.names()
         requests.add_metric([str(self.max_adapters), ",".join(running_names), ",".join(waiting_names)], time.time())
         yield requests
+
+
+def _flags(name: str, documentation: str, values: Mapping[str, bool]) -> Metric:
+    family = GaugeMetricFamily(PREFIX + name, documentation, labels=("adapter",))
+    for adapter, value in values.items():
+        family.add_metric([adapter], float(value))
+    return family
 
 
 class Metrics:
@@ -177,9 +163,7 @@ class Metrics:
         def histogram(name: str, documentation: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(PREFIX + name, documentation, buckets=buckets, registry=registry)
 
-        self._requests = counter(
-            "requests", "Finished choices (n choices of one request count n times)", ("model", "finish_reason")
-        )
+        self._requests = counter("requests", "Finished choices (n of one request: n times)", ("model", "finish_reason"))
         self._rejected = counter("requests_rejected", "Requests refused, by error code", ("reason",))
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens, computed or from the prefix cache")
         self._generation_tokens = counter("generation_tokens", "Tokens generated")
@@ -190,6 +174,11 @@ class Metrics:
         )
         self._loads = counter("adapter_loads", "Adapter registrations that ended", ("outcome",))
         self._load_s = histogram("adapter_load_seconds", "From registration to its end", LOAD_BUCKETS_S)
+        self._evictions = counter("adapter_evictions", "Adapters that left memory for others")
+        self._reloads = counter("adapter_reloads", "Adapters read again from disk for requests", ("outcome",))
+        self._reload_s = histogram("adapter_reload_seconds", "Reading and checking one again", STEP_BUCKETS_S)
+        self._waits = counter("adapter_waits", "Requests that waited for adapters to be in memory", ("outcome",))
+        self._wait_s = histogram("adapter_wait_seconds", "From a request's first try to its end", LOAD_BUCKETS_S)
         self._first_token_s = histogram(
             "time_to_first_token_seconds", "From the request's arrival to its first token", FIRST_TOKEN_BUCKETS_S
         )
@@ -219,11 +208,13 @@ class Metrics:
         *,
         num_running: Callable[[], int],
         num_waiting: Callable[[], int],
-        adapters: Callable[[], Sequence[AdapterFacts]],
+        num_waiting_for_adapters: Callable[[], int],
+        adapters: Callable[[], Sequence[AdapterInfo]],
         max_adapters: int,
     ) -> None:
         """Say where the gauges that are read at scrape time come from."""
         self._state.num_running, self._state.num_waiting = num_running, num_waiting
+        self._state.num_waiting_for_adapters = num_waiting_for_adapters
         self._state.adapters, self._state.max_adapters = adapters, max_adapters
 
     @contextmanager
@@ -276,6 +267,19 @@ class Metrics:
         """One registration ended; `outcome` is `ready`, `cancelled` or the code of an error class."""
         self._loads.labels(outcome).inc()
         self._load_s.observe(seconds)
+
+    def count_evictions(self, count: int) -> None:
+        self._evictions.inc(count)
+
+    def count_reload(self, outcome: str, seconds: float) -> None:
+        """One adapter was read again, or could not be; see `ResidencyObserver`."""
+        self._reloads.labels(outcome).inc()
+        self._reload_s.observe(seconds)
+
+    def count_wait(self, outcome: str, seconds: float) -> None:
+        """One request no longer waits for adapters; see `ResidencyObserver`."""
+        self._waits.labels(outcome).inc()
+        self._wait_s.observe(seconds)
 
     def render(self) -> tuple[bytes, str]:
         """(body, content type) of GET /metrics."""

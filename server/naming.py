@@ -6,7 +6,12 @@ ADAPTER_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
 
 def are_confusable(name: str, other: str) -> bool:
     """Whether people, or tools that ignore case, could take one name for the other."""
-    return _folded(name) == _folded(other) or _appearance(name) == _appearance(other)
+    return any(mine == theirs for mine, theirs in zip(looks(name), looks(other), strict=True))
+
+
+def looks(name: str) -> tuple[str, str]:
+    """What tools that ignore case, and people, see of a name: names with either in common are confusable."""
+    return _folded(name), _appearance(name)
 
 
 def _folded(name: str) -> str:

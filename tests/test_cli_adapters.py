@@ -103,8 +103,8 @@ class TestAgainstTheRealApp:
     def test_list_prints_a_table(self, url: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["adapters", "list", "--url", url]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert lines[0].split() == ["NAME", "STATE", "ROUTED", "RANK", "SHARE", "MIB", "DIGEST", "SOURCE"]
-        assert lines[1].split() == ["gsm8k", "READY", "yes", "8", "0.0%", "0.0", "d" * 12, "org/adapter"]
+        assert lines[0].split() == ["NAME", "STATE", "ROUTED", "PLACE", "RANK", "SHARE", "MIB", "DIGEST", "SOURCE"]
+        assert lines[1].split() == ["gsm8k", "READY", "yes", "memory", "8", "0.0%", "0.0", "d" * 12, "org/adapter"]
         assert [line.index("READY") for line in lines[1:]] == [lines[0].index("STATE")] * 3
 
     def test_list_prints_json(self, url: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,9 +113,8 @@ class TestAgainstTheRealApp:
 
     def test_add_sends_every_field(self, harness: Harness, url: str, capsys: pytest.CaptureFixture[str]) -> None:
         argv = ["adapters", "add", "new", "org/new", "--revision", "main", "--subfolder", "a", "--not-routed"]
-        assert (
-            cli.main([*argv, "--description", "A new one.", "--max-gate-share", "0.25", "--no-wait", "--url", url]) == 0
-        )
+        settings = ["--pinned", "--description", "A new one.", "--max-gate-share", "0.25"]
+        assert cli.main([*argv, *settings, "--no-wait", "--url", url]) == 0
         assert capsys.readouterr().out.startswith("new: DOWNLOADING")
         spec = harness.registry.registered[0]
         assert spec.model_dump() == {
@@ -124,6 +123,7 @@ class TestAgainstTheRealApp:
             "revision": "main",
             "subfolder": "a",
             "routed": False,
+            "pinned": True,
             "max_gate_share": 0.25,
             "description": "A new one.",
         }

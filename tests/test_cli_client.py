@@ -230,7 +230,7 @@ class TestAgainstAStub:
             "digest": None, "source": "org/a", "revision": "c" * 40, "subfolder": "x", "reason": "it is damaged",
         }  # fmt: skip
         lines = cli_client.table_of([info]).splitlines()
-        assert lines[1].split() == ["a", "FAILED", "no", "-", "12.5%", "3.0", "-", f"org/a/x@{'c' * 12}"]
+        assert lines[1].split() == ["a", "FAILED", "no", "-", "-", "12.5%", "3.0", "-", f"org/a/x@{'c' * 12}"]
         assert lines[2] == "a: it is damaged"
 
 

@@ -1,11 +1,12 @@
 """Metrics: names and labels of the design, histograms fed in bulk, adapters in flight, and what a step costs."""
 
+import dataclasses
 import time
-from types import SimpleNamespace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from server.adapters.records import AdapterInfo, AdapterState
 from server.engine.sequence import RoutingStats, StepStats
 from server.metrics import AdapterUsage, BatchHistogram, Metrics
 
@@ -85,6 +86,9 @@ def test_requests_tokens_and_loads_are_counted() -> None:
     metrics.count_finished("auto", "stop", 1.5)
     metrics.count_rejection("model_not_found")
     metrics.count_load("ready", 3.0)
+    metrics.count_evictions(2)
+    metrics.count_reload("loaded", 0.5)
+    metrics.count_wait("leased", 0.25)
     metrics.observe_first_token(0.2)
     metrics.observe_tokens(0.3, 3)
     assert value(metrics, "requests_total", model="auto", finish_reason="stop") == 1
@@ -92,6 +96,11 @@ def test_requests_tokens_and_loads_are_counted() -> None:
     assert value(metrics, "requests_rejected_total", reason="model_not_found") == 1
     assert value(metrics, "adapter_loads_total", outcome="ready") == 1
     assert value(metrics, "adapter_load_seconds_count") == 1
+    assert value(metrics, "adapter_evictions_total") == 2
+    assert value(metrics, "adapter_reloads_total", outcome="loaded") == 1
+    assert value(metrics, "adapter_reload_seconds_sum") == 0.5
+    assert value(metrics, "adapter_waits_total", outcome="leased") == 1
+    assert value(metrics, "adapter_wait_seconds_sum") == 0.25
     assert value(metrics, "time_to_first_token_seconds_count") == 1
     assert value(metrics, "inter_token_latency_seconds_count") == 3
     assert value(metrics, "inter_token_latency_seconds_sum") == pytest.approx(0.3)
@@ -99,11 +108,26 @@ def test_requests_tokens_and_loads_are_counted() -> None:
 
 def test_scraped_state_is_read_when_it_is_scraped() -> None:
     metrics = Metrics()
-    facts = {"name": "a", "digest": "d1", "revision": None, "rank": 8, "state": "READY", "routed": True}
-    adapter = SimpleNamespace(**facts, traffic_alarm=True, exclusion=None)
-    adapters = [adapter]
+    adapter = AdapterInfo(
+        "a",
+        AdapterState.READY,
+        "org/a",
+        digest="d1",
+        rank=8,
+        routed=True,
+        traffic_alarm=True,
+        resident=True,
+        memory_bytes=300,
+    )
+    adapters = [adapter, dataclasses.replace(adapter, name="b", resident=False)]
     running = [4]
-    metrics.watch(num_running=lambda: running[0], num_waiting=lambda: 7, adapters=lambda: adapters, max_adapters=64)
+    metrics.watch(
+        num_running=lambda: running[0],
+        num_waiting=lambda: 7,
+        num_waiting_for_adapters=lambda: 5,
+        adapters=lambda: adapters,
+        max_adapters=64,
+    )
     labels = {"name": "a", "digest": "d1", "revision": "", "rank": "8", "state": "READY", "routed": "true"}
     assert value(metrics, "adapter_info", **labels) == 1
     assert (value(metrics, "running_requests"), value(metrics, "waiting_requests")) == (4, 7)
@@ -111,8 +135,10 @@ def test_scraped_state_is_read_when_it_is_scraped() -> None:
         1,
         0,
     )
-    adapter.exclusion = {"share": 0.9}
+    adapters[0] = dataclasses.replace(adapter, exclusion={"share": 0.9})
     assert value(metrics, "adapter_excluded", adapter="a") == 1
+    assert value(metrics, "requests_waiting_for_adapters") == 5
+    assert (value(metrics, "adapters_resident"), value(metrics, "adapter_memory_bytes")) == (1, 300)
     adapters.clear()
     running[0] = 0
     assert value(metrics, "adapter_info", **labels) is None
@@ -121,7 +147,9 @@ def test_scraped_state_is_read_when_it_is_scraped() -> None:
 
 def test_lora_requests_info_has_the_shape_that_gateways_read() -> None:
     metrics = Metrics()
-    metrics.watch(num_running=lambda: 0, num_waiting=lambda: 0, adapters=list, max_adapters=8)
+    metrics.watch(
+        num_running=lambda: 0, num_waiting=lambda: 0, num_waiting_for_adapters=lambda: 0, adapters=list, max_adapters=8
+    )
     metrics.usage.enter(["b"])
     metrics.usage.enter(["a"])
     metrics.usage.start(["a"])

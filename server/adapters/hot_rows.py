@@ -4,6 +4,7 @@ One thread of its own calibrates, one adapter at a time, so that neither downloa
 `Calibrator` does the maths, `Residency` publishes.
 """
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 from server.adapters.calibration import Calibration, Calibrator
 from server.adapters.example_store import ExampleStore
 from server.adapters.examples import MAX_EXAMPLES, EncodeExamples, Example
+from server.adapters.leases import AdapterLease
 from server.adapters.records import AdapterState, Record
 from server.adapters.residency import CancelledLoadError
 from server.adapters.roster import routed_slots
@@ -39,9 +41,11 @@ class HotRows:
         encode: EncodeExamples,
         store: ExampleStore,
         readmit: Callable[[Record], object],
+        hold: Callable[[Sequence[str]], AdapterLease],
     ) -> None:
-        """`publish` brings the router in line with the records, `store` keeps examples across restarts, and `readmit`
-        lets an adapter into the routed pool again.
+        """`publish` brings the router in line with the records, `store` keeps examples across restarts, `readmit` lets
+        an adapter into the routed pool again, and `hold` brings adapters into the bank, if they are not, and keeps them
+        there.
         """
         self._state = state
         self._calibrator = calibrator
@@ -49,6 +53,7 @@ class HotRows:
         self._encode = encode
         self._store = store
         self._readmit = readmit
+        self._hold = hold
         self._additions = threading.Lock()
         """Held while examples are added to an adapter's, written and counted. Taken before the state's mutex."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-calibrator")
@@ -70,7 +75,7 @@ class HotRows:
                 if record.state is not AdapterState.READY or record.adapter is None:
                     raise _not_ready(record)
                 router = self._state.router
-                if router is not None and record.adapter.digest in trained_digests(router.artefact):
+                if router is not None and record.adapter.digest in router.artefact.digests:
                     message = f"the router was trained with {name!r}; its gate row needs no examples"
                     raise AdapterConflictError(message, param="name")
             self._add(record, examples, readmits=True)
@@ -143,10 +148,26 @@ class HotRows:
             self._finish(record)
 
     def _run(self, record: Record, readmits: bool) -> None:
+        """Its adapter is held until the router has the row: from then on it stays."""
+        with contextlib.ExitStack() as holds:
+            before = record.calibration
+            calibration, problem = self._judge(record, holds)
+            with self._state.mutex:
+                record.calibration, record.calibration_problem = calibration, problem
+            try:
+                if calibration is not before:
+                    self._publish()
+                if readmits and calibration is not None and not calibration.report.problems:
+                    self._readmit(record)
+            except Exception:
+                logger.exception("the gate row of adapter %s could not be published", record.spec.name)
+            self._finish(record)
+
+    def _judge(self, record: Record, holds: contextlib.ExitStack) -> tuple[Calibration | None, str | None]:
+        """A row and its verdict, or why there is none."""
         problem: str | None = None
-        calibration: Calibration | None = None
         try:
-            calibration = self._calibrate(record)
+            return self._calibrate(record, holds), None
         except CancelledLoadError:
             pass
         except NotReadyError:
@@ -156,28 +177,19 @@ class HotRows:
         except Exception as error:
             logger.exception("adapter %s could not be calibrated", record.spec.name)
             problem = f"its gate row could not be made ({type(error).__name__})"
-        with self._state.mutex:
-            record.calibration, record.calibration_problem = calibration, problem
-        try:
-            self._publish()
-            if readmits and calibration is not None and not calibration.report.problems:
-                self._readmit(record)
-        except Exception:
-            logger.exception("the gate row of adapter %s could not be published", record.spec.name)
-        self._finish(record)
+        return None, problem
 
     def _finish(self, record: Record) -> None:
         with self._state.mutex:
             record.num_calibrations -= 1
-            self._state.commit(self._state.router)
+            self._state.commit(self._state.router, record)
 
-    def _calibrate(self, record: Record) -> Calibration | None:
+    def _calibrate(self, record: Record, holds: contextlib.ExitStack) -> Calibration | None:
         """None when nobody asked for a row, there is no router, or the router knows the adapter."""
         state = self._state
         with state.mutex:
-            router, slot, adapter = state.router, record.slot, record.adapter
-            trained = {} if router is None else _trained_slots(state, router.artefact)
-        if router is None or slot is None or adapter is None or adapter.digest in trained_digests(router.artefact):
+            router, adapter = state.router, record.adapter
+        if router is None or adapter is None or adapter.digest in router.artefact.digests:
             return None
         with self._additions:
             if not (examples := self._known(record)) and (raw := adapter.examples.read()) is not None:
@@ -190,6 +202,13 @@ class HotRows:
             if record.cancelled.is_set() or record.state is not AdapterState.READY:
                 raise CancelledLoadError
 
+        poll()
+        lease = self._hold([record.spec.name])
+        holds.callback(lease.release)
+        with state.mutex:
+            slot, trained = record.slot, _trained_slots(state, router.artefact)
+        if slot is None or slot not in lease.plan.slots:  # another generation has the name now
+            raise CancelledLoadError
         calibration = self._calibrator.calibrate(slot, examples, router.artefact, trained, poll)
         logger.info(
             "adapter %s calibrated from %s: %s",
@@ -211,12 +230,6 @@ def _merged(known: tuple[Example, ...], more: tuple[Example, ...]) -> tuple[Exam
     return tuple(dict.fromkeys((*known, *more)))[-MAX_EXAMPLES:]
 
 
-def trained_digests(artefact: RouterArtefact) -> frozenset[str]:
-    """Digests of the adapters that the router has rows of its own for."""
-    return frozenset(adapter.digest for adapter in artefact.adapters)
-
-
 def _trained_slots(state: RegistryState, artefact: RouterArtefact) -> dict[str, int]:
     """digest -> slot of the resident adapters that the router was trained with. With the mutex."""
-    known = trained_digests(artefact)
-    return {digest: slot for digest, slot in routed_slots(state.residents()).items() if digest in known}
+    return {digest: slot for digest, slot in routed_slots(state.residents()).items() if digest in artefact.digests}

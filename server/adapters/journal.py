@@ -1,10 +1,13 @@
 """adapters.state: what was registered and retired while the server ran, so that a restart serves what it acknowledged.
 
 adapters.yaml is the operator's and never written. The journal holds the difference: adapters registered over HTTP, and
-configured ones that were retired. Written whole and atomically before anything is acknowledged; sources and digests
-only, never a token. One server at a time may use a journal.
+configured ones that were retired; sources and digests only, never a token. Its first line is a JSON object with
+everything, each further line one change, so that a change costs the same however many adapters there are; every so
+often all of it is written anew as one line. A last line without its end was cut off by a crash, before anybody heard of
+the change. One server at a time may use a journal.
 """
 
+import errno
 import fcntl
 import json
 import logging
@@ -26,7 +29,11 @@ from server.errors import ConfigError, LoraMixerError
 
 logger = logging.getLogger(__name__)
 
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
+"""Version 1 was the same first object, on many lines and without changes after it; it is still read."""
+
+MIN_CHANGES = 1000
+"""Changes after which the file is written anew, or as many as there are adapters, if those are more."""
 
 MAX_JOURNAL_BYTES = 64 * 1024**2
 """Largest journal read; an entry has about 300 bytes."""
@@ -57,6 +64,9 @@ class Journal:
         self._entries: dict[str, JournalEntry] = {}
         self._retired: dict[str, AdapterSpec] = {}
         self._generations: dict[str, int] = {}
+        self._size = 0
+        """Bytes of the file that count; 0 while there is none of this version."""
+        self._num_changes = 0
         self._lock_descriptor: int | None = None
         self._path = path if path is not None and self._claim(path) else None
         self.examples = ExampleStore(self._path and self._path.with_name(f"{self._path.name}.examples"))
@@ -101,44 +111,82 @@ class Journal:
         and no longer counts. Raises LoraMixerError when it cannot be kept.
         """
         with self._mutex:
-            name = entry.spec.name
-            retired = {**self._retired, name: configured} if configured is not None else self._retired
-            generations = {other: count for other, count in self._generations.items() if other != name}
-            generations[name] = max(entry.generation, self._generations.get(name, 0))
-            for oldest in list(generations)[: max(0, len(generations) - MAX_GENERATIONS)]:
-                del generations[oldest]
-            self._change({**self._entries, name: entry}, retired, generations)
+            self._keep({"put": _entry_record(entry), "retired": configured and _spec_record(configured)})
+            self._put(entry, configured)
 
     def remove(self, name: str, *, configured: AdapterSpec | None = None) -> None:
         """Forget an adapter; `configured` says that the configuration lists it. Raises LoraMixerError as `put`."""
         with self._mutex:
-            entries = {other: entry for other, entry in self._entries.items() if other != name}
-            retired = {**self._retired, name: configured} if configured is not None else self._retired
-            if entries != self._entries or retired != self._retired:
-                self._change(entries, retired, self._generations)
+            is_retired = configured is None or self._retired.get(name) == configured
+            if name not in self._entries and is_retired:
+                return
+            self._keep({"remove": name, "retired": configured and _spec_record(configured)})
+            self._remove(name, configured)
 
-    def _change(
-        self, entries: dict[str, JournalEntry], retired: dict[str, AdapterSpec], generations: dict[str, int]
-    ) -> None:
-        if self._path is not None:
-            record = {
-                "version": JOURNAL_VERSION,
-                "adapters": [
-                    {"spec": _spec_record(entry.spec), "generation": entry.generation, "digest": entry.digest}
-                    for entry in entries.values()
-                ],
-                "retired": [_spec_record(spec) for spec in retired.values()],
-                "generations": generations,
-            }
-            try:
-                write_atomically(self._path, json.dumps(record, indent=1) + "\n")
-            except OSError as error:
-                raise LoraMixerError(
-                    f"{self._path} cannot be written ({error.strerror}), so nothing was changed; free space, or set "
-                    "server.registry_file to a file that can be written",
-                    code="registry_not_writable",
-                ) from error
-        self._entries, self._retired, self._generations = entries, retired, generations
+    def _put(self, entry: JournalEntry, configured: AdapterSpec | None) -> None:
+        name = entry.spec.name
+        self._entries[name] = entry
+        self._generations[name] = max(entry.generation, self._generations.pop(name, 0))  # now the youngest
+        if len(self._generations) > MAX_GENERATIONS:
+            del self._generations[next(iter(self._generations))]
+        if configured is not None:
+            self._retired[name] = configured
+
+    def _remove(self, name: str, configured: AdapterSpec | None) -> None:
+        self._entries.pop(name, None)
+        if configured is not None:
+            self._retired[name] = configured
+
+    def _keep(self, change: Mapping[str, Any]) -> None:
+        """Have a change on disk. Raises LoraMixerError, and then the file is what it was."""
+        if self._path is None:
+            return
+        try:
+            if self._num_changes >= max(MIN_CHANGES, len(self._entries)) or not self._append(self._path, change):
+                self._rewrite(self._path)
+                if not self._append(self._path, change):
+                    raise OSError(errno.EIO, "the file changed while it was written")
+        except OSError as error:
+            raise LoraMixerError(
+                f"{self._path} cannot be written ({error.strerror}), so nothing was changed; free space, or set "
+                "server.registry_file to a file that can be written",
+                code="registry_not_writable",
+            ) from error
+
+    def _append(self, path: Path, change: Mapping[str, Any]) -> bool:
+        """False if the file is not the one that this journal has written last. Raises OSError."""
+        line = (json.dumps(change) + "\n").encode()
+        if self._size == 0:
+            return False
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            if os.fstat(descriptor).st_size < self._size:
+                return False
+            os.ftruncate(descriptor, self._size)  # what an earlier change that failed may have left
+            if os.pwrite(descriptor, line, self._size) < len(line):
+                os.ftruncate(descriptor, self._size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        self._size += len(line)
+        self._num_changes += 1
+        return True
+
+    def _rewrite(self, path: Path) -> None:
+        """Everything as one line, without changes after it."""
+        record = {
+            "version": JOURNAL_VERSION,
+            "adapters": [_entry_record(entry) for entry in self._entries.values()],
+            "retired": [_spec_record(spec) for spec in self._retired.values()],
+            "generations": self._generations,
+        }
+        text = json.dumps(record) + "\n"
+        write_atomically(path, text)
+        self._size, self._num_changes = len(text.encode()), 0
 
     def _claim(self, path: Path) -> bool:
         """Whether this server may write the journal; holds the claim until `close` or the end of the process."""
@@ -158,24 +206,49 @@ class Journal:
 
     def _read(self, path: Path) -> None:
         try:
-            content = parse_object(path.read_bytes(), max_bytes=MAX_JOURNAL_BYTES)
-            if content.get("version") != JOURNAL_VERSION:
-                raise StrictJsonError(f"its version is {content.get('version')!r}, this server reads {JOURNAL_VERSION}")
-            entries = [_entry(record) for record in content["adapters"]]
-            retired = [AdapterSpec.model_validate(record) for record in content["retired"]]
-            self._generations = {str(name): int(count) for name, count in content["generations"].items()}
+            data = path.read_bytes()
+            if len(data) > MAX_JOURNAL_BYTES:
+                raise StrictJsonError(f"it has {len(data)} bytes, more than the limit of {MAX_JOURNAL_BYTES}")
+            self._parse(data)
         except FileNotFoundError:
             return
         except (StrictJsonError, OSError, ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
             advice = "restore it, or delete it to start with the adapters of the configuration alone"
             raise ConfigError(f"{path} is damaged: {type(error).__name__}: {error}; {advice}") from error
+
+    def _parse(self, data: bytes) -> None:
+        first, *changes = data.split(b"\n")
+        has_changes = first.startswith(b'{"version": 2,')
+        content = parse_object(first if has_changes else data, max_bytes=MAX_JOURNAL_BYTES)
+        if content.get("version") not in (1, JOURNAL_VERSION):
+            raise StrictJsonError(f"its version is {content.get('version')!r}, this server reads {JOURNAL_VERSION}")
+        entries = [_entry(record) for record in content["adapters"]]
+        retired = [AdapterSpec.model_validate(record) for record in content["retired"]]
+        self._generations = {str(name): int(count) for name, count in content["generations"].items()}
         self._entries = {entry.spec.name: entry for entry in entries}
         self._retired = {spec.name: spec for spec in retired}
+        if not has_changes:
+            return  # the first change writes the file anew
+        cut_off = changes.pop() if changes else first
+        for line in changes:
+            self._apply(parse_object(line, max_bytes=MAX_JOURNAL_BYTES))
+        self._size, self._num_changes = len(data) - len(cut_off), len(changes)
+
+    def _apply(self, change: Mapping[str, Any]) -> None:
+        configured = None if change["retired"] is None else AdapterSpec.model_validate(change["retired"])
+        if "put" in change:
+            self._put(_entry(change["put"]), configured)
+        else:
+            self._remove(str(change["remove"]), configured)
 
 
 def _spec_record(spec: AdapterSpec) -> dict[str, Any]:
     """Every field, but `routed` only if it was said: asking for routing and not objecting to it are not the same."""
     return spec.model_dump(exclude=set() if "routed" in spec.model_fields_set else {"routed"})
+
+
+def _entry_record(entry: JournalEntry) -> dict[str, Any]:
+    return {"spec": _spec_record(entry.spec), "generation": entry.generation, "digest": entry.digest}
 
 
 def _entry(record: Mapping[str, Any]) -> JournalEntry:

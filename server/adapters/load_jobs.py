@@ -37,10 +37,11 @@ class LoadJobs:
         configured: Mapping[str, AdapterSpec],
         on_ready: Callable[[Record], object],
         on_load: Callable[[str, float], object],
+        tidy_soon: Callable[[], object],
     ) -> None:
         """`decisions` is held while the journal changes; `configured` lists the configuration's adapters by name.
 
-        `on_ready` hears of every adapter that has come to serve.
+        `on_ready` hears of every adapter that has come to serve, and what that leaves behind `tidy_soon` clears away.
         """
         self._loader = loader
         self._state = state
@@ -52,6 +53,7 @@ class LoadJobs:
         self._configured = configured
         self._on_ready = on_ready
         self._on_load = on_load
+        self._tidy_soon = tidy_soon
 
     def run(self, record: Record) -> None:
         """On a loader's thread, from DOWNLOADING to READY or FAILED."""
@@ -69,7 +71,7 @@ class LoadJobs:
             self._guard.restore(record, adapter.digest)
             self._publisher.run(lambda: self._residency.admit(record, adapter))
             self._on_ready(record)
-            self._publisher.enqueue(self._residency.collect)
+            self._tidy_soon()
         except CancelledLoadError:
             outcome = "cancelled"
             self._end(record, None)
@@ -112,14 +114,15 @@ class LoadJobs:
         """A load that came to nothing: FAILED with its reason, or gone if it was retired meanwhile."""
         with self._decisions:
             with self._state.mutex:
-                record.slot = record.adapter = None
+                self._state.unseat(record)
+                record.adapter = None
                 is_failure = failure is not None and record.state is not AdapterState.RETIRING
                 if is_failure:
                     record.state, record.failure = AdapterState.FAILED, failure
                 else:
                     self._state.remove(record)
                 is_current = self._state.records.get(record.spec.name) is record
-                self._state.commit(self._state.router)
+                self._state.commit(self._state.router, record)
             # A refusal is final. What the network or a disk did is tried again by a restart.
             is_final = isinstance(failure, AdapterRefusedError) and not record.expected_digest
             if is_failure and is_current and is_final:

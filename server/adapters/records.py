@@ -4,15 +4,19 @@ import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 from server.adapters.calibration import Calibration
 from server.adapters.examples import Example
 from server.adapters.exclusions import Exclusion
-from server.adapters.roster import ResidentAdapter
+from server.adapters.roster import ResidentAdapter, ServedAdapter
 from server.adapters.weights import Adapter
 from server.config import AdapterSpec
 from server.errors import AdapterRefusedError, LoraMixerError, RefusalReason
+from server.naming import looks
+
+Kind = TypeVar("Kind", bound=ServedAdapter)
 
 
 class AdapterState(StrEnum):
@@ -59,6 +63,12 @@ class AdapterInfo:
     generation: int = 1
     """How many times this name has been registered."""
     description: str = ""
+    pinned: bool = False
+    """Whether it is never evicted from memory."""
+    resident: bool = False
+    """Whether its rows are in memory; where not, the first request loads them."""
+    memory_bytes: int = 0
+    """What its rows cost in memory, whether they are there or not; 0 until it is checked."""
     downloaded_bytes: int = 0
     """Bytes of the download that are here."""
     download_bytes: int = 0
@@ -98,11 +108,17 @@ class Record:
 
     spec: AdapterSpec
     generation: int
+    number: int = 0
+    """Place of its name in the order of registration."""
     state: AdapterState = AdapterState.DOWNLOADING
     slot: int | None = None
     """Set while the bank holds its rows."""
     adapter: Adapter | None = None
-    """Facts only: weights are dropped once the bank has them."""
+    """Facts only: weights are dropped once the bank has them, or has no room for them."""
+    memory_bytes: int = 0
+    """What its rows cost in the bank."""
+    last_use: int = 0
+    """When a request took it last, or the bank did, on a clock of the registry's own."""
     failure: LoraMixerError | None = None
     progress: float = 0.0
     downloaded_bytes: int = 0
@@ -126,16 +142,26 @@ class Record:
     cancelled: threading.Event = field(default_factory=threading.Event)
     """Set when it is retired while it loads; read without the mutex."""
 
+    @cached_property
+    def looks(self) -> tuple[str, str]:
+        """See `naming.looks`."""
+        return looks(self.spec.name)
+
+    @property
+    def served(self) -> ServedAdapter | None:
+        """What the roster shows of it; None while nobody may use it."""
+        return self._as(ServedAdapter, self.slot) if self.state is AdapterState.READY else None
+
     @property
     def resident(self) -> ResidentAdapter | None:
         """Its place in the bank; None while it has none."""
-        if self.slot is None or self.adapter is None:
-            return None
+        return None if self.slot is None else self._as(ResidentAdapter, self.slot)
+
+    def _as(self, kind: type[Kind], slot: int | None) -> Kind:
+        assert self.adapter is not None
         problem = "its gate row is being calibrated" if self.num_calibrations else self.calibration_problem
         digest = self.adapter.digest
-        return ResidentAdapter(
-            self.spec.name, self.slot, digest, self.spec.routed, self.calibration, problem, self.exclusion
-        )
+        return kind(self.spec.name, slot, digest, self.spec.routed, self.calibration, problem, self.exclusion)
 
     def info(
         self,
@@ -171,6 +197,9 @@ class Record:
             traffic_share=self.gate_mass / total_gate_mass if total_gate_mass else 0.0,
             generation=self.generation,
             description=self.spec.description,
+            pinned=self.spec.pinned,
+            resident=self.slot is not None,
+            memory_bytes=self.memory_bytes,
             downloaded_bytes=self.downloaded_bytes,
             download_bytes=self.download_bytes,
             traffic_alarm=is_ready and self.has_alarm,

@@ -4,6 +4,7 @@ Order of what is durable: a registration is in the journal before its call retur
 retirement before it is refused to anyone. So a crash at any moment leaves what was last acknowledged.
 """
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Collection, Sequence
@@ -27,7 +28,7 @@ from server.errors import (
     NotReadyError,
     TooManyRegistrationsError,
 )
-from server.naming import are_confusable, reserved_by
+from server.naming import reserved_by
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +54,13 @@ class Registrations:
         on_ready: Callable[[Record], object],
         on_retired: Callable[[Record], object],
         on_load: Callable[[str, float], object],
+        tidy_soon: Callable[[], object],
     ) -> None:
+        """`tidy_soon` has taken out of the bank what nobody can use any more."""
         self._loader = loader
         self._state = state
         self._publisher = publisher
-        self._residency = residency
+        self._tidy_soon = tidy_soon
         self._journal = journal
         self._guard = guard
         self._base_model_name = base_model_name
@@ -67,6 +70,7 @@ class Registrations:
         self._loaders = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="adapter-loader")
         self._decisions = threading.Lock()
         """Held from a decision until it is in the journal. Taken before the state's mutex."""
+        self._numbers = itertools.count(1)
         self._generations: dict[str, int] = {}
         self._configured: dict[str, AdapterSpec] = {}
         self._is_closing = False
@@ -81,6 +85,7 @@ class Registrations:
             configured=self._configured,
             on_ready=on_ready,
             on_load=on_load,
+            tidy_soon=tidy_soon,
         )
 
     def restore(self, configured: Sequence[AdapterSpec], admit: Callable[[AdapterSpec], object]) -> list[str]:
@@ -149,17 +154,17 @@ class Registrations:
                 if (replacement := self._state.replacements.pop(name, None)) is not None:
                     replacement.cancelled.set()
                     replacement.state = AdapterState.RETIRING
-                if record.state is AdapterState.FAILED:
+                if record.state is AdapterState.FAILED or (record.state is AdapterState.READY and record.slot is None):
                     self._state.remove(record)
                 elif record.state.is_loading:
                     record.cancelled.set()
                 record.state = AdapterState.RETIRING
-                self._state.commit(self._state.router)
+                self._state.commit(self._state.router, record)
                 info = self._state.info(record)
             self._journal.examples.forget(name)
             self._guard.forget(name)
             self._on_retired(record)  # now, not when the last request ends: until then a crash would forget to
-        self._publisher.enqueue(self._residency.collect)
+        self._tidy_soon()
         return info
 
     def close(self) -> None:
@@ -201,8 +206,9 @@ class Registrations:
         if expected is None:
             assert known.adapter is not None
             message = (
-                f"the name {spec.name!r} is taken by other content or settings (source {known.spec.source!r}, "
-                f"routed {known.spec.routed}, digest {known.adapter.digest[:12]}); retire it first, or send If-Match"
+                f"the name {spec.name!r} is taken by other content or settings (source {known.spec.source!r}, routed "
+                f"{known.spec.routed}, pinned {known.spec.pinned}, digest {known.adapter.digest[:12]}); retire it "
+                "first, or send If-Match"
             )
             raise AdapterConflictError(message, param="name")
         return self._replacement(spec)
@@ -226,9 +232,10 @@ class Registrations:
         if self._is_closing:
             raise NotReadyError("the server is shutting down")
         records, name = self._state.records, record.spec.name
-        alive = [other for other, known in records.items() if known.state is not AdapterState.FAILED and other != name]
-        if alike := next((other for other in alive if are_confusable(name, other)), None):
-            message = f"the name {name!r} looks like {alike!r}, which is registered; choose another name"
+        alive = [r for other, r in records.items() if r.state is not AdapterState.FAILED and other != name]
+        folded, appearance = record.looks
+        if alike := next((r for r in alive if r.looks[0] == folded or r.looks[1] == appearance), None):
+            message = f"the name {name!r} looks like {alike.spec.name!r}, which is registered; choose another name"
             raise AdapterConflictError(message, param="name", code="confusable_name")
         if len(alive) >= self._max_adapters:
             message = f"{self._max_adapters} adapters are registered, the most allowed; retire one first"
@@ -237,6 +244,7 @@ class Registrations:
         failed = [other for other, known in records.items() if known.state is AdapterState.FAILED]
         for other in {name, *failed[: max(0, len(failed) - self._max_adapters + 1)]}:
             records.pop(other, None)
+        record.number = next(self._numbers)
         records[name] = record
 
     def _refuse_overload(self) -> None:
@@ -279,5 +287,5 @@ class Registrations:
             examples.forget(record.spec.name, only=record.generation)
             with self._state.mutex:
                 self._state.remove(record)
-                self._state.commit(self._state.router)
+                self._state.commit(self._state.router, record)
             raise

@@ -4,7 +4,9 @@ Threads. Loader threads download and check; the publisher's lane stages bank and
 between two steps; callers take the state's mutex for a moment. At no instant is anything half registered.
 """
 
+import contextlib
 import functools
+import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,23 +17,32 @@ from server.adapters.hot_rows import HotRows, refuse_examples
 from server.adapters.hub import HubSource
 from server.adapters.journal import Journal
 from server.adapters.leases import AdapterLease
+from server.adapters.leasing import LeaseDesk
 from server.adapters.loading import AdapterLoader
 from server.adapters.lockfile import Lockfile, LockKey
+from server.adapters.occupancy import stays, wanted_by
 from server.adapters.publisher import Publisher, RunBetweenSteps
 from server.adapters.records import AdapterInfo, AdapterState, Record
 from server.adapters.registration import Registrations
 from server.adapters.residency import Residency
 from server.adapters.roster import Roster
 from server.adapters.router_swap import load_checked_artefact, router_facts
+from server.adapters.seating import NobodyCounts, ResidencyObserver, Seating
 from server.adapters.share_guard import ShareGuard
 from server.adapters.state import RegistryState
 from server.adapters.weights import AdapterLimits
 from server.config import AdapterSpec, ServerSettings
+from server.errors import AdapterMemoryError, RouterArtefactError
 from server.routing.attach import RoutedModel
 from server.routing.policy import GatePlan, PlanSpan
 from server.routing.recording import ExampleStates
 
+logger = logging.getLogger(__name__)
+
 AdapterInfos = list[AdapterInfo]
+
+SWAP_WAIT_S = 600.0
+"""Longest that the swap of a router waits for its adapters: many may have to be read, and requests to end."""
 
 
 def _ignore_load(_outcome: str, _seconds: float) -> None:
@@ -53,6 +64,7 @@ class AdapterRegistry:
         journal: Path | None = None,
         root: Path = Path(),
         on_load: Callable[[str, float], object] = _ignore_load,
+        observer: ResidencyObserver | None = None,
         states: ExampleStates | None = None,
         encode_examples: EncodeExamples = refuse_examples,
     ) -> None:
@@ -60,8 +72,9 @@ class AdapterRegistry:
 
         `run_between_steps` runs a function on the model's thread between two steps, or inline while there is no such
         thread. `on_load` hears of every finished registration: outcome (`ready`, `cancelled` or the failure's code)
-        and seconds. `journal` keeps registrations across restarts; `states` is where gate rows get theirs, by default
-        the torch model. Raises ConfigError when lockfile or journal is damaged.
+        and seconds, `observer` of what moves between disk and memory. `journal` keeps registrations across restarts;
+        `states` is where gate rows get theirs, by default the torch model. Raises ConfigError when lockfile or journal
+        is damaged.
         """
         self.loader = AdapterLoader(
             projections=routed.projections,
@@ -82,13 +95,25 @@ class AdapterRegistry:
             on_excluded=lambda record: self._publisher.enqueue(lambda: guard.keep(record)),
         )
         self._publisher = Publisher(routed, run_between_steps)
-        self._residency = Residency(routed, self._state, self._publisher, self._forget_source)
+        max_bytes = None if settings.adapter_memory_mib is None else round(settings.adapter_memory_mib * 2**20)
+        self._residency = Residency(routed, self._state, self._publisher, self._forget_source, max_bytes=max_bytes)
+        self._is_tidying = False
+        self._seating = Seating(
+            self._state,
+            self._residency,
+            self.loader,
+            observer or NobodyCounts(),
+            max_waiting=settings.max_waiting_requests,
+            serve_soon=self._tidy_soon,
+            release=self._release,
+        )
+        self.desk = LeaseDesk(self._state, self._seating, wait_s=settings.adapter_wait_s)
         records = Journal(journal)
         guard = ShareGuard(self._state, records.exclusions)
         publish_rows = functools.partial(self._publisher.run, self._residency.refresh_router)
         calibrator = Calibrator(routed, run_between_steps, states)
         self._hot_rows = HotRows(
-            self._state, calibrator, publish_rows, encode_examples, records.examples, guard.readmit
+            self._state, calibrator, publish_rows, encode_examples, records.examples, guard.readmit, self.desk.hold
         )
         self._registrations = Registrations(
             self.loader,
@@ -98,11 +123,12 @@ class AdapterRegistry:
             records,
             guard,
             base_model_name=base_model_name,
-            max_adapters=min(settings.max_adapters, routed.num_slots - 1),
+            max_adapters=settings.max_adapters,
             max_loading=settings.max_loading_adapters,
-            on_ready=self._hot_rows.start,
+            on_ready=self._on_ready,
             on_retired=self._forget_source,
             on_load=on_load,
+            tidy_soon=self._tidy_soon,
         )
 
     # Requests
@@ -120,9 +146,10 @@ class AdapterRegistry:
     def lease(
         self, model: str, *, adapters: Sequence[str] | Mapping[str, float] | None = None, top_k: int | None = None
     ) -> AdapterLease:
-        """Gate plan of a request and a hold on all that it may activate. Raises what `Roster.resolve` raises."""
-        plan, slot_names = self._state.lease(model, adapters, top_k)
-        return AdapterLease(plan, slot_names, model, self._release)
+        """Gate plan of a request and a hold on all that it may activate. Blocks while that is not in memory: for worker
+        threads. Raises what `LeaseDesk.lease_when_resident` raises.
+        """
+        return self.desk.lease(model, adapters, top_k)[0]
 
     def prompt_spans(self, plan: GatePlan, token_ids: Sequence[int]) -> tuple[PlanSpan, ...]:
         """Plans of the beginning of a prompt whose request holds `plan`: see `RouterBank.prompt_spans`."""
@@ -137,8 +164,34 @@ class AdapterRegistry:
         self._state.record_traffic(gate_mass, routed_mass)
 
     def _release(self, lease: AdapterLease) -> None:
-        if self._state.release(lease):
-            self._publisher.enqueue(self._residency.collect)
+        with self._state.mutex:
+            is_due = self._state.release(lease) and (len(self._seating.line) > 0 or bool(self._state.garbage()))
+        if is_due:
+            self._tidy_soon()
+
+    def _tidy_soon(self) -> None:
+        """Once is enough for all who ask before it begins."""
+        with self._state.mutex:
+            is_queued, self._is_tidying = self._is_tidying, True
+        if not is_queued:
+            self._publisher.enqueue(self._tidy)
+
+    def _tidy(self) -> None:
+        """Take out what nobody can use any more, and give the room to who waits for it."""
+        with self._state.mutex:
+            self._is_tidying = False
+        self._residency.collect()
+        self._seating.serve()
+        self._residency.collect()  # what was retired while it came in
+
+    def _on_ready(self, record: Record) -> None:
+        """An adapter that is to stay in memory and found no room gets in line for it, like a request."""
+        with self._state.mutex:
+            is_missing = record.slot is None and record.state is AdapterState.READY and stays(self._state, record)
+        if is_missing:
+            self.desk.bring_in(record.spec.name, lambda: self._hot_rows.start(record))
+        else:
+            self._hot_rows.start(record)
 
     # Registration
 
@@ -204,8 +257,10 @@ class AdapterRegistry:
 
     def close(self) -> None:
         """Abandon loads and stop the threads. Leases may still be released afterwards."""
+        self.desk.refuse_waiting()
         self._registrations.close()
         self._hot_rows.close()
+        self._seating.close()
 
     # Router
 
@@ -217,11 +272,19 @@ class AdapterRegistry:
     def swap_router(self, folder: Path) -> dict[str, Any]:
         """Load an artefact and make it the router of new requests; running ones keep theirs. Blocks until it serves.
 
-        Raises RouterArtefactError when it is damaged or made for another base, other projections or other weights.
+        Its adapters are brought into memory first. Raises RouterArtefactError when they do not fit there, or when it is
+        damaged or made for another base, other projections or other weights.
         """
         artefact = load_checked_artefact(folder, self._routed, self._base_model_name)
-        self._publisher.run(lambda: self._residency.install_router(artefact, folder))
-        self._publisher.enqueue(self._residency.collect)
+        with contextlib.ExitStack() as holds:
+            if wanted := wanted_by(self._state, artefact):
+                try:
+                    holds.callback(self.desk.hold(wanted, wait_s=SWAP_WAIT_S).release)
+                except AdapterMemoryError as error:
+                    message = f"the router's adapters do not fit into memory: {error.message}"
+                    raise RouterArtefactError(message, code=error.code) from error
+            self._publisher.run(lambda: self._residency.install_router(artefact, folder))
+        self._tidy_soon()
         self._hot_rows.renew()
         return self.router_info()
 

@@ -1,11 +1,13 @@
-"""Rosters: immutable snapshots of which adapters stand in which slots, and which of them the router may choose.
+"""Rosters: immutable snapshots of which adapters are served, in which slots, and which of them the router may choose.
 
 A roster turns what a request asks for into a gate plan. It is replaced as a whole, never changed, and knows no threads.
+What is derived from all adapters is derived once, when first asked for: rosters change while requests run.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -23,16 +25,20 @@ AUTO_MODEL = "auto"
 BASE_ALIAS = "base"
 """Name of the null expert in a routed pool and in traces."""
 
+MAX_LISTED = 20
+"""Names in the message of an error."""
+
 MAX_WEIGHT = 2.0
 """Largest fixed weight; beyond, an adapter is extrapolated further than anyone has tried."""
 
 
 @dataclass(frozen=True)
-class ResidentAdapter:
-    """An adapter whose rows are in the bank."""
+class ServedAdapter:
+    """A READY adapter: resident, or warm, which is on disk and takes its place in the bank when a request wants it."""
 
     name: str
-    slot: int
+    slot: int | None
+    """None: warm."""
     digest: str
     wants_routing: bool
     calibration: Calibration | None = None
@@ -44,18 +50,19 @@ class ResidentAdapter:
 
 
 @dataclass(frozen=True)
-class RosterAdapter:
-    """A resident adapter with the router's verdict on it."""
+class ResidentAdapter(ServedAdapter):
+    """An adapter whose rows are in the bank."""
 
-    name: str
     slot: int
-    digest: str
-    unrouted_reason: str | None
-    """Why `auto` does not choose it; None when it does."""
 
-    @property
-    def is_routed(self) -> bool:
-        return self.unrouted_reason is None
+
+class NotResidentError(Exception):
+    """What a request may have needs adapters in the bank that are not there."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__(f"not resident: {', '.join(names)}")
+        self.names = names
+        """Every adapter that the request needs, sorted, the resident ones among them."""
 
 
 class Resolution(NamedTuple):
@@ -71,7 +78,7 @@ class Roster:
     """Which adapters are served right now."""
 
     base_model_name: str
-    adapters: Mapping[str, RosterAdapter] = field(default_factory=dict)
+    adapters: Mapping[str, ServedAdapter] = field(default_factory=dict)
     router: RouterGeneration | None = None
 
     def resolve(
@@ -81,7 +88,8 @@ class Roster:
 
         Raises ModelNotFoundError(param="model") for a model that is not served; InvalidRequestError with param
         `adapters` or `top_k_adapters` for a pool, weights or count that cannot be had, and with param `model` and
-        code `router_unavailable` when `auto` has nothing to route to.
+        code `router_unavailable` when `auto` has nothing to route to; NotResidentError when all is well but for
+        adapters that are warm.
         """
         if model == AUTO_MODEL:
             if isinstance(adapters, Mapping):
@@ -90,18 +98,47 @@ class Roster:
             return self._with_names(self._routed(adapters, top_k))
         is_base = model == self.base_model_name
         if not is_base and model not in self.adapters:
-            served = ", ".join([AUTO_MODEL, self.base_model_name, *self.adapters])
+            served = _listed([AUTO_MODEL, self.base_model_name, *self.adapters])
             raise ModelNotFoundError(f"the model {model[:200]!r} does not exist; served are {served}", param="model")
         _refuse_extension(adapters, "adapters", f"it needs model {AUTO_MODEL!r}")
         _refuse_extension(top_k, "top_k_adapters", f"it needs model {AUTO_MODEL!r}")
         if is_base:
             return self._with_names(BASE_PLAN)
-        adapter = self.adapters[model]
-        return self._with_names(fixed_plan(Policy.PINNED, {adapter.slot: 1.0}, {adapter.slot: adapter.digest}))
+        return self._with_names(self._fixed(Policy.PINNED, {model: 1.0}))
+
+    @cached_property
+    def routed(self) -> Mapping[int, str]:
+        """slot -> digest of every adapter that `auto` may choose."""
+        members = (adapter for adapter in self.adapters.values() if self.is_routed(adapter))
+        return {adapter.slot: adapter.digest for adapter in members if adapter.slot is not None}
+
+    @cached_property
+    def slot_names(self) -> Mapping[int, str]:
+        """Name of the adapter in each slot that has one."""
+        return {adapter.slot: name for name, adapter in self.adapters.items() if adapter.slot is not None}
+
+    def is_routed(self, adapter: ServedAdapter) -> bool:
+        """Whether `auto` may choose it: it wants that, is not excluded, and the router has a gate row in its slot."""
+        has_row = self.router is not None and adapter.slot in self.router.slots
+        return has_row and adapter.wants_routing and adapter.exclusion is None
+
+    def unrouted_reason(self, name: str) -> str | None:
+        """Why `auto` does not choose a served adapter; None when it does, or when nobody is served under the name."""
+        adapter = self.adapters.get(name)
+        if adapter is None or self.is_routed(adapter):
+            return None
+        return _unrouted_reason(adapter, self.router, self._row_owners)
+
+    @cached_property
+    def _row_owners(self) -> Mapping[str, str]:
+        """digest -> name of adapters with a gate row. An excluded one keeps it, so that nobody with the same weights
+        gets it instead."""
+        slots = frozenset() if self.router is None else self.router.slots
+        return {adapter.digest: name for name, adapter in self.adapters.items() if adapter.slot in slots}
 
     def _routed(self, pool: Sequence[str] | None, top_k: int | None) -> GatePlan:
         router = self.router
-        if router is None or not any(adapter.is_routed for adapter in self.adapters.values()):
+        if router is None or not self.routed:
             problem = "no router is loaded" if router is None else "no adapter is routed"
             message = f"{problem}, so {AUTO_MODEL!r} has nothing to choose from; name an adapter or the base model as "
             raise InvalidRequestError(
@@ -121,17 +158,17 @@ class Roster:
         has_null_expert = BASE_SLOT in router.slots
         null_expert = {BASE_SLOT: BASE_DIGEST} if has_null_expert and (names is None or BASE_ALIAS in names) else {}
         if names is None:
-            routed = [adapter for adapter in self.adapters.values() if adapter.is_routed]
-            return {**null_expert, **{adapter.slot: adapter.digest for adapter in routed}}
+            return {**null_expert, **self.routed}
         if not names or len(set(names)) < len(names):
             problem = "names an adapter twice" if names else "is empty"
             raise InvalidRequestError(f"the pool of adapters {problem}", param="adapters", code="invalid_pool")
-        chosen = [self._member(name) for name in names if not (null_expert and name == BASE_ALIAS)]
-        for adapter in chosen:
-            if not adapter.is_routed:
-                message = f"adapter {adapter.name!r} is not routed: {adapter.unrouted_reason}"
+        chosen = {}
+        for adapter in [self._member(name) for name in names if not (null_expert and name == BASE_ALIAS)]:
+            if adapter.slot is None or not self.is_routed(adapter):
+                message = f"adapter {adapter.name!r} is not routed: {self.unrouted_reason(adapter.name)}"
                 raise InvalidRequestError(message, param="adapters", code="adapter_not_routed")
-        return {**null_expert, **{adapter.slot: adapter.digest for adapter in chosen}}
+            chosen[adapter.slot] = adapter.digest
+        return {**null_expert, **chosen}
 
     def _weighted(self, weights: Mapping[str, float]) -> GatePlan:
         if not weights:
@@ -140,22 +177,28 @@ class Roster:
             if not (math.isfinite(weight) and 0 <= weight <= MAX_WEIGHT):
                 message = f"the weight of adapter {name[:200]!r} must be between 0 and {MAX_WEIGHT:g}"
                 raise InvalidRequestError(message, param="adapters", code="invalid_weight")
-        members = {name: self._member(name) for name in weights}
-        return fixed_plan(
-            Policy.WEIGHTED,
-            {members[name].slot: weight for name, weight in weights.items()},
-            {adapter.slot: adapter.digest for adapter in members.values()},
-        )
+        for name in weights:
+            self._member(name)
+        return self._fixed(Policy.WEIGHTED, {name: weight for name, weight in weights.items() if weight})
 
-    def _member(self, name: str) -> RosterAdapter:
+    def _fixed(self, policy: Policy, weights: Mapping[str, float]) -> GatePlan:
+        """Raises NotResidentError. Every name is known, and no weight is zero: such adapters need not be there."""
+        by_slot, digests = {}, {}
+        for name, weight in weights.items():
+            adapter = self.adapters[name]
+            if adapter.slot is None:
+                raise NotResidentError(tuple(sorted(weights)))
+            by_slot[adapter.slot], digests[adapter.slot] = weight, adapter.digest
+        return fixed_plan(policy, by_slot, digests)
+
+    def _member(self, name: str) -> ServedAdapter:
         if (adapter := self.adapters.get(name)) is None:
-            message = f"adapter {name[:200]!r} is not served; served are {', '.join(self.adapters) or 'none'}"
+            message = f"adapter {name[:200]!r} is not served; served are {_listed(self.adapters) or 'none'}"
             raise InvalidRequestError(message, param="adapters", code="adapter_not_found")
         return adapter
 
     def _with_names(self, plan: GatePlan) -> Resolution:
-        slots = plan.slots
-        names = {adapter.slot: name for name, adapter in self.adapters.items() if adapter.slot in slots}
+        names = {slot: self.slot_names[slot] for slot in plan.slots if slot != BASE_SLOT}
         return Resolution(plan, MappingProxyType({BASE_SLOT: BASE_ALIAS, **names}))
 
 
@@ -170,7 +213,7 @@ def routed_slots(resident: Iterable[ResidentAdapter]) -> dict[str, int]:
 
 def hot_rows(resident: Iterable[ResidentAdapter], artefact: RouterArtefact) -> dict[int, HotRow]:
     """slot -> row of adapters that the router was not trained with and whose row for it has passed the canary."""
-    known = {adapter.digest for adapter in artefact.adapters}
+    known = set(artefact.digests)
     rows = {}
     for adapter in resident:
         hot = adapter.calibration
@@ -181,34 +224,24 @@ def hot_rows(resident: Iterable[ResidentAdapter], artefact: RouterArtefact) -> d
     return rows
 
 
-def build_roster(base_model_name: str, ready: Iterable[ResidentAdapter], router: RouterGeneration | None) -> Roster:
-    """Roster of the resident adapters; routed is who wants to be, is not excluded, and has a gate row in its slot.
-
-    An excluded one keeps its row, so that nobody with the same weights gets it instead.
-    """
-    resident = tuple(ready)
-    adapters = {
-        adapter.name: RosterAdapter(
-            adapter.name, adapter.slot, adapter.digest, _unrouted_reason(adapter, resident, router)
-        )
-        for adapter in resident
-    }
-    return Roster(base_model_name, MappingProxyType(adapters), router)
+def build_roster(base_model_name: str, served: Iterable[ServedAdapter], router: RouterGeneration | None) -> Roster:
+    """Roster of these adapters."""
+    return Roster(base_model_name, MappingProxyType({adapter.name: adapter for adapter in served}), router)
 
 
-def _unrouted_reason(
-    adapter: ResidentAdapter, resident: Sequence[ResidentAdapter], router: RouterGeneration | None
-) -> str | None:
+def _unrouted_reason(adapter: ServedAdapter, router: RouterGeneration | None, with_row: Mapping[str, str]) -> str:
+    """`with_row` has the names of adapters that have a gate row, by digest."""
     if not adapter.wants_routing:
         return "registered with routed: false: served by name only"
     if router is None:
         return "no router is loaded: served by name only"
-    if adapter.slot in router.slots:
-        return None if adapter.exclusion is None else f"{adapter.exclusion.reason}: served by name only"
-    for other in resident:
-        if other.digest == adapter.digest and other.slot in router.slots:
-            return f"the same weights are routed as {other.name!r}: served by name only"
+    if adapter.exclusion is not None and adapter.slot in router.slots:
+        return f"{adapter.exclusion.reason}: served by name only"
+    if (twin := with_row.get(adapter.digest)) is not None:
+        return f"the same weights are routed as {twin!r}: served by name only"
     for known in router.artefact.adapters:
+        if known.digest == adapter.digest and adapter.slot is None:
+            return "it waits for room in memory (server.adapter_memory_mib): served by name only until it has that"
         if known.digest == adapter.digest:
             return "the same weights are routed under a name that is retiring: served by name only until it is gone"
         if known.name == adapter.name and known.digest != adapter.digest:
@@ -221,6 +254,13 @@ def _unrouted_reason(
     if adapter.calibration is not None and (problems := adapter.calibration.report.problems):
         return f"{' and '.join(problems)}: served by name only"
     return "no gate row in the router artefact: served by name only"
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The names, or the first of very many."""
+    known = list(names)
+    rest = f" and {len(known) - MAX_LISTED} more" if len(known) > MAX_LISTED else ""
+    return ", ".join(known[:MAX_LISTED]) + rest
 
 
 def _refuse_extension(value: object, param: str, why: str) -> None:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from server.adapters.roster import ResidentAdapter, Roster
+from server.adapters.roster import Roster, ServedAdapter
 from server.errors import RouterArtefactError
 from server.routing.attach import RoutedModel
 from server.routing.policy import BASE_DIGEST
@@ -34,7 +34,7 @@ def load_checked_artefact(folder: Path, routed: RoutedModel, base_model_name: st
     return artefact
 
 
-def check_digests(artefact: RouterArtefact, ready: Iterable[ResidentAdapter]) -> None:
+def check_digests(artefact: RouterArtefact, ready: Iterable[ServedAdapter]) -> None:
     """Refuse gate rows for an adapter whose weights are not those registered under its name.
 
     Rows for adapters that are not registered wait for them. Raises RouterArtefactError naming each difference.
@@ -56,7 +56,7 @@ def router_facts(roster: Roster, folder: str) -> dict[str, Any]:
     if router is None:
         return {"loaded": False}
     artefact = router.artefact
-    names = {adapter.digest: name for name, adapter in roster.adapters.items() if adapter.is_routed}
+    names = {adapter.digest: name for name, adapter in roster.adapters.items() if roster.is_routed(adapter)}
     return {
         "loaded": True,
         "source": folder,

@@ -15,7 +15,8 @@ ANY_ETAG = "*"
 def asks_for_the_same(spec: AdapterSpec, known: AdapterSpec, root: Path, *, commit: str | None) -> bool:
     """Same place, revision (or the commit it resolved to) and settings; no description, or cap, agrees with any."""
     is_same_revision = spec.revision == known.revision or (commit is not None and spec.revision == commit)
-    is_same_setting = spec.routed == known.routed and spec.description in ("", known.description)
+    is_same_use = (spec.routed, spec.pinned) == (known.routed, known.pinned)
+    is_same_setting = is_same_use and spec.description in ("", known.description)
     is_same_setting &= spec.max_gate_share in (None, known.max_gate_share)
     return place(spec, root) == place(known, root) and is_same_revision and is_same_setting
 

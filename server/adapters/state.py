@@ -3,20 +3,22 @@
 Methods are short and never wait for anything but the mutex, so the model's thread may call them.
 """
 
+import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from server.adapters.exclusions import Exclusion
 from server.adapters.gate_shares import GateShares
 from server.adapters.leases import AdapterLease, LeaseBook
 from server.adapters.records import AdapterInfo, AdapterState, Record
-from server.adapters.roster import ResidentAdapter, Roster, build_roster
+from server.adapters.roster import ResidentAdapter, Roster, ServedAdapter
 from server.adapters.traffic import TrafficWatch
-from server.errors import AdapterNotFoundError
-from server.routing.policy import GatePlan
+from server.errors import AdapterNotFoundError, ModelNotFoundError
+from server.routing.policy import GatePlan, Policy
 from server.routing.router_bank import RouterGeneration
 
 logger = logging.getLogger(__name__)
@@ -54,12 +56,20 @@ class RegistryState:
         """By name: next generations that load, or have failed to. With the mutex."""
         self.superseded: list[Record] = []
         """Earlier generations that requests still use. With the mutex."""
+        self.seated: dict[int, Record] = {}
+        """By slot: everything that has rows in the bank. With the mutex."""
+        self.closed: set[int] = set()
+        """Slots that take no further requests for now, since somebody waits for their room. With the mutex."""
+        self.is_room_wanted = False
+        """Whether requests wait for room, so that none is given to what nobody has asked for. With the mutex."""
         self.router: RouterGeneration | None = None
         """Router of new requests. With the mutex; changed by `commit` on the publisher's lane only."""
         self.router_folder = ""
         self._base_model_name = base_model_name
         self._roster = Roster(base_model_name)
+        self._served: dict[str, ServedAdapter] = {}
         self._leases = LeaseBook()
+        self._uses = itertools.count(1)
         self._loaded_routers: frozenset[int] = frozenset()
         self._total_gate_mass = 0.0
         self._traffic = TrafficWatch(alarm_factor)
@@ -78,31 +88,26 @@ class RegistryState:
         """The current snapshot; needs no mutex."""
         return self._roster
 
-    def lease(
-        self, model: str, adapters: Sequence[str] | Mapping[str, float] | None, top_k: int | None
-    ) -> tuple[GatePlan, Mapping[int, str]]:
-        """Resolve against the current roster and hold what the plan may activate."""
-        while True:
-            roster = self._roster
-            resolution = roster.resolve(model, adapters, top_k)
-            with self._changed:
-                if roster is self._roster:  # otherwise a slot of the plan may be gone: resolve again
-                    self._leases.acquire(resolution.plan)
-                    return resolution
+    def acquire(self, plan: GatePlan, count: int) -> None:
+        """Hold `count` times what a plan of the current roster may activate. With the mutex."""
+        for _ in range(count):
+            self._leases.acquire(plan)
+        if plan.policy is not Policy.ROUTED:  # what is routed to stays in the bank however rarely it is used
+            for slot in plan.slots:
+                self.seated[slot].last_use = next(self._uses)
 
     def release(self, lease: AdapterLease) -> bool:
-        """Whether this left garbage behind."""
+        """Whether something has no lease left that had one."""
         with self._changed:
-            return self._leases.release(lease.plan) and bool(self.garbage())
+            return self._leases.release(lease.plan)
 
     def record_traffic(
         self, gate_mass: Iterable[tuple[int, float]], routed_mass: Iterable[tuple[int, float]] = ()
     ) -> None:
         with self._changed:
-            record_of_slot = {record.slot: record for record in self.all_records()}
             for slot, mass in gate_mass:
                 self._total_gate_mass += mass
-                if (record := record_of_slot.get(slot)) is not None:
+                if (record := self.seated.get(slot)) is not None:
                     record.gate_mass += mass
                     self._traffic.add(slot, mass)
             if self._traffic.is_due:
@@ -133,15 +138,24 @@ class RegistryState:
             raise AdapterNotFoundError(f"no adapter is registered as {name[:200]!r}", param="name")
         return record
 
+    def ready(self, name: str) -> Record:
+        """Raises ModelNotFoundError."""
+        record = self.records.get(name)
+        if record is None or record.state is not AdapterState.READY:
+            raise ModelNotFoundError(f"the adapter {name!r} is not served any more", param="model")
+        return record
+
     def all_records(self) -> tuple[Record, ...]:
-        """Every generation that may have a slot."""
+        """Every generation that is served or may be in use."""
         return (*self.records.values(), *self.superseded)
 
     def succeed(self, record: Record) -> None:
-        """Put a loaded next generation in its name's place; the one before retires with its last request."""
+        """Put a checked next generation in its name's place; the one before retires with its last request."""
         before = self.records[record.spec.name]
         before.state = AdapterState.RETIRING
-        self.superseded.append(before)
+        record.number = before.number
+        if before.slot is not None:
+            self.superseded.append(before)
         self.records[record.spec.name] = record
         del self.replacements[record.spec.name]
 
@@ -156,38 +170,53 @@ class RegistryState:
         elif record in self.superseded:
             self.superseded.remove(record)
 
-    def ready(self) -> tuple[ResidentAdapter, ...]:
-        """Everything that may be leased, in order of registration."""
-        return _residents(record for record in self.records.values() if record.state is AdapterState.READY)
+    def seat(self, record: Record, slot: int) -> None:
+        """Its rows are in the bank."""
+        record.slot, record.last_use = slot, next(self._uses)
+        self.seated[slot] = record
+
+    def unseat(self, record: Record) -> None:
+        """Its rows are in the bank no more. What its slot captured says nothing about the next adapter there."""
+        if record.slot is not None:
+            self._traffic.forget(record.slot)
+            self._shares.forget(record.slot)
+            del self.seated[record.slot]
+            record.slot = None
 
     def residents(self) -> tuple[ResidentAdapter, ...]:
-        """Everything that has rows in the bank, retiring adapters that requests still use included."""
-        return _residents(self.all_records())
+        """Everything that has rows in the bank, retiring adapters that requests still use included, in order of
+        registration: of equal adapters the first is routed.
+        """
+        records = sorted(self.seated.values(), key=lambda record: (record in self.superseded, record.number))
+        return tuple(resident for record in records if (resident := record.resident) is not None)
+
+    def holds_slot(self, slot: int) -> bool:
+        """Whether a lease does."""
+        return self._leases.holds_slot(slot)
 
     def garbage(self) -> Garbage:
         dead = (
             record
-            for record in self.all_records()
-            if record.state is AdapterState.RETIRING
-            and record.slot is not None
-            and not self._leases.holds_slot(record.slot)
+            for slot, record in self.seated.items()
+            if record.state is AdapterState.RETIRING and not self._leases.holds_slot(slot)
         )
         current = None if self.router is None else self.router.id
         unheld = (router for router in self._loaded_routers if not self._leases.holds_router(router))
         return Garbage(tuple(dead), tuple(router for router in unheld if router != current))
 
     def _judge_traffic(self) -> None:
-        slots = {adapter.slot: adapter.name for adapter in self._roster.adapters.values() if adapter.is_routed}
+        roster = self._roster
+        slots = {slot: roster.slot_names[slot] for slot in roster.routed}
         for slot in self._traffic.judge(slots):
             logger.warning("adapter %s captures far more of the recent traffic than its even share", slots[slot])
-        for record in self.all_records():
-            record.has_alarm = record.slot in self._traffic.alarmed
+        for slot, record in self.seated.items():
+            record.has_alarm = slot in self._traffic.alarmed
 
     def _judge_shares(self) -> None:
         """Take out of the routed pool who has more than its cap: new requests get another roster, running ones keep
         theirs.
         """
-        routed = [self.records[name] for name, adapter in self._roster.adapters.items() if adapter.is_routed]
+        routed = [self.records[self._roster.slot_names[slot]] for slot in self._roster.routed]
         capped = {record.slot: (record, cap) for record in routed if (cap := self.cap_of(record)) is not None}
         caps = {slot: cap for slot, (_, cap) in capped.items() if slot is not None}
         if (worst := self._shares.judge(caps)) is None:
@@ -196,7 +225,7 @@ class RegistryState:
         assert record.adapter is not None
         record.exclusion = Exclusion(record.generation, record.adapter.digest, worst[1], cap, self._share_window)
         logger.error("adapter %s is not routed to any more: %s", record.spec.name, record.exclusion.reason)
-        self.commit(self.router)
+        self.commit(self.router, record)
         self._on_excluded(record)
 
     def readmit(self, record: Record) -> None:
@@ -204,7 +233,7 @@ class RegistryState:
         record.exclusion = None
         if record.slot is not None:
             self._shares.forget(record.slot)
-        self.commit(self.router)
+        self.commit(self.router, record)
 
     def cap_of(self, record: Record) -> float | None:
         """Its `max_gate_share`, if it has one."""
@@ -216,25 +245,28 @@ class RegistryState:
         """Whether its cap is this one, also before its gate row is made."""
         return cap == (record.spec.max_gate_share or self._hot_max_gate_share)
 
-    def commit(self, router: RouterGeneration | None) -> None:
-        """Make what `records` say visible to new requests, under this router, and wake who waits."""
-        self._roster = build_roster(self._base_model_name, self.ready(), router)
+    def commit(self, router: RouterGeneration | None, *changed: Record) -> None:
+        """Make visible to new requests what became of `changed`, and this router, and wake who waits.
+
+        Work for the changed ones only, apart from one copy: the model's thread may wait for it.
+        """
+        for name in {record.spec.name for record in changed}:
+            current = self.records.get(name)
+            if current is not None and (served := current.served) is not None:
+                self._served[name] = served
+            else:
+                self._served.pop(name, None)
+        self._roster = Roster(self._base_model_name, MappingProxyType(dict(self._served)), router)
         self.router = router
         if router is not None:
             self._loaded_routers |= {router.id}
         self._changed.notify_all()
 
-    def forget_traffic(self, slot: int) -> None:
-        """The slot's adapter is gone: what it captured says nothing about the next one."""
-        self._traffic.forget(slot)
-        self._shares.forget(slot)
-
     def drop_routers(self, routers: Iterable[int]) -> None:
         self._loaded_routers -= frozenset(routers)
 
     def info(self, record: Record) -> AdapterInfo:
-        entry = self._roster.adapters.get(record.spec.name)
-        reason = entry.unrouted_reason if entry is not None else None
+        reason = self._roster.unrouted_reason(record.spec.name)
         replacement = self.replacements.get(record.spec.name)
         return record.info(
             unrouted_reason=reason,
@@ -246,7 +278,3 @@ class RegistryState:
     @property
     def has_leases(self) -> bool:
         return not self._leases.is_empty
-
-
-def _residents(records: Iterable[Record]) -> tuple[ResidentAdapter, ...]:
-    return tuple(resident for record in records if (resident := record.resident) is not None)

@@ -53,6 +53,8 @@ class RegisterBody(StrictBody):
     subfolder: SourceText | None = None
     routed: bool = True
     """Whether `auto` may route to it; false serves it by name only."""
+    pinned: bool = False
+    """Whether it stays in memory however rarely it is used."""
     max_gate_share: Annotated[float, Field(gt=0, le=1)] | None = None
     """Largest share of the routed traffic that it may take; beyond, `auto` leaves it out until it is let in again."""
     description: Annotated[Text, Field(max_length=1000)] = ""
@@ -143,6 +145,7 @@ async def _register(
         source=body.source,
         revision=body.revision,
         subfolder=body.subfolder,
+        pinned=body.pinned,
         max_gate_share=body.max_gate_share,
         description=body.description,
         **({"routed": body.routed} if "routed" in body.model_fields_set else {}),  # said or not makes a difference

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from server.api.choice import ChoiceDelta
-from server.api.errors import json_response, request_id_of
+from server.api.errors import CLIENT_LEFT, json_response, request_id_of
 from server.api.generation import Generation, Leases, Prompt, collect, submit
 from server.api.prompts import limits_of
 from server.api.sampling import check_body
@@ -18,9 +18,6 @@ from server.api.schemas import GenerationBody
 from server.api.services import Services
 from server.api.streaming import DONE, EventStream, sse, until_disconnect
 from server.errors import NotReadyError
-
-CLIENT_LEFT = 499
-"""Status that nobody receives; nginx's word for it in logs."""
 
 
 class AnswerFormat(Protocol):
@@ -50,12 +47,17 @@ async def start(
     num_prompts: int,
     make_prompts: Callable[[], Awaitable[Sequence[Prompt]]],
 ) -> Generation:
-    """Check, lease, tokenize, submit. Whatever fails on the way leaves no lease behind."""
+    """Check, lease, tokenize, submit. Whatever fails on the way leaves no lease behind.
+
+    Raises ClientDisconnect when the client leaves while its adapters come into memory.
+    """
     arrival_s = time.monotonic()
     if (reason := services.not_ready_reason) is not None:
         raise NotReadyError(f"The server takes no requests now: {reason}. Try again later.")
     check_body(body, limits_of(services))
     with Leases(services, body, num_prompts) as leases:
+        if not leases.take_now():
+            await until_disconnect(request, leases.take())
         prompts = await make_prompts()
         return submit(services, body, prompts, leases, request_id=request_id_of(request.scope), arrival_s=arrival_s)
 

@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Scope
 
@@ -51,6 +52,8 @@ ERROR_KINDS: Mapping[type[errors.LoraMixerError], ErrorKind] = {
 """Looked up along an exception's class hierarchy, so a subclass needs a row only if it differs."""
 
 INTERNAL_MESSAGE = "The server failed on this request. Its log has the details under the same request id."
+CLIENT_LEFT = 499
+"""Status that nobody receives; nginx's word for it in logs."""
 NOT_READY_RETRY_S = 5
 """Retry-After of a server that starts or drains; a hint, since neither has a known end."""
 
@@ -147,7 +150,11 @@ def install_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         return _http_error_response(request, error)
 
+    async def on_left(_request: Request, _error: Exception) -> Response:
+        return Response(status_code=CLIENT_LEFT)
+
     app.add_exception_handler(errors.LoraMixerError, on_known)
+    app.add_exception_handler(ClientDisconnect, on_left)
     app.add_exception_handler(RequestValidationError, on_validation)
     app.add_exception_handler(HTTPException, on_http)
 

@@ -35,14 +35,21 @@ class Leases:
     """Leases that the engine does not own yet. Leaving the `with` block releases the rest."""
 
     def __init__(self, services: Services, body: GenerationBody, count: int) -> None:
+        self._desk = services.registry.desk
+        self._model, self._adapters, self._top_k = body.model, body.adapters, body.top_k_adapters
+        self._count = count
         self._waiting: deque[AdapterLease] = deque()
-        try:
-            for _ in range(count):
-                lease = services.registry.lease(body.model, adapters=body.adapters, top_k=body.top_k_adapters)
-                self._waiting.append(lease)
-        except BaseException:
-            self._release_all()
-            raise
+
+    def take_now(self) -> bool:
+        """Whether they could be had at once; else `take` waits for them. Raises what `Roster.resolve` raises."""
+        leases = self._desk.lease_now(self._model, self._adapters, self._top_k, self._count)
+        self._waiting.extend(leases or ())
+        return leases is not None
+
+    async def take(self) -> None:
+        """Wait until the adapters are in memory. Raises what `LeaseDesk.lease_when_resident` raises."""
+        leases = await self._desk.lease_when_resident(self._model, self._adapters, self._top_k, self._count)
+        self._waiting.extend(leases)
 
     def hand_over(self) -> AdapterLease:
         """The next lease, which the caller owns from here on."""

@@ -44,7 +44,7 @@ class InProcessTarget:
         error = None
         sent_s = time.perf_counter()
         try:
-            lease = self._registry.lease(job.model)
+            (lease,) = await self._registry.desk.lease_when_resident(job.model)
             request = GenerationRequest(
                 job.prompt_token_ids,
                 params,

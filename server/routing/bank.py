@@ -94,18 +94,21 @@ class LoraBank:
         self.pack: Callable[[Mapping[str, LoraWeights]], Packed] | None = None
         """Set before the first adapter comes: adapters are packed one by one for a native step, not concatenated."""
 
-    def with_adapter(self, slot: int, weights: Mapping[str, LoraWeights]) -> BankSnapshot:
-        """Current snapshot plus one adapter; rows of the others are copied bit for bit.
+    def with_adapter(
+        self, slot: int, weights: Mapping[str, LoraWeights], *, onto: BankSnapshot | None = None
+    ) -> BankSnapshot:
+        """Current snapshot, or a staged one, plus one adapter; rows of the others are copied bit for bit.
 
         Raises ValueError if the slot is the base's, out of range or already in use (the caller's bug).
         """
         if not BASE_SLOT < slot < self.num_slots:
             raise ValueError(f"slot {slot} is outside 1..{self.num_slots - 1}")
-        if slot in self.snapshot.slots:
+        before = self.snapshot if onto is None else onto
+        if slot in before.slots:
             raise ValueError(f"slot {slot} is in use")
         if self.pack is not None:
-            return BankSnapshot(packed={**self.snapshot.packed, slot: self.pack(weights)})
-        projections = dict(self.snapshot.projections)
+            return BankSnapshot(packed={**before.packed, slot: self.pack(weights)})
+        projections = dict(before.projections)
         for name, lora in weights.items():
             projections[name] = self._extend(projections.get(name), slot, lora)
         return BankSnapshot(projections)

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,6 +68,11 @@ class RouterArtefact:
     """Gives the beginning of a prompt to one adapter; its scores are in the order of `adapters`."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Loss, coefficients, sign, data digest, seed, metrics; for people and reports, never read by the server."""
+
+    @cached_property
+    def digests(self) -> frozenset[str]:
+        """Digests of the adapters that it has rows for."""
+        return frozenset(adapter.digest for adapter in self.adapters)
 
     def row_digests(self) -> dict[str, str]:
         """adapter digest -> sha256 over its gate rows in key order; part of prefix-cache fingerprints."""

@@ -105,6 +105,12 @@ def start(
         registry.close()
 
 
+def slot_of(registry: AdapterRegistry, name: str) -> int:
+    slot = registry.roster.adapters[name].slot
+    assert slot is not None
+    return slot
+
+
 def add(registry: AdapterRegistry, name: str, examples: list[Any] | None = None, **fields: Any) -> AdapterInfo:
     registry.register(AdapterSpec(name=name, source=fields.pop("source", f"./{name}"), **fields), examples or [])
     return registry.wait(name, 60)
@@ -118,7 +124,7 @@ def test_an_adapter_with_examples_is_routed_and_its_calibration_is_shown(start: 
     assert (calibration["state"], calibration["method"], calibration["num_examples"]) == ("passed", "examples", 6)
     assert calibration["own_win_rate"] >= 0.5
     assert json.dumps(info.to_dict())
-    slot = registry.roster.adapters["c"].slot
+    slot = slot_of(registry, "c")
     assert slot in registry.lease("auto").plan.allowed_slots
 
 
@@ -131,7 +137,7 @@ def test_other_rows_and_fingerprints_keep_every_bit(start: Start, routed: Routed
     after = registry.roster.router
     assert after is not None
     assert after.id == before.id
-    newcomer = registry.roster.adapters["c"].slot
+    newcomer = slot_of(registry, "c")
     others = [slot for slot in range(routed.num_slots) if slot != newcomer]
     for key, rows in before.rows.items():
         assert torch.equal(after.rows[key][others], rows[others])
@@ -149,7 +155,7 @@ def test_registrations_commute(start: Start) -> None:
             add(registry, name, OWN if name == "c" else OWN[::-1][:4])
         router = registry.roster.router
         assert router is not None
-        digests.append({name: router.row_digest_of_slot.get(registry.roster.adapters[name].slot) for name in "cd"})
+        digests.append({name: router.row_digest_of_slot.get(slot_of(registry, name)) for name in "cd"})
         for name in order:
             registry.retire(name)
             assert registry.wait_retired(name, 30)
@@ -181,7 +187,7 @@ def test_calibrating_anew_leaves_running_requests_their_row(start: Start, routed
     assert info.to_dict()["calibration"]["num_examples"] == 6
     new = registry.roster.router
     assert new is not None
-    slot = registry.roster.adapters["c"].slot
+    slot = slot_of(registry, "c")
     assert new.row_digest_of_slot[slot] != old.row_digest_of_slot[slot]
     assert new.id != running.plan.router_generation
     assert routed.routers.generations[old.id] is old, "the running request's generation stands as it was"
@@ -208,7 +214,7 @@ def test_a_next_generation_is_calibrated_anew_and_takes_the_traffic_over(start: 
     assert second.digest != first.digest
     assert second.to_dict()["calibration"]["num_examples"] == 4
     assert second.routed, second.reason
-    slot = registry.roster.adapters["c"].slot
+    slot = slot_of(registry, "c")
     assert slot in registry.lease("auto").plan.allowed_slots
     assert slot not in running.plan.allowed_slots, "a running request keeps the generation that it began with"
     running.release()
@@ -304,10 +310,10 @@ def test_the_default_cap_is_for_rows_made_without_training_and_calibrating_lets_
     registry = start(journal=tmp_path / "adapters.state", settings=settings)
     add(registry, "c", OWN[:4])
     assert {info.name: info.max_gate_share for info in registry.list()} == {"a": None, "b": None, "c": 0.4}
-    slot = registry.roster.adapters["c"].slot
+    slot = slot_of(registry, "c")
     for share in (39.0, 41.0):
         assert registry.get("c").routed
-        registry.record_traffic([], [(slot, 2 * share), (registry.roster.adapters["a"].slot, 200 - 2 * share)])
+        registry.record_traffic([], [(slot, 2 * share), (slot_of(registry, "a"), 200 - 2 * share)])
     info = registry.get("c")
     assert not info.routed
     assert "max_gate_share of 0.4" in str(info.reason)
@@ -324,7 +330,7 @@ def test_the_default_cap_is_for_rows_made_without_training_and_calibrating_lets_
     registry.retire("c")
     assert registry.wait_retired("c", 60)
     add(registry, "c", OWN[:4])
-    slot = registry.roster.adapters["c"].slot
+    slot = slot_of(registry, "c")
     registry.record_traffic([], [(slot, 500.0)])
     assert not registry.get("c").routed
     registry.calibrate("c", OWN[4:])
@@ -613,7 +619,7 @@ def test_another_router_gets_rows_of_its_own(start: Start, routed: RoutedModel, 
     assert registry.wait("c", 60).routed
     second = registry.roster.router
     assert second is not None
-    slot = registry.roster.adapters["c"].slot
+    slot = slot_of(registry, "c")
     assert second.row_digest_of_slot[slot] != first.row_digest_of_slot[slot]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.adapters.journal import Journal, JournalEntry
+from server.adapters.journal import MIN_CHANGES, Journal, JournalEntry
 from server.config import AdapterSpec
 from server.errors import ConfigError, LoraMixerError
 
@@ -80,6 +80,85 @@ def test_a_change_that_cannot_be_written_is_not_made(tmp_path: Path) -> None:
     assert caught.value.code == "registry_not_writable"
     assert [entry.spec.name for entry in journal.restored([])[1]] == ["a"]
     moved.rename(folder)
+    journal.close()
+
+
+def test_a_change_adds_one_line_and_a_thousand_of_them_are_written_anew(tmp_path: Path) -> None:
+    path = tmp_path / "adapters.state"
+    journal = Journal(path)
+    for index in range(100):
+        journal.put(JournalEntry(spec(f"kept-{index}"), 1))
+    before = path.stat()
+    journal.put(JournalEntry(spec("one"), 1))
+    after = path.stat()
+    assert after.st_ino == before.st_ino
+    assert after.st_size - before.st_size < 300
+    for index in range(MIN_CHANGES):
+        journal.put(JournalEntry(spec("one"), index))
+    assert path.stat().st_ino != before.st_ino
+    assert len(path.read_bytes().splitlines()) < MIN_CHANGES
+    journal = reopened(journal, path)
+    assert [entry.spec.name for entry in journal.restored([])[1]] == [*(f"kept-{i}" for i in range(100)), "one"]
+    journal.close()
+
+
+def test_a_change_that_a_crash_cut_off_was_never_made(tmp_path: Path) -> None:
+    path = tmp_path / "adapters.state"
+    journal = Journal(path)
+    journal.put(JournalEntry(spec("a"), 1))
+    journal.put(JournalEntry(spec("b"), 1))
+    journal.close()
+    whole = path.read_bytes()
+    start = whole.rindex(b"\n", 0, -1) + 1
+    for cut in range(start, len(whole)):
+        path.write_bytes(whole[:cut])
+        journal = Journal(path)
+        assert [entry.spec.name for entry in journal.restored([])[1]] == ["a"]
+        journal.put(JournalEntry(spec("c"), 1))
+        journal = reopened(journal, path)
+        assert [entry.spec.name for entry in journal.restored([])[1]] == ["a", "c"]
+        journal.close()
+
+
+def test_damage_between_changes_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "adapters.state"
+    journal = Journal(path)
+    for name in "abc":
+        journal.put(JournalEntry(spec(name), 1))
+    journal.close()
+    text = path.read_text()
+    path.write_text(text.replace('"put"', '"pot"', 1))
+    with pytest.raises(ConfigError, match="is damaged"):
+        Journal(path)
+
+
+def test_a_journal_of_version_1_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "adapters.state"
+    record = {"spec": {"name": "a", "source": "org/name"}, "generation": 4, "digest": "d" * 64}
+    content = {
+        "version": 1,
+        "adapters": [record],
+        "retired": [{"name": "b", "source": "org/b"}],
+        "generations": {"a": 4},
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    journal = Journal(path)
+    journal.put(JournalEntry(spec("c"), 1))
+    journal = reopened(journal, path)
+    assert [(entry.spec.name, entry.generation) for entry in journal.restored([])[1]] == [("a", 4), ("c", 1)]
+    assert journal.restored([spec("b", "org/b")])[0] == []
+    journal.close()
+
+
+@pytest.mark.parametrize("change", ["delete", "shorten"])
+def test_a_file_that_somebody_changed_is_written_anew(change: str, tmp_path: Path) -> None:
+    path = tmp_path / "adapters.state"
+    journal = Journal(path)
+    journal.put(JournalEntry(spec("a"), 1))
+    path.unlink() if change == "delete" else path.write_bytes(path.read_bytes()[:9])
+    journal.put(JournalEntry(spec("b"), 1))
+    journal = reopened(journal, path)
+    assert [entry.spec.name for entry in journal.restored([])[1]] == ["a", "b"]
     journal.close()
 
 

@@ -260,7 +260,7 @@ def test_a_journal_that_cannot_be_written_refuses_changes_and_changes_nothing(
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("server.adapters.journal.write_atomically", full_disk)
+    monkeypatch.setattr("server.adapters.journal.os.pwrite", full_disk)
     with pytest.raises(LoraMixerError, match="No space left"):
         registry.register(local("b"))
     with pytest.raises(LoraMixerError, match="No space left"):

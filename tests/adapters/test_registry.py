@@ -267,10 +267,10 @@ def test_a_publication_that_fails_leaves_nothing_behind(
     original = getattr(target, part)
     failures = iter([RuntimeError("on purpose")])
 
-    def fail_once(*arguments: Any) -> Any:
+    def fail_once(*arguments: Any, **options: Any) -> Any:
         for failure in failures:
             raise failure
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(target, part, fail_once)
     registry.register(local("b"))

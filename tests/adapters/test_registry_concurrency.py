@@ -30,7 +30,7 @@ def check_reachable(registry: AdapterRegistry, routed: RoutedModel) -> None:
     assert set(slots) <= resident
     if roster.router is not None:
         loaded = routed.routers.generations[roster.router.id]
-        assert {adapter.slot for adapter in roster.adapters.values() if adapter.is_routed} <= loaded.slots
+        assert {adapter.slot for adapter in roster.adapters.values() if roster.is_routed(adapter)} <= loaded.slots
 
 
 def check_held(lease: AdapterLease, routed: RoutedModel) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import LlamaForCausalLM
 
-from server.adapters.roster import ResidentAdapter, Roster, build_roster, routed_slots
+from server.adapters.roster import NotResidentError, ResidentAdapter, Roster, ServedAdapter, build_roster, routed_slots
 from server.errors import InvalidRequestError, ModelNotFoundError
 from server.routing.attach import RoutedModel, attach_routing
 from server.routing.policy import BASE_PLAN, Policy
@@ -21,10 +21,11 @@ def routed(tiny_llama: "Callable[..., LlamaForCausalLM]") -> RoutedModel:
     return attach_routing(tiny_llama(), num_slots=9)
 
 
-def roster_of(routed: RoutedModel, *adapters: ResidentAdapter, rows: str = "abc", **options: Any) -> Roster:
+def roster_of(routed: RoutedModel, *adapters: ServedAdapter, rows: str = "abc", **options: Any) -> Roster:
     """A roster whose router has rows for the adapters named in `rows`."""
     artefact = artefact_for(routed, [(name, f"digest-{name}") for name in rows], **options)
-    return build_roster(BASE, adapters, routed.routers.stage(7, artefact, routed_slots(adapters)))
+    resident = [adapter for adapter in adapters if isinstance(adapter, ResidentAdapter)]
+    return build_roster(BASE, adapters, routed.routers.stage(7, artefact, routed_slots(resident)))
 
 
 def test_auto_routes_over_every_routed_adapter(routed: RoutedModel) -> None:
@@ -122,13 +123,34 @@ def test_reasons_tell_why_an_adapter_is_not_routed(routed: RoutedModel) -> None:
     twin = ResidentAdapter("twin", 5, A.digest, True)
     changed = ResidentAdapter("b", 6, "digest-other", True)
     roster = roster_of(routed, A, twin, changed, C, D)
-    reasons = {name: adapter.unrouted_reason for name, adapter in roster.adapters.items()}
+    reasons = {name: roster.unrouted_reason(name) for name in roster.adapters}
     assert reasons["a"] is None
     assert "the same weights are routed as 'a'" in str(reasons["twin"])
     assert "belongs to other weights" in str(reasons["b"])
     assert "routed: false" in str(reasons["c"])
     assert reasons["d"] == "no gate row in the router artefact: served by name only"
-    assert "no router is loaded" in str(build_roster(BASE, [A], None).adapters["a"].unrouted_reason)
+    assert "no router is loaded" in str(build_roster(BASE, [A], None).unrouted_reason("a"))
+
+
+def test_a_warm_adapter_is_served_by_name_and_said_to_be_missing(routed: RoutedModel) -> None:
+    warm = ServedAdapter("w", None, "digest-w", False)
+    roster = roster_of(routed, A, warm, B)
+    assert roster.resolve("auto").plan.allowed_slots == (1, 2)
+    for model, adapters, names in (("w", None, ("w",)), ("auto", {"w": 0.5, "a": 1.0, "b": 0.0}, ("a", "w"))):
+        with pytest.raises(NotResidentError) as caught:
+            roster.resolve(model, adapters)
+        assert caught.value.names == names
+    assert roster.resolve("auto", {"w": 0.0, "a": 1.0}).plan.weights == ((1, 1.0),)
+    with pytest.raises(InvalidRequestError, match="is not routed: registered with routed: false"):
+        roster.resolve("auto", ["a", "w"])
+    known = build_roster(BASE, [ServedAdapter("a", None, A.digest, True)], roster.router)
+    assert "waits for room in memory" in str(known.unrouted_reason("a"))
+
+
+def test_an_error_names_only_some_of_very_many() -> None:
+    many = [ServedAdapter(f"n{index}", None, "d", False) for index in range(1000)]
+    with pytest.raises(ModelNotFoundError, match="n17 and 982 more"):
+        build_roster(BASE, many, None).resolve("nobody")
 
 
 def test_fingerprints_depend_on_content_and_not_on_slots_or_names(routed: RoutedModel) -> None:

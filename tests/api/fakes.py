@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -56,7 +56,9 @@ class FakeLease:
 def ready_info(name: str, **fields: Any) -> AdapterInfo:
     """A READY and routed adapter."""
     facts: dict[str, Any] = {"state": AdapterState.READY, "source": "org/adapter", "digest": "d" * 64, "rank": 8}
-    return AdapterInfo(name, **{**facts, "targets": ("q_proj",), "routed": True, "bytes": 1024, **fields})
+    return AdapterInfo(
+        name, **{**facts, "targets": ("q_proj",), "routed": True, "resident": True, "bytes": 1024, **fields}
+    )
 
 
 class FakeRegistry:
@@ -75,6 +77,10 @@ class FakeRegistry:
         """What a registration becomes when it is waited for; None: READY."""
         self.router_folders: list[Path] = []
         self.is_closed = False
+        self.refuses_waiting = False
+        self.waiting: Callable[[], Awaitable[object]] | None = None
+        """What a request waits for before it gets its leases; None: they are there."""
+        self.num_waiting = 0
         self.expected: Collection[str] | None = None
         """Etags that the last change was made under."""
         self.fails_with: LoraMixerError | None = None
@@ -91,14 +97,39 @@ class FakeRegistry:
             return ()
         return (PlanSpan(2, fixed_plan(Policy.PINNED, {2: 1.0}, {2: "mbpp"})), PlanSpan(3, BASE_PLAN))
 
-    def lease(
-        self, model: str, *, adapters: Sequence[str] | Mapping[str, float] | None = None, top_k: int | None = None
-    ) -> FakeLease:
+    @property
+    def desk(self) -> "FakeRegistry":
+        return self
+
+    def lease_now(
+        self, model: str, adapters: Sequence[str] | Mapping[str, float] | None, top_k: int | None, count: int
+    ) -> list[FakeLease] | None:
         plan = self._plan(model, adapters, top_k)
+        if self.waiting is not None:
+            return None
         names = {slot: name for slot, name in enumerate(self.infos, start=1) if slot in plan.slots}
-        lease = FakeLease(plan, {0: "base", **names}, model)
-        self.leases.append(lease)
-        return lease
+        leases = [FakeLease(plan, {0: "base", **names}, model) for _ in range(count)]
+        self.leases += leases
+        return leases
+
+    async def lease_when_resident(
+        self,
+        model: str,
+        adapters: Sequence[str] | Mapping[str, float] | None = None,
+        top_k: int | None = None,
+        count: int = 1,
+    ) -> list[FakeLease]:
+        self.num_waiting += 1
+        try:
+            if self.waiting is not None:
+                await self.waiting()
+        finally:
+            self.num_waiting -= 1
+        self.waiting = None
+        return self.lease_now(model, adapters, top_k, count) or []
+
+    def refuse_waiting(self) -> None:
+        self.refuses_waiting = True
 
     def _plan(self, model: str, adapters: Sequence[str] | Mapping[str, float] | None, top_k: int | None) -> GatePlan:
         slots = {name: slot for slot, name in enumerate(self.infos, start=1)}

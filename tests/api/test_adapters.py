@@ -77,6 +77,7 @@ def test_registration_is_202_at_once_and_201_when_waited_for(client: httpx.Clien
         "revision": "main",
         "subfolder": "a/b",
         "routed": False,
+        "pinned": True,
         "max_gate_share": 0.5,
         "description": "d",
     }

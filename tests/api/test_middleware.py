@@ -47,7 +47,7 @@ def test_unexpected_exception_is_500_without_internals(
     def explode(*_: object, **__: object) -> None:
         raise ZeroDivisionError("secret detail")
 
-    monkeypatch.setattr(harness.registry, "lease", explode)
+    monkeypatch.setattr(harness.registry, "lease_now", explode)
     response = client.post(COMPLETIONS, json={"model": "auto", "prompt": "x"}, headers={"X-Request-Id": "boom"})
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "internal_error"
