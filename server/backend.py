@@ -3,6 +3,7 @@
 Part of the composition root. A native decoder is compared with the torch graph once, at start, before it is trusted.
 """
 
+import functools
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from server.errors import ConfigError
 from server.model.attention import attach_paged_attention
 from server.native.library import num_cores
 from server.native.model import NativeModel, bytes_per_block, release_weights, why_not
+from server.native.routers import NativeRouter
 from server.routing.attach import RoutedModel
 from server.routing.recording import ExampleStates
 
@@ -94,6 +96,9 @@ def _build_native(routed: RoutedModel, settings: ServerSettings, model_limit: in
         logger.error("the native step %s; please report this with your CPU's model", difference)
         return f"the native step {difference}"
     routed.bank.pack = native.pack_adapter
+    routed.routers.pack = functools.partial(
+        NativeRouter, routed=routed, native=native, shortlist_from=settings.shortlist_from
+    )
     spare = range(num_blocks, num_blocks + num_state_blocks(settings.block_size))  # never in a pool
     states = NativeStates(native, routed, spare, max_positions=max_model_len)
     return Backend(graph, num_blocks, max_model_len, "native", states)

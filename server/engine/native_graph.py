@@ -14,12 +14,12 @@ from torch import Tensor
 
 from server.engine.graph import GraphOutput
 from server.engine.layout import StepLayout
-from server.native.library import NUM_PROJECTIONS, Plan, Router, Step
+from server.native.library import Plan, Router, Step
 from server.native.model import NativeModel
+from server.native.routers import NativeRouter
 from server.routing.attach import RoutedModel
 from server.routing.bank import BankSnapshot
 from server.routing.policy import GatePlan
-from server.routing.router import gate_key
 from server.routing.router_bank import RouterGeneration
 
 MAX_KEPT_PLANS = 1024
@@ -48,7 +48,7 @@ class NativeGraph:
         self._routed = routed
         self._logits = torch.empty(0)
         self._plans: dict[GatePlan, _PlanArrays] = {}
-        self._routers: dict[int, _RouterArrays] = {}
+        self._routers: dict[int, NativeRouter] = {}
         self._snapshot: BankSnapshot | None = None
         self._adapters: Any = None
 
@@ -137,15 +137,20 @@ class NativeGraph:
         layers: dict[int, Tensor] = {}
         for index, id_ in enumerate(wanted):
             generation = self._routed.routers.generations[id_]
-            known = self._routers.get(id_)
-            if known is None or known.generation is not generation:
-                live = self._routed.routers.generations
-                self._routers = {key: value for key, value in self._routers.items() if key in live}
-                known = self._routers[id_] = _RouterArrays(generation, self._routed, self._native)
+            known = generation.packed if isinstance(generation.packed, NativeRouter) else self._router(generation)
             if collect_layers:
                 layers[id_] = torch.zeros(known.num_gates, layout.num_tokens, self._routed.num_slots)
             structs[index] = known.struct(layers.get(id_))
         return structs, {id_: index for index, id_ in enumerate(wanted)}, layers
+
+    def _router(self, generation: RouterGeneration) -> NativeRouter:
+        """Of a bank that packs nothing."""
+        known = self._routers.get(generation.id)
+        if known is None or known.generation is not generation:
+            live = self._routed.routers.generations
+            self._routers = {key: value for key, value in self._routers.items() if key in live}
+            known = self._routers[generation.id] = NativeRouter(generation, self._routed, self._native)
+        return known
 
 
 class _PlanArrays:
@@ -159,44 +164,6 @@ class _PlanArrays:
 
     def struct(self, router: int) -> Plan:
         return Plan(router, self._top_k, len(self._slots), self._slots.ctypes.data, self._weights.ctypes.data)
-
-
-class _RouterArrays:
-    """Pointers to a generation's gate rows, by layer and projection."""
-
-    def __init__(self, generation: RouterGeneration, routed: RoutedModel, native: NativeModel) -> None:
-        self.generation = generation
-        self._num_slots = routed.num_slots
-        count = len(native.projections)
-        self._rows, self._biases = (ctypes.c_void_p * count)(), (ctypes.c_void_p * count)()
-        self._gate_index = np.full(count, -1, np.int32)
-        self.num_gates = 0
-        for index, name in enumerate(native.projections):
-            key = gate_key(generation.granularity, routed.projections[name])
-            if key not in generation.rows or (generation.granularity == "layer" and index % NUM_PROJECTIONS):
-                continue
-            rows = generation.rows[key]
-            assert rows.is_contiguous()
-            assert rows.dtype is torch.float32
-            self._rows[index] = rows.data_ptr()
-            if (bias := generation.biases.get(key)) is not None:
-                assert bias.is_contiguous()
-                assert bias.dtype is torch.float32
-                self._biases[index] = bias.data_ptr()
-            self._gate_index[index] = self.num_gates
-            self.num_gates += 1
-
-    def struct(self, layer_gates: Tensor | None) -> Router:
-        return Router(
-            is_per_layer=self.generation.granularity == "layer",
-            num_gates=self.num_gates,
-            temperature=self.generation.temperature,
-            num_slots=self._num_slots,
-            rows=ctypes.addressof(self._rows),
-            biases=ctypes.addressof(self._biases),
-            layer_gates=None if layer_gates is None else layer_gates.data_ptr(),
-            gate_index=self._gate_index.ctypes.data,
-        )
 
 
 def _ints(values: List[int]) -> Any:

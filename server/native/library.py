@@ -11,7 +11,7 @@ from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_vo
 from functools import cache
 from pathlib import Path
 
-INTERFACE_VERSION = 1
+INTERFACE_VERSION = 2
 """What `lm_interface_version` of a matching build returns."""
 
 NUM_PROJECTIONS = 7
@@ -48,6 +48,7 @@ class Router(Structure):
         ("biases", c_void_p),
         ("layer_gates", c_void_p),
         ("gate_index", c_void_p),
+        ("shortlist", c_void_p),
     ]
 
 
@@ -125,6 +126,8 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "lm_set_cache": (c_char_p, [engine, c_void_p, c_int64]),
         "lm_adapter_new": (c_char_p, [engine, c_void_p, c_void_p, c_void_p, POINTER(c_void_p)]),
         "lm_adapter_free": (None, [engine, c_void_p]),
+        "lm_shortlist_new": (c_char_p, [engine, POINTER(Router), c_void_p, c_int32, POINTER(c_void_p)]),
+        "lm_shortlist_free": (None, [engine, c_void_p]),
         "lm_run": (c_char_p, [engine, POINTER(Step)]),
     }
     for name, (result, arguments) in signatures.items():

@@ -3,7 +3,7 @@
 import ctypes
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from server.errors import ModelLoadError
-from server.native.library import NUM_PROJECTIONS, Shape, Step, libraries
+from server.native.library import NUM_PROJECTIONS, Router, Shape, Step, libraries
 from server.routing.attach import RoutedModel
 from server.routing.bank import LoraWeights
 
@@ -163,6 +163,18 @@ class NativeModel:
         self._check(self._library.lm_adapter_new(self._engine, ranks, a, b, pointer))
         assert pointer.value is not None
         return PackedAdapter(self, pointer.value, num_bytes)
+
+    def make_shortlist(self, router: Router, slots: Sequence[int]) -> int:
+        """Prototypes of these slots of a router, for `drop_shortlist` to free. Safe on any thread."""
+        numbers = (ctypes.c_int32 * len(slots))(*slots)
+        pointer = ctypes.c_void_p()
+        self._check(self._library.lm_shortlist_new(self._engine, router, numbers, len(slots), pointer))
+        assert pointer.value is not None
+        return pointer.value
+
+    def drop_shortlist(self, pointer: int) -> None:
+        """No step may use it any more."""
+        self._library.lm_shortlist_free(self._engine, pointer)
 
     def _pack(self, model: Any, max_positions: int) -> None:
         set_linear, set_norm = self._library.lm_set_linear, self._library.lm_set_norm

@@ -4,8 +4,8 @@ A hot swap adds a generation; requests keep the one they were admitted under, an
 Staging is pure and may run on any thread; `publish` belongs to the thread that runs the model.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
@@ -34,9 +34,10 @@ class RouterGeneration:
     row_digest_of_slot: Mapping[int, str] = field(default_factory=dict)
     biases: Mapping[str, Tensor] = field(default_factory=dict)
     """gate key -> (E,) float32, added to the logits; empty while no row has a bias."""
-
     column_of_slot: Mapping[int, int] = field(default_factory=dict)
     """Index among the artefact's adapters of every slot with a trained row."""
+    packed: object | None = None
+    """What `RouterBank.pack` made of it."""
 
     def prompt_spans(self, plan: GatePlan, token_ids: Sequence[int]) -> tuple[PlanSpan, ...]:
         """Plans of the beginning of a prompt, if the router has a prompt gate: see `prompt_gate.prompt_spans`."""
@@ -74,6 +75,8 @@ class RouterBank:
         self.num_slots = num_slots
         self.device = device
         self.generations: Mapping[int, RouterGeneration] = MappingProxyType({})
+        self.pack: Callable[[RouterGeneration], object] | None = None
+        """Set before the first router comes: what a native step reads is made when a router is staged."""
 
     def stage(
         self,
@@ -99,7 +102,7 @@ class RouterBank:
             rows[key] = by_slot.to(self.device)
         row_digests = artefact.row_digests()
         trained = {slot: row_digests[artefact.adapters[index].digest] for index, slot in placed}
-        return RouterGeneration(
+        generation = RouterGeneration(
             id=generation_id,
             granularity=artefact.granularity,
             temperature=artefact.temperature,
@@ -110,6 +113,7 @@ class RouterBank:
             biases=self._biases(hot_rows),
             column_of_slot={slot: index for index, slot in placed},
         )
+        return generation if self.pack is None else replace(generation, packed=self.pack(generation))
 
     def _biases(self, hot_rows: Mapping[int, HotRow]) -> dict[str, Tensor]:
         """Zero for every trained row, so that their logits keep their bits; nothing at all without hot rows."""

@@ -36,6 +36,8 @@ class Forward : public AttentionStage<T> {
     using Stage<T>::norm;
     using Stage<T>::normed_row;
     using LoraStage<T>::route;
+    using LoraStage<T>::score;
+    using LoraStage<T>::has_products;
     using LoraStage<T>::lora_down;
     using LoraStage<T>::lora_up;
     using LoraStage<T>::has_gates_;
@@ -56,30 +58,26 @@ class Forward : public AttentionStage<T> {
             rows(own, step.num_tokens, [&](int64_t t) {
                 norm(residual_.get() + t * shape_.hidden, weights.attention_norm, normed_row(t));
                 if (step.inputs) this->copy_input(layer, t);
-                route(layer, kAttentionIn, normed_row(t), t);
+                if (!has_products(kAttentionIn)) route(own, layer, kAttentionIn, normed_row(t), t);
             });
+            if (has_products(kAttentionIn)) route_all(own, layer, kAttentionIn, normed_.get());
             lora_down(own, layer, kAttentionIn, normed_.get(), depth(kQ));
             panels(own, weights.qkv, [&](int64_t first, int64_t count) { project_qkv(own, layer, first, count); });
             rows(own, step.num_tokens, [&](int64_t t) { rotate_and_cache(layer, t); });
             take(own, static_cast<int64_t>(tasks_.size()), 1, [&](int64_t first, int64_t) { attend(own, layer, tasks_[first]); });
-            if (has_projection_router_)
-                rows(own, step.num_tokens, [&](int64_t t) {
-                    route(layer, kAttentionOut, attended_.get() + t * depth(kO), t);
-                });
+            if (has_projection_router_) route_all(own, layer, kAttentionOut, attended_.get());
             lora_down(own, layer, kAttentionOut, attended_.get(), depth(kO));
             panels(own, weights.o, [&](int64_t first, int64_t count) {
                 project_to_residual(own, layer, kAttentionOut, weights.o, attended_.get(), first, count);
             });
             rows(own, step.num_tokens, [&](int64_t t) {
                 norm(residual_.get() + t * shape_.hidden, weights.mlp_norm, normed_row(t));
-                if (has_projection_router_) route(layer, kMlpIn, normed_row(t), t);
+                if (has_projection_router_ && !has_products(kMlpIn)) route(own, layer, kMlpIn, normed_row(t), t);
             });
+            if (has_products(kMlpIn)) route_all(own, layer, kMlpIn, normed_.get());
             lora_down(own, layer, kMlpIn, normed_.get(), depth(kQ));
             panels(own, weights.gate, [&](int64_t first, int64_t count) { project_gate_up(own, layer, first, count); });
-            if (has_projection_router_)
-                rows(own, step.num_tokens, [&](int64_t t) {
-                    route(layer, kMlpOut, activated_.get() + t * depth(kDown), t);
-                });
+            if (has_projection_router_) route_all(own, layer, kMlpOut, activated_.get());
             lora_down(own, layer, kMlpOut, activated_.get(), depth(kDown));
             panels(own, weights.down, [&](int64_t first, int64_t count) {
                 project_to_residual(own, layer, kMlpOut, weights.down, activated_.get(), first, count);
@@ -92,6 +90,12 @@ class Forward : public AttentionStage<T> {
         if (step.num_logits)
             panels(own, model_.head, [&](int64_t first, int64_t count) { project_logits(own, first, count); });
         if (id == 0) join_greatest();
+    }
+
+    void route_all(Own& own, int layer, Group group, const T* input) {
+        const int64_t lda = depth(group.first);
+        score(own, layer, group, input, lda);
+        rows(own, step_->num_tokens, [&](int64_t t) { route(own, layer, group, input + t * lda, t); });
     }
 
     // ---- projections -------------------------------------------------------------------------------------------

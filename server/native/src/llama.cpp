@@ -17,6 +17,8 @@ class Engine {
     virtual void set_cache(void* data, int64_t num_blocks) = 0;
     virtual void* make_adapter(const int32_t* ranks, const float* const* a, const float* const* b) = 0;
     virtual void drop_adapter(void* adapter) = 0;
+    virtual void* make_shortlist(const Router& router, const int32_t* slots, int32_t num_slots) = 0;
+    virtual void drop_shortlist(void* shortlist) = 0;
     virtual void run(const Step& step) = 0;
 };
 
@@ -83,6 +85,21 @@ class TypedEngine : public Engine {
 
     void drop_adapter(void* adapter) override { delete static_cast<Adapter<T>*>(adapter); }
 
+    void* make_shortlist(const Router& router, const int32_t* slots, int32_t num_slots) override {
+        auto shortlist = std::make_unique<ShortlistRouter<T>>();
+        shortlist->num_slots = num_slots;
+        shortlist->place.assign(router.num_slots, -1);
+        for (int32_t p = 0; p < num_slots; ++p) shortlist->place[slots[p]] = p;
+        shortlist->gates.resize(int64_t{model_.shape.layers} * kNumProjections);
+        const std::vector<int32_t> chosen(slots, slots + num_slots);
+        for (int gate = 0; gate < static_cast<int>(shortlist->gates.size()); ++gate)
+            if (router.rows[gate])
+                fill_prototypes(shortlist->gates[gate], router.rows[gate], model_.shape.d_in(gate % kNumProjections), chosen);
+        return shortlist.release();
+    }
+
+    void drop_shortlist(void* shortlist) override { delete static_cast<ShortlistRouter<T>*>(shortlist); }
+
     void run(const Step& step) override { forward_->run(step); }
 
   private:
@@ -111,7 +128,7 @@ extern "C" {
 #define LM_EXPORT __attribute__((visibility("default")))
 
 // Raised whenever a struct or a signature changes, so that a stale build is noticed instead of misread.
-LM_EXPORT int32_t lm_interface_version() { return 1; }
+LM_EXPORT int32_t lm_interface_version() { return 2; }
 
 // Whether this process may use the registers this build needs. Call before the first engine is made.
 LM_EXPORT int32_t lm_is_usable() { return lm::enable_tiles(); }
@@ -154,6 +171,14 @@ LM_EXPORT const char* lm_adapter_new(lm::Engine* engine, const int32_t* ranks, c
 }
 
 LM_EXPORT void lm_adapter_free(lm::Engine* engine, void* adapter) { engine->drop_adapter(adapter); }
+
+// Prototypes of `slots` (ascending), which have gate rows in `router`.
+LM_EXPORT const char* lm_shortlist_new(lm::Engine* engine, const lm::Router* router, const int32_t* slots,
+                                       int32_t num_slots, void** out) {
+    return lm::guarded([&] { *out = engine->make_shortlist(*router, slots, num_slots); });
+}
+
+LM_EXPORT void lm_shortlist_free(lm::Engine* engine, void* shortlist) { engine->drop_shortlist(shortlist); }
 
 LM_EXPORT const char* lm_run(lm::Engine* engine, const lm::Step* step) {
     return lm::guarded([&] { engine->run(*step); });

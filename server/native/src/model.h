@@ -17,6 +17,9 @@ struct Group {
     int count;
 };
 constexpr Group kAttentionIn{kQ, 3}, kAttentionOut{kO, 1}, kMlpIn{kGate, 2}, kMlpOut{kDown, 1};
+constexpr Group group_of(int projection) {
+    return projection < kO ? kAttentionIn : projection == kO ? kAttentionOut : projection < kDown ? kMlpIn : kMlpOut;
+}
 
 struct Shape {
     int32_t hidden, layers, heads, kv_heads, head_dim, intermediate, vocab;
@@ -89,6 +92,7 @@ struct Router {
     const float* const* biases;   // [layers * projections] -> (E,), or null
     float* layer_gates;           // (num_gates, T, E) to fill, or null
     const int32_t* gate_index;    // [layers * projections] -> ordinal of the gate, -1 where there is none
+    const void* shortlist;        // ShortlistRouter<T>*, or null: the router looks at every slot
 };
 
 template <class T>

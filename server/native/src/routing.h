@@ -42,7 +42,7 @@ inline void dots(const T* x, const float* const* rows, int64_t n, float* out) {
     }
     for (int i = 0; i < N; ++i) {
         out[i] = _mm512_reduce_add_ps(_mm512_add_ps(sums[i][0], sums[i][1]));
-        for (int64_t j = k; j < n; ++j) out[i] += to_float(x[j]) * rows[i][j];
+        for (int64_t j = k; j < n; ++j) out[i] = std::fma(to_float(x[j]), rows[i][j], out[i]);
     }
 }
 
@@ -63,23 +63,23 @@ inline void slot_logits(const T* x, int64_t d_in, const Router& router, int gate
 }
 
 // One token's gates from router logits: mask, keep the `top_k` largest (ties to the lower slot), softmax over the kept.
-// The maths of `server.routing.ops.top_k_gates`. Writes (slot, weight) by ascending slot; returns how many.
+// The maths of `server.routing.ops.top_k_gates`. `allowed` are `num_allowed` slots, ascending. Writes (slot, weight) by
+// ascending slot; returns how many.
 template <class T>
-int32_t top_k_gates(const T* x, int64_t d_in, const Router& router, int gate, const Plan& plan, int32_t* slots,
-                    float* weights) {
+int32_t top_k_gates(const T* x, int64_t d_in, const Router& router, int gate, const int32_t* allowed,
+                    int32_t num_allowed, int32_t top_k, int32_t* slots, float* weights) {
     int32_t kept = 0;
     float logits[4];
-    for (int32_t i = 0; i < plan.num_slots; ++i) {
-        if (i % 4 == 0)
-            slot_logits(x, d_in, router, gate, plan.slots + i, std::min(4, plan.num_slots - i), logits);
-        const int32_t slot = plan.slots[i];
+    for (int32_t i = 0; i < num_allowed; ++i) {
+        if (i % 4 == 0) slot_logits(x, d_in, router, gate, allowed + i, std::min(4, num_allowed - i), logits);
+        const int32_t slot = allowed[i];
         const float logit = logits[i % 4];
         if (!(logit > kMinusInf)) continue;
         // Kept ones stand by falling logit; an equal logit goes behind, for slots come in ascending order.
-        int32_t place = kept < plan.top_k ? kept : plan.top_k;
+        int32_t place = kept < top_k ? kept : top_k;
         while (place > 0 && weights[place - 1] < logit) --place;
-        if (place >= plan.top_k) continue;
-        kept = std::min(kept + 1, plan.top_k);
+        if (place >= top_k) continue;
+        kept = std::min(kept + 1, top_k);
         for (int32_t j = kept - 1; j > place; --j) {
             weights[j] = weights[j - 1];
             slots[j] = slots[j - 1];

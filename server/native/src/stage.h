@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "attention.h"
-#include "routing.h"
+#include "shortlist.h"
 #include "threads.h"
 #include "tiles.h"
 
@@ -38,6 +38,7 @@ struct Scratch {
     Buffer<float> narrow;     // (kTileRows, 64): a few panels of an adapter
     Buffer<T> gathered;       // (kTileRows, padded d_in)
     AttentionTile<T> tile;
+    ShortlistScratch shortlist;
     std::vector<float> greatest;      // (num_logits,) over the columns this thread computed
     std::vector<int32_t> greatest_id;
     unsigned phase = 0;
