@@ -158,8 +158,10 @@ class _Fetch:
             return None
         file, self._examples_problem = examples_file(info, path)
         if file is None:
-            if self._examples_problem is None:
+            if self._examples_problem is None and self._locked is None:
                 note_absence(self._cache_folder, commit, path)
+            elif self._examples_problem is None:
+                self._examples_problem = f"{path} is in adapters.lock, but the Hub lists none at {commit}"
             return None
 
         def look() -> tuple[HfFileMetadata, int]:

@@ -159,6 +159,10 @@ def test_locked_examples_need_no_network_and_must_be_the_locked_ones(hub: FakeHu
     (first.folder / "examples.jsonl").resolve().write_bytes(b"tampered with")
     assert source.fetch(SPEC, locked=lock(commit, examples=EXAMPLES)) == first
     assert (first.folder / "examples.jsonl").read_bytes() == EXAMPLES
+    del hub.repositories["org/name"].commits[commit]["examples.jsonl"]  # which no sound Hub does
+    shutil.rmtree(first.link_root)
+    assert "is in adapters.lock" in str(source.fetch(SPEC, locked=lock(commit, examples=EXAMPLES)).examples_problem)
+    hub.repositories["org/name"].commits[commit]["examples.jsonl"] = EXAMPLES
     forged = source.fetch(SPEC, locked=lock(commit, examples=b"other"))
     assert set(forged.files) == set(REQUIRED)
     assert forged.examples_problem is not None
