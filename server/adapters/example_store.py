@@ -5,6 +5,7 @@ tokenizer and template. One file per generation of a name, at most 64 lines of 6
 Whoever owns the journal beside it owns the folder; a file that no registration stands for goes at the next start.
 """
 
+import contextlib
 import json
 import logging
 import re
@@ -49,7 +50,8 @@ class ExampleStore:
             if match := _FILE_PATTERN.fullmatch(path.name):
                 self._generations.setdefault(match["name"], set()).add(int(match["generation"]))
             elif _LEFTOVER_PATTERN.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def keep(self, name: str, generation: int, digest: str | None, examples: Sequence[Example]) -> None:
         """Have all examples of an adapter on disk; `digest` is its content's, once that is known.
