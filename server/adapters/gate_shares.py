@@ -37,5 +37,5 @@ class GateShares:
         return (worst, shares[worst]) if worst is not None and shares[worst] > caps[worst] else None
 
     def forget(self, slot: int) -> None:
-        """What the slot has had counts no more, neither for it nor in the sum."""
-        self._mass.pop(slot, None)
+        """What the slot has had counts no more: not for it, not in the sum, and not towards the window."""
+        self._unjudged = max(0.0, self._unjudged - self._mass.pop(slot, 0.0))

@@ -35,10 +35,12 @@ class ShareGuard:
     def readmit(self, record: Record) -> AdapterInfo:
         """Let an adapter into the routed pool again, if it is out. Raises LoraMixerError when that cannot be kept."""
         with self._changes:
-            if record.exclusion is not None:
+            with self._state.mutex:
+                is_current = self._state.records.get(record.spec.name) is record
+            if is_current and record.exclusion is not None:
                 self._exclusions.remove(record.spec.name)
             with self._state.mutex:
-                if record.exclusion is not None:
+                if is_current and record.exclusion is not None:
                     logger.warning("adapter %s may be routed to again", record.spec.name)
                     self._state.readmit(record)
                 return self._state.info(record)

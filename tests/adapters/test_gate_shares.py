@@ -48,4 +48,8 @@ def test_what_is_forgotten_counts_for_nobody() -> None:
     assert fed((1, 90.0), (2, 5.0)).judge({2: 0.4}) is None
     shares = fed((1, 90.0), (2, 5.0))
     shares.forget(1)
+    shares.add(2, 94.0)
+    assert not shares.is_due, "a few tokens are no window"
+    shares.add(2, 1.0)
+    assert shares.is_due
     assert shares.judge({2: 0.4}) == (2, 1.0)
