@@ -115,9 +115,9 @@ def test_many_streams_over_a_small_memory_get_the_tokens_of_a_large_one(
 
         record = registry.record_traffic
 
-        def observed(mass: Any) -> None:
+        def observed(*masses: Any) -> None:
             observe()
-            record(mass)
+            record(*masses)
 
         monkeypatch.setattr(registry, "record_traffic", observed)
         for _ in range(2):
