@@ -94,7 +94,7 @@ class ServerSettings(_Frozen):
     """Memory of all adapters' weights, in MiB; null: no limit. Those beyond wait on disk until a request wants them."""
     adapter_wait_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds that a request may wait until its adapter is in memory; beyond, it gets 503."""
-    shortlist_from: Annotated[int, Field(ge=1)] | None = 32
+    shortlist_from: Annotated[int, Field(ge=1)] | None = 64
     """Routed adapters from which the native step makes shortlists, which only saves time; null: never."""
     max_adapter_rank: Annotated[int, Field(ge=1)] = 512
     """Largest LoRA rank accepted."""
