@@ -1,4 +1,7 @@
-"""Background statistics for gate rows without retraining, made from a router's own chats; see `routing.background`."""
+"""Statistics for gate rows and prompt-gate columns without retraining, made from a router's own chats.
+
+See `routing.background` and `routing.prompt_statistics`.
+"""
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
@@ -12,12 +15,16 @@ from router_training.encoding import TokenSequence, encode_chats
 from router_training.roster import BASE_TASK, Roster, check_artefact
 from router_training.router_inputs import CachedInputs, cache_inputs
 from server.config import ServerConfig
+from server.errors import RouterArtefactError
 from server.routing.background import MAX_RETAINED, Background, summarise_gate, to_tensors
 from server.routing.policy import BASE_DIGEST, BASE_SLOT, GatePlan
+from server.routing.prompt_statistics import summarise_questions
 from server.routing.router import RouterArtefact, load_artefact, save_artefact
 
 CHATS_PER_ADAPTER = 20
 """Of 8 adapters these are 6,000 tokens, ten for every value of a mean."""
+QUESTIONS_PER_ADAPTER = 250
+"""Chats whose questions count for the prompt gate: they are read, not computed. As many as a training mix has."""
 MAX_LENGTH = 160
 MAX_TOKENS_PER_PART = 24
 """Tokens kept of a chat's prompt and of its answer, evenly spread."""
@@ -41,12 +48,7 @@ def with_background(
         max_prompt_tokens=MAX_TOKENS_PER_PART,
         max_answer_tokens=MAX_TOKENS_PER_PART,
     )
-    label_of_digest = {BASE_DIGEST: BASE_SLOT, **roster.slot_of_digest}
-    index_of_label = {
-        label_of_digest[adapter.digest]: index
-        for index, adapter in enumerate(artefact.adapters)
-        if adapter.digest in label_of_digest
-    }
+    index_of_label = _index_of_label(artefact, roster)
     retained = _retained(cached, set(index_of_label))
     domains = [index_of_label[label] for label in cached.labels[retained].tolist()]
     gates = {
@@ -54,6 +56,26 @@ def with_background(
         for key, rows in artefact.rows.items()
     }
     return dataclasses.replace(artefact, background=to_tensors(Background(gates, torch.tensor(domains))))
+
+
+def with_questions(artefact: RouterArtefact, roster: Roster, sequences: Sequence[TokenSequence]) -> RouterArtefact:
+    """The artefact, if it has a prompt gate, with statistics of the first questions of these chats.
+
+    Raises RouterArtefactError where no chat of its adapters has a question.
+    """
+    gate = artefact.prompt_gate
+    if gate is None:
+        return artefact
+    index_of_label = _index_of_label(artefact, roster)
+    questions = [
+        (sequence.token_ids[span[0] : span[1]], index_of_label[sequence.label])
+        for sequence in sequences
+        if sequence.label in index_of_label and (span := gate.frame.question(sequence.token_ids)) is not None
+    ]
+    if not questions:
+        raise RouterArtefactError("the chats hold no question as the artefact's prompt gate knows them")
+    statistics = summarise_questions(questions, *gate.scores.shape)
+    return dataclasses.replace(artefact, prompt_gate=dataclasses.replace(gate, statistics=statistics))
 
 
 def add_background(
@@ -71,6 +93,9 @@ def add_background(
     roster = load(config)
     check_artefact(artefact, roster)
     finished = with_background(artefact, roster, encode(roster, chats), roster.routed_plans(artefact))
+    if artefact.prompt_gate is not None:
+        more = [chat for rows in splits["train"].values() for chat in rows[:QUESTIONS_PER_ADAPTER]]
+        finished = with_questions(finished, roster, encode(roster, more))
     record = {"chats": len(chats), "data_sha256": data_digest(chats), "policy": "routed"}
     save_artefact(dataclasses.replace(finished, training={**artefact.training, "background": record}), folder)
 
@@ -79,6 +104,16 @@ def encode(roster: Roster, chats: Sequence[Chat]) -> list[TokenSequence]:
     """Chats as statistics see them."""
     loaded = roster.loaded
     return encode_chats(chats, roster.label_of_task, loaded.tokenizer, loaded.eos_token_ids, max_length=MAX_LENGTH)
+
+
+def _index_of_label(artefact: RouterArtefact, roster: Roster) -> dict[int, int]:
+    """Label of a chat -> place of its adapter in the artefact."""
+    label_of_digest = {BASE_DIGEST: BASE_SLOT, **roster.slot_of_digest}
+    return {
+        label_of_digest[adapter.digest]: index
+        for index, adapter in enumerate(artefact.adapters)
+        if adapter.digest in label_of_digest
+    }
 
 
 def _retained(cached: CachedInputs, known: Collection[int]) -> Tensor:

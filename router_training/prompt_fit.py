@@ -22,6 +22,7 @@ from server.errors import ConfigError, InvalidRequestError
 from server.model.loader import LoadedModel
 from server.routing.policy import BASE_SLOT, GatePlan, PlanSpan, Policy
 from server.routing.prompt_gate import ChatFrame, PromptGate, PromptGateSettings, prompt_spans
+from server.routing.prompt_statistics import QuestionStatistics, summarise_questions
 
 EPOCHS = 6
 BATCH_SIZE = 48
@@ -75,7 +76,8 @@ def fit_prompt_gate(
     settings: PromptGateSettings = PromptGateSettings(),  # noqa: B008  frozen
     on_step: Callable[[int], None] = lambda _: None,
 ) -> PromptGate:
-    """A gate from the first questions of the sequences. `embeddings` (V, d); column c is slot `first_slot` + c.
+    """A gate from the first questions of the sequences, with statistics of them. `embeddings` (V, d); column c is slot
+    `first_slot` + c.
 
     `on_step` hears of every step with the number of questions in it. Deterministic in the seed.
     """
@@ -101,7 +103,7 @@ def fit_prompt_gate(
     with torch.no_grad():
         scores = F.linear(features, rows)
         scores -= scores.mean(dim=1, keepdim=True)  # a constant per token changes nothing and would cost bits
-    return PromptGate(scores.half(), frame, settings)
+    return PromptGate(scores.half(), frame, settings, _statistics(questions, *scores.shape))
 
 
 def normalised(embeddings: Tensor) -> Tensor:
@@ -144,7 +146,7 @@ class PromptReader:
         """Of `unguided` sequences the gate says nothing. A column more than adapters is the null expert's."""
         first_slot = BASE_SLOT if gate.scores.shape[1] > len(roster.adapters) else FIRST_SLOT
         self._gate = gate
-        self._columns = {slot: slot - first_slot for slot in range(first_slot, len(roster.tasks))}
+        self._columns = gate.columns({slot: slot - first_slot for slot in range(first_slot, len(roster.tasks))})
         self._digests = roster.digest_of_slot
         self._num_slots = roster.routed.num_slots
         self._known: dict[tuple[int, ...], tuple[PlanSpan, ...]] = {s.token_ids: () for s in unguided}
@@ -198,6 +200,12 @@ def guide_of(gate: PromptGate | None, roster: Roster, sequences: Sequence[TokenS
     if gate is None:
         return None
     return PromptReader(gate, roster, unguided=sequences[UNGUIDED_EVERY - 1 :: UNGUIDED_EVERY]).fixed_gates
+
+
+def _statistics(questions: Sequence[Question], vocabulary: int, num_choices: int) -> QuestionStatistics | None:
+    """Of the questions that belong to one choice from end to end."""
+    whole = [(tokens.tolist(), int(own[0])) for tokens, own in questions if (own == own[0]).all()]
+    return summarise_questions(whole, vocabulary, num_choices) if whole else None
 
 
 def _question(frame: ChatFrame, sequence: TokenSequence, first_slot: int) -> Question | None:

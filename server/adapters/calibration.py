@@ -6,7 +6,7 @@ Decides nothing about names and states; `hot_rows` does.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from server.adapters.torch_states import TorchStates
 from server.routing.attach import RoutedModel
 from server.routing.background import Background, from_tensors
 from server.routing.policy import BASE_PLAN, GatePlan, Policy
+from server.routing.prompt_columns import PromptVerdict, make_column
 from server.routing.prototypes import (
     CanaryReport,
     GateColumn,
@@ -59,6 +60,8 @@ class Calibration:
     num_examples: int
     artefact: RouterArtefact
     """What it was fitted against; under another artefact it means nothing."""
+    prompt: PromptVerdict | None = None
+    """Whether it takes part in the router's prompt gate; None where there is no such gate."""
 
 
 class Calibrator:
@@ -91,16 +94,21 @@ class Calibrator:
             row, own = self._from_examples(slot, examples, artefact, background, trained_slots, poll)
         else:
             row, own = self._from_weights(slot, artefact, background), None
+        names = [adapter.name for adapter in artefact.adapters]
+        prompt = None
+        if artefact.prompt_gate is not None:
+            column, prompt = make_column([example.token_ids for example in examples], artefact.prompt_gate, names)
+            row = replace(row, prompt_column=column)
         report = judge(
             row,
             artefact.rows,
             background,
-            [adapter.name for adapter in artefact.adapters],
+            names,
             top_k=artefact.top_k,
             temperature=artefact.temperature,
             own_win_rate=own,
         )
-        return Calibration(row, report, "examples" if examples else "weights", len(examples), artefact)
+        return Calibration(row, report, "examples" if examples else "weights", len(examples), artefact, prompt)
 
     def _from_examples(
         self,

@@ -214,10 +214,11 @@ class Record:
             return {"state": "running", "num_examples": len(self.examples)}
         if self.calibration is None:
             return None
-        report = self.calibration.report
+        report, prompt = self.calibration.report, self.calibration.prompt
         return {
             "state": "refused" if report.problems else "passed",
             "method": self.calibration.method,
             "num_examples": self.calibration.num_examples,
             **asdict(report),
+            "prompt_gate": None if prompt is None else prompt.facts(),
         }

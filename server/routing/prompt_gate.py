@@ -5,7 +5,7 @@ its first words. But a prompt is known whole. Token scores, a linear map of the 
 (vocabulary x choices), are the emissions of a hidden Markov chain over the choices; its smoothed posterior at a token
 looks both ways, and tells where in a prompt the task changes. Where it is unsure the router decides as elsewhere.
 
-A pure function of (prompt tokens, router, allowed choices). Letters: T tokens of the question, C choices.
+A pure function of (prompt tokens, router, allowed choices). Letters: T tokens of the question, C choices, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from server.routing.policy import BASE_PLAN, BASE_SLOT, GatePlan, PlanSpan, Policy, fixed_plan
+from server.routing.prompt_statistics import QuestionStatistics
 
 Floats = npt.NDArray[np.float64]
 
@@ -75,14 +76,30 @@ class PromptGate:
     """(V, C) float16: emissions in nats, up to a constant per token."""
     frame: ChatFrame
     settings: PromptGateSettings = PromptGateSettings()
+    statistics: QuestionStatistics | None = None
+    """What columns for newcomers are made of (`routing.prompt_columns`); change no gate by themselves."""
 
-    def posterior(self, token_ids: Sequence[int], columns: Sequence[int]) -> Floats:
-        """(T, len(columns)): probability that each token belongs to each of the choices `columns`. Ids beyond the
+    def posterior(self, token_ids: Sequence[int], columns: Sequence[Tensor]) -> Floats:
+        """(T, len(columns)): probability that each token belongs to the choice of each column (V,). Ids beyond the
         table say nothing."""
         ids = torch.tensor(token_ids)
         known = (ids < len(self.scores)) & (ids >= 0)
-        emissions = self.scores[ids.where(known, 0)][:, list(columns)].double() * known[:, None]
+        ids = ids.where(known, 0)
+        emissions = torch.stack([column[ids] for column in columns], dim=1).double() * known[:, None]
         return smoothed(emissions.numpy(), self.settings.switch)
+
+    def decide(self, question: Sequence[int], columns: Sequence[Tensor]) -> list[int | None]:
+        """Which of the columns' choices each token of a question is given to; None where the router decides.
+
+        Only so many tokens of it as the settings say.
+        """
+        posterior = self.posterior(question[: self.settings.max_question_tokens], columns)
+        best, is_sure = posterior.argmax(axis=1), posterior.max(axis=1) >= self.settings.confidence
+        return [index if sure else None for index, sure in zip(best.tolist(), is_sure.tolist(), strict=True)]
+
+    def columns(self, index_of_slot: Mapping[int, int]) -> dict[int, Tensor]:
+        """slot -> scores (V,) of the slots of trained choices; shares their memory."""
+        return {slot: self.scores[:, index] for slot, index in index_of_slot.items()}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -139,23 +156,21 @@ def smoothed(emissions: Floats, switch: float) -> Floats:
 def prompt_spans(
     gate: PromptGate,
     plan: GatePlan,
-    column_of_slot: Mapping[int, int],
+    column_of_slot: Mapping[int, Tensor],
     digest_of_slot: Mapping[int, str],
     token_ids: Sequence[int],
 ) -> tuple[PlanSpan, ...]:
     """Which plan the tokens of a prompt's beginning follow; behind the last span all follow `plan`.
 
-    None at all where an allowed choice has no scores: the gate would give that one's prompts to others.
+    `column_of_slot` (V,) each. None at all where an allowed choice has no scores: the gate would give that one's
+    prompts to others.
     """
     slots = plan.allowed_slots
     if any(slot not in column_of_slot for slot in slots) or (found := gate.frame.question(token_ids)) is None:
         return ()
     start, stop = found
-    stop = min(stop, start + gate.settings.max_question_tokens)
-    posterior = gate.posterior(token_ids[start:stop], [column_of_slot[slot] for slot in slots])
-    best = posterior.argmax(axis=1)
-    is_sure = posterior.max(axis=1) >= gate.settings.confidence
-    choices = [slots[index] if sure else None for index, sure in zip(best.tolist(), is_sure.tolist(), strict=True)]
+    given = gate.decide(token_ids[start:stop], [column_of_slot[slot] for slot in slots])
+    choices = [None if index is None else slots[index] for index in given]
     opening = choices[0] if start <= gate.settings.max_opening_tokens else None
     spans: list[PlanSpan] = []
     end = 0

@@ -53,15 +53,19 @@ class HotRow:
     """One adapter's columns over all gates of a router."""
 
     columns: Mapping[str, GateColumn]
+    prompt_column: Tensor | None = None
+    """(V,) float16: its scores in the router's prompt gate. Without them the gate is silent where it is allowed."""
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over rows and biases in key order; part of prefix-cache fingerprints."""
+        """sha256 over rows and biases in key order and the prompt gate's scores; part of prefix-cache fingerprints."""
         sha = hashlib.sha256(b"hot row\n")
         for key in sorted(self.columns):
             column = self.columns[key]
             sha.update(f"{key} {column.bias!r}\n".encode())
             sha.update(column.row.contiguous().numpy().tobytes())
+        if self.prompt_column is not None:
+            sha.update(b"prompt gate\n" + self.prompt_column.contiguous().numpy().tobytes())
         return sha.hexdigest()
 
 

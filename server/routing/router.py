@@ -7,7 +7,7 @@ positions or names; `RouterBank` places them into slots.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +20,13 @@ from torch import Tensor
 from server.errors import RouterArtefactError
 from server.routing.bank import ProjectionInfo
 from server.routing.prompt_gate import PromptGate
+from server.routing.prompt_statistics import QuestionStatistics
 
 READABLE_VERSIONS = (1, 2, 3)
 """2 added the background statistics of `routing.background`, 3 the prompt gate; the rest is that of 1. Written is 3
 with a prompt gate and 2 without, so that a server that knows no prompt gates reads all that it can obey."""
 PROMPT_SCORES = "prompt_gate/scores"
+PROMPT_STATISTICS = "prompt_gate/statistics/"
 JSON_NAME = "router.json"
 TENSORS_NAME = "router.safetensors"
 Granularity = Literal["layer", "projection"]
@@ -101,6 +103,8 @@ def save_artefact(artefact: RouterArtefact, folder: Path) -> None:
     tensors |= {f"background/{key}": value for key, value in artefact.background.items()}
     if artefact.prompt_gate is not None:
         tensors[PROMPT_SCORES] = artefact.prompt_gate.scores
+        if (statistics := artefact.prompt_gate.statistics) is not None:
+            tensors |= {PROMPT_STATISTICS + key: value for key, value in statistics.tensors().items()}
     save_file({key: tensors[key].contiguous() for key in sorted(tensors)}, folder / TENSORS_NAME)
     record: dict[str, Any] = {
         "format_version": 2 if artefact.prompt_gate is None else 3,
@@ -172,7 +176,12 @@ def _parse(record: dict[str, Any], tensors: dict[str, Tensor]) -> RouterArtefact
 
 
 def _prompt_gate(record: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> PromptGate | None:
-    return None if record is None else PromptGate.from_record(record, tensors[PROMPT_SCORES])
+    if record is None:
+        return None
+    gate = PromptGate.from_record(record, tensors[PROMPT_SCORES])
+    prefix = len(PROMPT_STATISTICS)
+    found = {key[prefix:]: value for key, value in tensors.items() if key.startswith(PROMPT_STATISTICS)}
+    return replace(gate, statistics=QuestionStatistics.from_tensors(found)) if found else gate
 
 
 def _check(artefact: RouterArtefact, folder: Path) -> None:
@@ -209,5 +218,7 @@ def _check(artefact: RouterArtefact, folder: Path) -> None:
             problems.append(f"{PROMPT_SCORES} is {scores.dtype} {tuple(scores.shape)}, not {expected}")
         elif not torch.isfinite(scores).all():
             problems.append(f"{PROMPT_SCORES} has non-finite values")
+        elif artefact.prompt_gate.statistics is not None:
+            problems += artefact.prompt_gate.statistics.problems(*scores.shape)
     if problems:
         raise RouterArtefactError(f"router artefact in {folder}: " + "; ".join(problems))

@@ -14,7 +14,7 @@ from torch import Tensor
 from server.errors import RouterArtefactError
 from server.routing.bank import ProjectionInfo
 from server.routing.policy import BASE_DIGEST, BASE_SLOT, GatePlan, PlanSpan
-from server.routing.prompt_gate import prompt_spans
+from server.routing.prompt_gate import PromptGate, prompt_spans
 from server.routing.prototypes import HotRow
 from server.routing.router import Granularity, RouterArtefact, gate_key
 
@@ -34,8 +34,10 @@ class RouterGeneration:
     row_digest_of_slot: Mapping[int, str] = field(default_factory=dict)
     biases: Mapping[str, Tensor] = field(default_factory=dict)
     """gate key -> (E,) float32, added to the logits; empty while no row has a bias."""
-    column_of_slot: Mapping[int, int] = field(default_factory=dict)
-    """Index among the artefact's adapters of every slot with a trained row."""
+    digest_of_slot: Mapping[int, str] = field(default_factory=dict)
+    """Slot -> digest of the adapter in it, of every slot with a gate row."""
+    column_of_slot: Mapping[int, Tensor] = field(default_factory=dict)
+    """Slot -> scores (V,) of the prompt gate, if the router has one: of trained adapters and of hot ones."""
     packed: object | None = None
     """What `RouterBank.pack` made of it."""
 
@@ -44,7 +46,7 @@ class RouterGeneration:
         gate = self.artefact.prompt_gate
         if gate is None:
             return ()
-        return prompt_spans(gate, plan, self.column_of_slot, self.row_digest_of_slot, token_ids)
+        return prompt_spans(gate, plan, self.column_of_slot, self.digest_of_slot, token_ids)
 
     def key(self, info: ProjectionInfo) -> str:
         """Which gate decides for this projection; where `rows` lacks it, routed tokens stay on the base."""
@@ -88,7 +90,8 @@ class RouterBank:
         """Lay out an artefact's rows by slot. Adapters of the artefact that hold no slot are left out.
 
         Compare `check_base` first. The null expert's row goes to the base slot. `hot_rows` (slot -> row) are those of
-        adapters that the artefact does not know; they leave every other row as it is, bit for bit.
+        adapters that the artefact does not know; they leave every other row as it is, bit for bit. Where
+        `slot_of_digest` lacks such an adapter, its row stands for it.
         """
         slots = {**slot_of_digest, BASE_DIGEST: BASE_SLOT}
         placed = [(index, slots[a.digest]) for index, a in enumerate(artefact.adapters) if a.digest in slots]
@@ -102,6 +105,7 @@ class RouterBank:
             rows[key] = by_slot.to(self.device)
         row_digests = artefact.row_digests()
         trained = {slot: row_digests[artefact.adapters[index].digest] for index, slot in placed}
+        digest_of_slot = {slot: digest for digest, slot in slots.items() if slot in trained or slot in hot_rows}
         generation = RouterGeneration(
             id=generation_id,
             granularity=artefact.granularity,
@@ -111,7 +115,8 @@ class RouterBank:
             artefact=artefact,
             row_digest_of_slot={**trained, **{slot: hot.digest for slot, hot in hot_rows.items()}},
             biases=self._biases(hot_rows),
-            column_of_slot={slot: index for index, slot in placed},
+            digest_of_slot={**{slot: hot.digest for slot, hot in hot_rows.items()}, **digest_of_slot},
+            column_of_slot=_prompt_columns(artefact.prompt_gate, placed, hot_rows),
         )
         return generation if self.pack is None else replace(generation, packed=self.pack(generation))
 
@@ -138,3 +143,13 @@ class RouterBank:
         """Remove a generation that no request holds any more. Same thread as `publish`."""
         kept = {key: value for key, value in self.generations.items() if key != generation_id}
         self.generations = MappingProxyType(kept)
+
+
+def _prompt_columns(
+    gate: PromptGate | None, placed: Sequence[tuple[int, int]], hot_rows: Mapping[int, HotRow]
+) -> dict[int, Tensor]:
+    """slot -> column of the gate, of the trained choices (index, slot) and of the newcomers that have one."""
+    if gate is None:
+        return {}
+    trained = gate.columns({slot: index for index, slot in placed})
+    return {**trained, **{slot: hot.prompt_column for slot, hot in hot_rows.items() if hot.prompt_column is not None}}

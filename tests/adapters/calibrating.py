@@ -7,6 +7,8 @@ from torch import Tensor
 
 from server.routing.attach import RoutedModel
 from server.routing.background import Background, summarise_gate, to_tensors
+from server.routing.prompt_gate import ChatFrame, PromptGate
+from server.routing.prompt_statistics import summarise_questions
 from server.routing.recording import InputRecorder
 from server.routing.router import RouterArtefact
 from tests.adapters.harness import artefact_for
@@ -54,3 +56,11 @@ def router_with_statistics(routed: RoutedModel, adapters: list[tuple[str, str]],
     gates = {key: summarise_gate(inputs[key], kept, rows[key], artefact.temperature) for key in rows}
     background = to_tensors(Background(gates, torch.tensor(domains)[kept]))
     return artefact_for(routed, adapters, **{**options, "rows": rows, "background": background})
+
+
+def ordinary_prompt_gate(num_choices: int = 2) -> PromptGate:
+    """A prompt gate of two trained choices, of which the letter q speaks for the first, with statistics of ORDINARY."""
+    scores = torch.zeros(305, num_choices, dtype=torch.float16)
+    scores[ord("q"), 0] = 4.0
+    questions = [(list(text.encode()), index % num_choices) for index, text in enumerate(ORDINARY)]
+    return PromptGate(scores, ChatFrame((302,), 304), statistics=summarise_questions(questions, 305, num_choices))

@@ -1,6 +1,7 @@
 """Where rows come from: states of the server's own routed forward, and weights that stand in the bank."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from server.model.attention import attach_paged_attention
 from server.routing.attach import RoutedModel, attach_routing
 from server.routing.bank import LoraWeights
 from server.routing.prototypes import norm_factor
-from tests.adapters.calibrating import OWN, ByteRenderer, router_with_statistics
+from tests.adapters.calibrating import OWN, ByteRenderer, ordinary_prompt_gate, router_with_statistics
 from tests.adapters.folders import BASE
 from tests.adapters.harness import artefact_for, run_inline
 
@@ -100,6 +101,31 @@ def test_without_examples_only_projections_that_read_the_gates_input_count(
     assert seen == [2, 2]
     assert calibration.report.own_win_rate is None
     assert calibration.row.columns["layer.2"].bias == NEVER
+
+
+def test_a_prompt_gate_gets_a_column_and_the_gate_row_stays(make_routed: Callable[..., RoutedModel]) -> None:
+    routed = make_routed()
+    plain = known(routed)
+    gated = replace(plain, prompt_gate=ordinary_prompt_gate())
+    before, after = (Calibrator(routed, run_inline).calibrate(3, EXAMPLES, it, DIGESTS) for it in (plain, gated))
+    assert before.prompt is None
+    assert before.row.prompt_column is None
+    assert after.prompt is not None
+    assert after.prompt.facts()["state"] == "passed"
+    assert after.row.prompt_column is not None
+    assert after.row.prompt_column[ord("x")] > 1 > after.row.prompt_column[ord("a")]
+    for key, column in before.row.columns.items():
+        assert torch.equal(after.row.columns[key].row, column.row)
+    assert after.report == before.report
+
+
+def test_without_examples_a_prompt_gate_stays_silent(make_routed: Callable[..., RoutedModel]) -> None:
+    routed = make_routed()
+    gated = replace(known(routed), prompt_gate=ordinary_prompt_gate())
+    calibration = Calibrator(routed, run_inline).calibrate(3, (), gated, DIGESTS)
+    assert calibration.row.prompt_column is None
+    assert calibration.prompt is not None
+    assert str(calibration.prompt.facts()["reason"]).startswith("0 of its examples have a question")
 
 
 def test_a_router_without_statistics_is_refused(make_routed: Callable[..., RoutedModel]) -> None:

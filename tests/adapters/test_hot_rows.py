@@ -1,6 +1,7 @@
 """Adapters that the router was not trained with: routed after their canary, refused with numbers, never in the way."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -30,8 +31,15 @@ from server.errors import (
 )
 from server.native.library import libraries
 from server.routing.attach import RoutedModel, attach_routing
-from server.routing.router import save_artefact
-from tests.adapters.calibrating import ORDINARY, OWN, ByteRenderer, router_with_statistics
+from server.routing.prompt_gate import PromptGate
+from server.routing.router import load_artefact, save_artefact
+from tests.adapters.calibrating import (
+    ORDINARY,
+    OWN,
+    ByteRenderer,
+    ordinary_prompt_gate,
+    router_with_statistics,
+)
 from tests.adapters.fake_hub import FakeHub, Fault
 from tests.adapters.folders import BASE, copied
 from tests.adapters.harness import run_inline, save_router
@@ -161,6 +169,43 @@ def test_registrations_commute(start: Start) -> None:
             assert registry.wait_retired(name, 30)
     assert digests[0] == digests[1]
     assert None not in digests[0].values()
+
+
+def give_prompt_gate(registry: AdapterRegistry, router: Path, gate: PromptGate) -> None:
+    save_artefact(dataclasses.replace(load_artefact(router), prompt_gate=gate), router)
+    registry.swap_router(router)
+
+
+def spans_of(registry: AdapterRegistry, text: str) -> list[tuple[int, ...]]:
+    """Slots that the beginning of a routed prompt goes to, in order."""
+    prompt = ByteRenderer().render_chat([{"role": "user", "content": text}])
+    return [span.plan.slots for span in registry.prompt_spans(registry.lease("auto").plan, prompt)]
+
+
+def test_a_newcomer_takes_part_in_the_prompt_gate(start: Start, tmp_path: Path) -> None:
+    registry = start()
+    give_prompt_gate(registry, tmp_path / "router", ordinary_prompt_gate())
+    first = registry.roster.adapters["a"].slot
+    assert spans_of(registry, "quick qualms quit") == [(first,)]
+    assert spans_of(registry, "zzyx xyzzy xxyz") == []
+    info = add(registry, "c", OWN)
+    assert info.routed, info.reason
+    verdict = info.to_dict()["calibration"]["prompt_gate"]
+    assert (verdict["state"], verdict["reason"]) == ("passed", None)
+    assert verdict["own_share"] > 0.5
+    assert spans_of(registry, "quick qualms quit") == [(first,)], "the others keep what the gate gives them"
+    assert spans_of(registry, "zzyx xyzzy xxyz") == [(registry.roster.adapters["c"].slot,)]
+
+
+def test_a_newcomer_without_a_column_is_routed_to_and_silences_the_prompt_gate(start: Start, tmp_path: Path) -> None:
+    registry = start()
+    give_prompt_gate(registry, tmp_path / "router", dataclasses.replace(ordinary_prompt_gate(), statistics=None))
+    info = add(registry, "c", OWN)
+    assert info.routed, info.reason
+    verdict = info.to_dict()["calibration"]["prompt_gate"]
+    assert verdict["state"] == "silent"
+    assert "lora-mixer-train background" in verdict["reason"]
+    assert spans_of(registry, "quick qualms quit") == []
 
 
 def test_a_newcomer_whose_examples_are_other_adapters_business_is_refused_with_numbers(start: Start) -> None:

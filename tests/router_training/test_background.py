@@ -1,19 +1,22 @@
 """Statistics for gate rows without retraining: of the right states, for the right adapters, added without a change."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from router_training.artefact import build_artefact
-from router_training.background import with_background
+from router_training.background import with_background, with_questions
 from router_training.encoding import TokenSequence
 from router_training.gates import RouterParameters
 from router_training.leave_one_out import without_row
 from router_training.roster import FIRST_SLOT, Roster
 from router_training.router_inputs import cache_inputs
 from router_training.settings import TrainingConfig
+from server.errors import RouterArtefactError
 from server.routing.background import from_tensors
+from server.routing.prompt_gate import ChatFrame, PromptGate
 from server.routing.router import RouterArtefact
 
 Sequences = Callable[..., list[TokenSequence]]
@@ -63,3 +66,27 @@ def test_domains_follow_the_artefact_not_the_roster(
     assert set(background.domains.tolist()) == {0, 1}
     for key, rows in smaller.rows.items():
         assert torch.equal(rows, artefact.rows[key][1:])
+
+
+def test_questions_follow_the_artefact_and_leave_scores_alone(
+    roster: Roster, artefact: RouterArtefact, make_sequences: Sequences
+) -> None:
+    frame = ChatFrame((200, 201), 202)
+    scores = torch.randn(roster.loaded.vocab_size, 3).half()
+    sequences = [replace(s, token_ids=(200, 201, *s.token_ids, 202)) for s in make_sequences(9)]
+    smaller = without_row(replace(artefact, prompt_gate=PromptGate(scores, frame)), 0)
+    found = with_questions(smaller, roster, sequences).prompt_gate
+    assert found is not None
+    assert torch.equal(found.scores, scores[:, 1:])
+    assert found.statistics is not None
+    expected = {(s.token_ids[2:-1], s.label - FIRST_SLOT - 1) for s in sequences if s.label != FIRST_SLOT}
+    assert {(tuple(tokens), choice) for tokens, choice in found.statistics.questions} == expected
+
+
+def test_chats_without_questions_are_refused_and_a_router_without_a_gate_stays(
+    roster: Roster, artefact: RouterArtefact, make_sequences: Sequences
+) -> None:
+    assert with_questions(artefact, roster, make_sequences(3)) is artefact
+    gate = PromptGate(torch.zeros(roster.loaded.vocab_size, 3).half(), ChatFrame((200, 201), 202))
+    with pytest.raises(RouterArtefactError, match="no question"):
+        with_questions(replace(artefact, prompt_gate=gate), roster, make_sequences(3))

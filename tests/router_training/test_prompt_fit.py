@@ -99,11 +99,34 @@ def test_the_gate_tells_tasks_apart_and_sees_where_they_change(roster: Roster, m
     gate = fit(roster, framed(make_sequences(60)))
     assert gate.scores.shape == (roster.loaded.vocab_size, 3)
     for held_out in make_sequences(9, seed=5):
-        posterior = gate.posterior(held_out.token_ids, [0, 1, 2])
+        posterior = gate.posterior(held_out.token_ids, gate.scores.unbind(dim=1))
         assert posterior[:, held_out.label - FIRST_SLOT].min() > 0.9
     first, second = (list(range(task * TOKENS_PER_TASK, (task + 1) * TOKENS_PER_TASK)) * 12 for task in (0, 2))
-    both = gate.posterior([*first, *second], [0, 1, 2]).argmax(axis=1).tolist()
+    both = gate.posterior([*first, *second], gate.scores.unbind(dim=1)).argmax(axis=1).tolist()
     assert both == [0] * len(first) + [2] * len(second)
+
+
+def test_the_gate_carries_statistics_of_questions_of_one_choice(roster: Roster, make_sequences: Sequences) -> None:
+    """A question of two tasks belongs to neither, and must not be what a newcomer is judged by."""
+    sequences = framed(make_sequences(6))
+    middle = len(sequences[0]) // 4
+    joined = replace(sequences[0], label_changes=((middle, 2 + sequences[0].label % 3),))
+    statistics = fit(roster, [*sequences, joined]).statistics
+    assert statistics is not None
+    own = {(s.token_ids[2 : s.token_ids.index(FRAME.end)], s.label - FIRST_SLOT) for s in sequences}
+    assert {(tuple(tokens), choice) for tokens, choice in statistics.questions} == own
+    shares = [
+        np.bincount([t for tokens, label in own if label == choice for t in tokens], minlength=roster.loaded.vocab_size)
+        for choice in range(3)
+    ]
+    expected = np.mean([share / share.sum() for share in shares], axis=0)
+    np.testing.assert_allclose(statistics.frequency.numpy(), expected, rtol=1e-6)
+
+
+def test_a_gate_of_mixed_questions_alone_has_no_statistics(roster: Roster, make_sequences: Sequences) -> None:
+    sequences = framed(make_sequences(6))
+    mixed = [replace(s, label_changes=((5, 1 + s.label % 3),)) for s in sequences]
+    assert fit(roster, mixed).statistics is None
 
 
 def test_one_seed_gives_one_gate_and_another_seed_another(roster: Roster, make_sequences: Sequences) -> None:

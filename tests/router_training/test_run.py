@@ -140,6 +140,21 @@ def test_statistics_are_added_to_an_artefact_that_has_none(project: Path) -> Non
     assert upgraded.training["settings"] == trained.training["settings"]
 
 
+def test_statistics_of_questions_are_added_to_a_prompt_gate_that_has_none(project: Path) -> None:
+    out = project / "router"
+    assert run(project, "train", "--out", str(out), "--validation-rows", "1", "--prompt-gate", *QUICK) == 0
+    gate = load_artefact(out).prompt_gate
+    assert gate is not None
+    assert gate.statistics is not None
+    save_artefact(replace(load_artefact(out), prompt_gate=replace(gate, statistics=None)), out)
+    assert run(project, "background", "--router", str(out)) == 0
+    upgraded = load_artefact(out).prompt_gate
+    assert upgraded is not None
+    assert upgraded.statistics is not None
+    assert {choice for _, choice in upgraded.statistics.questions} == {0, 1}
+    assert torch.equal(upgraded.scores, gate.scores)
+
+
 def test_every_data_problem_is_printed_before_any_model_is_loaded(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,7 @@ from server.routing.prompt_gate import ChatFrame, PromptGate, PromptGateSettings
 
 FRAME = ChatFrame(header=(90, 91, 90), end=99)
 DIGESTS = {1: "d1", 2: "d2"}
-COLUMNS = {0: 0, 1: 1, 2: 2}
+INDICES = {0: 0, 1: 1, 2: 2}
 A, B, BASE, DULL = 10, 20, 0, 50
 """Tokens that speak for slot 1, slot 2, the base model, and nobody."""
 
@@ -36,7 +36,8 @@ def prompt(question: list[int], opening: int = 5) -> list[int]:
 def choices(question: list[int], *, opening: int = 5, gate: PromptGate | None = None) -> list[str]:
     """Who each token of the prompt up to the question's end goes to."""
     plan = make_plan()
-    spans = prompt_spans(gate or make_gate(), plan, COLUMNS, DIGESTS, prompt(question, opening))
+    gate = gate or make_gate()
+    spans = prompt_spans(gate, plan, gate.columns(INDICES), DIGESTS, prompt(question, opening))
     found = []
     for own, count in plan_runs(spans, plan, 0, opening + len(question)):
         name = "router" if own is plan else "base" if own is BASE_PLAN else DIGESTS[own.slots[0]]
@@ -82,7 +83,7 @@ def test_the_first_question_is_found_between_header_and_end(make: type) -> None:
 )
 def test_a_prompt_without_a_question_is_left_to_the_router(tokens: list[int]) -> None:
     assert FRAME.question(tokens) is None
-    assert prompt_spans(make_gate(), make_plan(), COLUMNS, DIGESTS, tokens) == ()
+    assert prompt_spans(make_gate(), make_plan(), make_gate().columns(INDICES), DIGESTS, tokens) == ()
 
 
 def test_clear_stretches_go_to_one_adapter_and_the_opening_follows_the_first() -> None:
@@ -97,8 +98,8 @@ def test_later_turns_change_nothing_of_the_first() -> None:
     """So that a conversation finds its earlier turns in the prefix cache."""
     first = prompt([A] * 4 + [B] * 4)
     longer = [*first, 5, 6, 99, *FRAME.header, *[B] * 9, 99, 61, 62]
-    assert prompt_spans(make_gate(), plan := make_plan(), COLUMNS, DIGESTS, first) == prompt_spans(
-        make_gate(), plan, COLUMNS, DIGESTS, longer
+    assert prompt_spans(make_gate(), plan := make_plan(), make_gate().columns(INDICES), DIGESTS, first) == prompt_spans(
+        make_gate(), plan, make_gate().columns(INDICES), DIGESTS, longer
     )
 
 
@@ -108,7 +109,7 @@ def test_what_speaks_for_the_base_model_gets_no_adapter() -> None:
 
 def test_what_says_nothing_is_left_to_the_router() -> None:
     assert choices([DULL] * 4) == ["router"] * 9
-    assert prompt_spans(make_gate(), make_plan(), COLUMNS, DIGESTS, prompt([DULL] * 4)) == ()
+    assert prompt_spans(make_gate(), make_plan(), make_gate().columns(INDICES), DIGESTS, prompt([DULL] * 4)) == ()
 
 
 def test_a_long_opening_is_left_to_the_router() -> None:
@@ -126,19 +127,19 @@ def test_ids_beyond_the_table_say_nothing() -> None:
 
 def test_an_allowed_slot_without_scores_silences_the_gate() -> None:
     plan = make_plan({0: "base", **DIGESTS, 3: "newcomer"})
-    assert prompt_spans(make_gate(), plan, COLUMNS, DIGESTS, prompt([A] * 5)) == ()
+    assert prompt_spans(make_gate(), plan, make_gate().columns(INDICES), DIGESTS, prompt([A] * 5)) == ()
 
 
 def test_a_slot_outside_the_pool_gets_nothing() -> None:
     plan = make_plan({0: "base", 2: "d2"})
-    spans = prompt_spans(make_gate(), plan, COLUMNS, DIGESTS, prompt([A] * 5))
+    spans = prompt_spans(make_gate(), plan, make_gate().columns(INDICES), DIGESTS, prompt([A] * 5))
     assert all(1 not in span.plan.slots for span in spans)
 
 
 def test_spans_of_equal_gates_have_equal_fingerprints_in_any_slot() -> None:
-    spans = prompt_spans(make_gate(), make_plan(), COLUMNS, DIGESTS, prompt([A] * 5))
+    spans = prompt_spans(make_gate(), make_plan(), make_gate().columns(INDICES), DIGESTS, prompt([A] * 5))
     elsewhere = routed_plan({4: "d1"}, {4: "row"}, 1, "settings", 2)
-    moved = prompt_spans(make_gate(), elsewhere, {4: 1}, {4: "d1"}, prompt([A] * 5))
+    moved = prompt_spans(make_gate(), elsewhere, make_gate().columns({4: 1}), {4: "d1"}, prompt([A] * 5))
     assert spans[0].plan.fingerprint == moved[0].plan.fingerprint
     assert moved[0].plan.policy is Policy.PINNED
 

@@ -155,3 +155,6 @@ def test_the_digest_of_a_row_is_of_its_content() -> None:
     assert row.digest == HotRow({"layer.0": GateColumn(torch.ones(D), 1.0)}).digest
     assert row.digest != HotRow({"layer.0": GateColumn(torch.ones(D), 1.5)}).digest
     assert row.digest != HotRow({"layer.0": GateColumn(2 * torch.ones(D), 1.0)}).digest
+    prompted = [HotRow(row.columns, prompt_column=torch.full((5,), value).half()).digest for value in (0, 1, 1)]
+    assert len({row.digest, *prompted}) == 3
+    assert prompted[1] == prompted[2]

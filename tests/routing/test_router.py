@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 
 from server.errors import RouterArtefactError
 from server.routing.bank import ProjectionInfo
+from server.routing.policy import routed_plan
 from server.routing.prompt_gate import ChatFrame, PromptGate, PromptGateSettings
+from server.routing.prompt_statistics import summarise_questions
 from server.routing.prototypes import GateColumn, HotRow
 from server.routing.router import ArtefactAdapter, RouterArtefact, load_artefact, save_artefact
 from server.routing.router_bank import RouterBank, check_base
@@ -63,6 +65,31 @@ def test_a_prompt_gate_is_saved_and_loaded_exactly(tmp_path: Path) -> None:
     assert torch.equal(loaded.prompt_gate.scores, make_prompt_gate().scores)
     assert loaded.prompt_gate.record() == make_prompt_gate().record()
     assert (loaded.settings, loaded.row_digests()) == (artefact.settings, artefact.row_digests())
+
+
+def with_statistics(**changes: Any) -> RouterArtefact:
+    statistics = replace(summarise_questions([([1, 2, 2], 0), ([5], 2)], 12, 3), **changes)
+    return make_artefact(prompt_gate=replace(make_prompt_gate(), statistics=statistics))
+
+
+def test_statistics_of_questions_are_saved_and_loaded_exactly_and_change_no_gate(tmp_path: Path) -> None:
+    artefact = with_statistics()
+    save_artefact(artefact, tmp_path)
+    loaded = load_artefact(tmp_path).prompt_gate
+    assert loaded is not None
+    assert artefact.prompt_gate is not None
+    assert loaded.statistics is not None
+    assert artefact.prompt_gate.statistics is not None
+    assert loaded.statistics.questions == artefact.prompt_gate.statistics.questions
+    assert torch.equal(loaded.statistics.frequency, artefact.prompt_gate.statistics.frequency)
+    without = make_artefact(prompt_gate=make_prompt_gate())
+    assert (artefact.settings, artefact.row_digests()) == (without.settings, without.row_digests())
+
+
+def test_statistics_of_questions_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    save_artefact(with_statistics(frequency=torch.ones(13) / 13), tmp_path)
+    with pytest.raises(RouterArtefactError, match=r"question statistics: frequency is \(13,\)"):
+        load_artefact(tmp_path)
 
 
 def test_a_prompt_gate_is_part_of_what_identifies_gates() -> None:
@@ -225,6 +252,49 @@ def test_hot_rows_commute() -> None:
         assert torch.equal(first.rows[key], second.rows[key])
         assert torch.equal(first.biases[key], second.biases[key])
     assert first.row_digest_of_slot == second.row_digest_of_slot
+
+
+def prompted(seed: int, token: int) -> HotRow:
+    """A row whose column in the prompt gate speaks for one token."""
+    column = torch.zeros(12, dtype=torch.float16)
+    column[token] = 20.0
+    return replace(hot_row(seed, 0.0), prompt_column=column)
+
+
+def spans_of(hot: dict[int, HotRow], slots: dict[str, int], question: list[int], without: set[int] = set()) -> Any:  # noqa: B006
+    """(stop, slots, fingerprint) of the spans of a prompt [7, 8, *question, 9] for the pool of all but some slots."""
+    generation = RouterBank(num_slots=6, device=torch.device("cpu")).stage(
+        1, make_artefact(prompt_gate=make_prompt_gate()), slots, hot
+    )
+    allowed = {slot: f"slot {slot}" for slot in generation.slots - without}
+    plan = routed_plan(allowed, generation.row_digest_of_slot, 1, "settings", 2)
+    spans = generation.prompt_spans(plan, [7, 8, *question, 9])
+    return [(span.stop, span.plan.slots, span.plan.fingerprint) for span in spans]
+
+
+def test_a_newcomers_column_takes_part_in_the_prompt_gate() -> None:
+    slots = {"d1": 1, "d2": 2, "new": 3}
+    assert [found[:2] for found in spans_of({3: prompted(0, 6)}, slots, [6, 6, 6])] == [(5, (3,))]
+    assert spans_of({3: hot_row(0, 0.0)}, slots, [6, 6, 6]) == [], "without a column it silences the gate"
+    trained = [4] * 5
+    assert spans_of({3: prompted(0, 6)}, slots, trained, without={3}) == spans_of({}, slots, trained) != []
+
+
+def test_columns_of_newcomers_commute_and_follow_their_slots() -> None:
+    one, other = prompted(1, 5), prompted(2, 6)
+    first = spans_of({3: one, 4: other}, {"d1": 1, "d2": 2, "one": 3, "other": 4}, [5, 5, 6, 6])
+    second = spans_of({3: other, 4: one}, {"d1": 1, "d2": 2, "one": 4, "other": 3}, [5, 5, 6, 6])
+    assert [found[1] for found in first] == [(3,), (4,)]
+    assert [found[1] for found in second] == [(4,), (3,)]
+    assert [found[::2] for found in first] == [found[::2] for found in second]
+
+
+def test_spans_are_told_apart_by_the_adapter_not_by_its_row() -> None:
+    """Other weights under an equal row give other K/V; so the prefix cache must not mix them."""
+    slots, row = {"d1": 1, "d2": 2}, {3: prompted(0, 6)}
+    old, new = (spans_of(row, {**slots, digest: 3}, [6, 6, 6]) for digest in ("old", "new"))
+    assert old[0][:2] == new[0][:2]
+    assert old[0][2] != new[0][2]
 
 
 def test_artefacts_of_format_1_still_load(tmp_path: Path) -> None:

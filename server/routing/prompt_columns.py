@@ -1,0 +1,161 @@
+"""Prompt-gate columns for adapters that the gate was not trained with, in closed form, and the canary that judges them.
+
+From the question tokens of an adapter's examples and the gate's statistics alone: no embeddings, which a server may
+have freed, and no other newcomer, so that registrations commute and no trained column changes. V: vocabulary.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from server.routing.prompt_gate import PromptGate
+from server.routing.prompt_statistics import QuestionStatistics
+
+GAIN = 0.5
+"""Weight of a token's log ratio. Tokens of a question are not independent, so whole ones would be too sure."""
+PRIOR_TOKENS = 1000.0
+"""Tokens of ordinary questions that the examples' own are mixed with."""
+UNIFORM_SHARE = 0.4
+"""Share of an ordinary question that may be any token. Much, so that the words of a few hundred training questions do
+not pass for all words that others use. The best of what was tried, as the two above: see docs/hot-routing.md."""
+MAX_LOG_RATIO = 4.0
+"""Nats; no single token may say more, before the gain."""
+MIN_QUESTIONS = 2
+"""Fewer cannot judge each other."""
+MAX_OWN_LOST = 0.1
+"""Canary: of its own questions' tokens the gate may give at most so many to others. What it leaves to the router is not
+lost: there the gate row decides."""
+MAX_TAKEN = 0.1
+"""Canary: of the tokens of no trained choice's retained questions may the newcomer get more, as for gate rows. One
+whole question of 16 is less: a single one is chance, and a silent gate costs every task more."""
+
+
+@dataclass(frozen=True)
+class PromptReport:
+    """How a newcomer's column does in the gate, in shares from 0 to 1 of question tokens."""
+
+    own_share: float
+    """Of its examples' tokens, what the gate gives to it, by columns made without them."""
+    own_lost_share: float
+    """Of the same tokens, what the gate gives to others; the router decides about the rest."""
+    most_taken: str
+    """The trained choice of whose retained questions it takes most."""
+    most_taken_share: float
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Why the gate must not use it, with numbers; empty when it may."""
+        found = []
+        if self.own_lost_share > MAX_OWN_LOST:
+            found.append(
+                f"the prompt gate would give {100 * self.own_lost_share:.0f} % of its own examples' question tokens to "
+                f"others, more than {100 * MAX_OWN_LOST:.0f} % allowed"
+            )
+        if self.most_taken_share > MAX_TAKEN:
+            found.append(
+                f"it would take {100 * self.most_taken_share:.1f} % of the question tokens of {self.most_taken!r}, "
+                f"more than {100 * MAX_TAKEN:.0f} % allowed"
+            )
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class PromptVerdict:
+    """Whether a newcomer takes part in the prompt gate."""
+
+    problems: tuple[str, ...]
+    """Why not; empty when it does. Then the gate is silent about every request that may choose it."""
+    report: PromptReport | None = None
+    """None where there was no column to judge."""
+
+    def facts(self) -> Mapping[str, Any]:
+        """JSON-able."""
+        silent = "; ".join([*self.problems, "the prompt gate is silent where `auto` may choose it"])
+        return {
+            "state": "silent" if self.problems else "passed",
+            "reason": silent if self.problems else None,
+            **({} if self.report is None else asdict(self.report)),
+        }
+
+
+def make_column(
+    prompts: Sequence[Sequence[int]], gate: PromptGate, names: Sequence[str]
+) -> tuple[Tensor | None, PromptVerdict]:
+    """The column of an adapter whose examples are these rendered chats, if the canary lets it take part.
+
+    `names` of the gate's choices. A chat without a user message says nothing of questions and is left out.
+    """
+    if gate.statistics is None:
+        problem = (
+            "the router artefact has no statistics of questions; add them with `lora-mixer-train background "
+            "--router DIR --data DIR`, then load the artefact again"
+        )
+        return None, PromptVerdict((problem,))
+    found = [(prompt, gate.frame.question(prompt)) for prompt in prompts]
+    questions = [prompt[span[0] : span[1]] for prompt, span in found if span is not None]
+    if len(questions) < MIN_QUESTIONS:
+        return None, PromptVerdict((f"{len(questions)} of its examples have a question; {MIN_QUESTIONS} are needed",))
+    column = column_from_questions(questions, gate, gate.statistics)
+    report = judge_column(column, questions, gate, gate.statistics, names)
+    return (None if report.problems else column), PromptVerdict(report.problems, report)
+
+
+def column_from_questions(
+    questions: Sequence[Sequence[int]], gate: PromptGate, statistics: QuestionStatistics
+) -> Tensor:
+    """(V,) float16: the newcomer's score beside the gate's own.
+
+    If s_c were log P(token | c) up to a constant per token, log mean exp of them would be that of an ordinary question,
+    and a newcomer's score that plus log P(token | newcomer) / P(token | ordinary): so it is, with the ratio damped. A
+    token that says nothing gets what the trained choices have between them. Ids beyond the table are left out.
+    """
+    vocabulary, num_choices = gate.scores.shape
+    tokens = torch.tensor([token for question in questions for token in question], dtype=torch.int64)
+    tokens = tokens[(tokens >= 0) & (tokens < vocabulary)]
+    counts = torch.bincount(tokens, minlength=vocabulary).double()
+    ordinary = (1 - UNIFORM_SHARE) * statistics.frequency.double() + UNIFORM_SHARE / vocabulary
+    own = (counts + PRIOR_TOKENS * ordinary) / (len(tokens) + PRIOR_TOKENS)
+    ratio = (own / ordinary).log().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    between = torch.logsumexp(gate.scores.double(), dim=1) - math.log(num_choices)
+    return (between + GAIN * ratio).half()
+
+
+def judge_column(
+    column: Tensor,
+    questions: Sequence[Sequence[int]],
+    gate: PromptGate,
+    statistics: QuestionStatistics,
+    names: Sequence[str],
+) -> PromptReport:
+    """The canary: the column on retained questions, and columns from either half of its questions on the other.
+
+    `names` of the gate's choices. There must be at least `MIN_QUESTIONS` questions.
+    """
+    halves = (questions[0::2], questions[1::2])
+    own = [
+        shares(gate, column_from_questions(halves[fitted], gate, statistics), halves[1 - fitted]) for fitted in (0, 1)
+    ]
+    newcomer = len(names)
+    lengths = [sum(map(len, halves[1 - fitted])) for fitted in (0, 1)]
+    own_share, lost = (
+        sum(length * share for length, share in zip(lengths, values, strict=True)) / sum(lengths)
+        for values in ([given[newcomer] for given in own], [sum(given[:newcomer]) for given in own])
+    )
+    retained = statistics.questions
+    taken = {
+        choice: shares(gate, column, [tokens for tokens, label in retained if label == choice])[newcomer]
+        for choice in {label for _, label in retained}
+    }
+    most = max(sorted(taken), key=lambda choice: taken[choice])
+    return PromptReport(own_share, lost, names[most], taken[most])
+
+
+def shares(gate: PromptGate, column: Tensor | None, questions: Sequence[Sequence[int]]) -> list[float]:
+    """Of the questions' tokens, what the gate gives to each of its choices, and last to `column` if there is one."""
+    columns = [*gate.scores.unbind(dim=1), *([] if column is None else [column])]
+    given = [index for question in questions for index in gate.decide(question, columns)]
+    return [given.count(index) / len(given) for index in range(len(columns))]
