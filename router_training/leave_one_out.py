@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 
-from router_training.background import CHATS_PER_ADAPTER, encode, with_background
+from router_training.background import (
+    CHATS_PER_ADAPTER,
+    QUESTIONS_PER_ADAPTER,
+    encode,
+    with_background,
+    with_questions,
+)
 from router_training.data import Chat, Split, TrainingDataError, read_splits
 from router_training.encoding import TokenSequence
 from router_training.evaluation import evaluate_policy
@@ -48,11 +54,14 @@ class Sizes:
 
 
 def without_row(artefact: RouterArtefact, index: int) -> RouterArtefact:
-    """The artefact less one adapter and its rows, and less the prompt gate, which is silent about newcomers."""
+    """The artefact less one adapter, its rows and its column of the prompt gate; statistics knew the adapter and go."""
     kept = [position for position in range(len(artefact.adapters)) if position != index]
     adapters = tuple(artefact.adapters[position] for position in kept)
     rows = {key: values[kept].contiguous() for key, values in artefact.rows.items()}
-    return dataclasses.replace(artefact, adapters=adapters, rows=rows, background={}, prompt_gate=None)
+    gate = artefact.prompt_gate
+    if gate is not None:
+        gate = dataclasses.replace(gate, scores=gate.scores[:, kept].contiguous(), statistics=None)
+    return dataclasses.replace(artefact, adapters=adapters, rows=rows, background={}, prompt_gate=gate)
 
 
 class HeldOut:
@@ -66,7 +75,10 @@ class HeldOut:
         index = [adapter.digest for adapter in artefact.adapters].index(digest)
         self.artefact = without_row(artefact, index)
         self.trained_slots = {d: slot for d, slot in roster.slot_of_digest.items() if d != digest}
-        chats = [chat for task in train if task != self.name for chat in train[task][:CHATS_PER_ADAPTER]]
+        others = [rows for task, rows in train.items() if task != self.name]
+        asked = [chat for rows in others for chat in rows[:QUESTIONS_PER_ADAPTER]]
+        self.artefact = with_questions(self.artefact, roster, encode(roster, asked))
+        chats = [chat for rows in others for chat in rows[:CHATS_PER_ADAPTER]]
         self.artefact = with_background(self.artefact, roster, encode(roster, chats), self.plans(None))
 
     @property
@@ -113,6 +125,7 @@ def measure(roster: Roster, artefact: RouterArtefact, label: int, chats: Splits,
             "nll": after,
             "problems": list(calibration.report.problems),
             **dataclasses.asdict(calibration.report),
+            "prompt_gate": None if calibration.prompt is None else calibration.prompt.facts(),
         }
     return {"pinned": pinned, "trained_row": trained, "without_row": before, "examples": cases}
 
@@ -132,6 +145,13 @@ def table(record: dict[str, Any]) -> str:
             cells += [f"{found['nll'][name] / pinned:.2f}{mark}", f"{100 * _others(case, found, name):+.1f} %"]
         rows.append(cells)
     return markdown_table(header, rows)
+
+
+def replace_table(document: Path, content: str, start: str, end: str) -> None:
+    """Put `content` between the marks `start` and `end` of a Markdown file."""
+    text = document.read_text(encoding="utf-8")
+    head, tail = text.index(start) + len(start), text.index(end)
+    document.write_text(f"{text[:head]}{content}\n{text[tail:]}", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -162,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_json(record, options.out)
             print(table(record), flush=True)
     if options.document is not None:
-        _replace_table(options.document, table(record))
+        replace_table(options.document, table(record), TABLE_START, TABLE_END)
 
 
 def _others(case: dict[str, Any], found: dict[str, Any], name: str) -> float:
@@ -192,12 +212,6 @@ def _inline(step: Callable[[], None]) -> "Future[None]":
     step()
     future.set_result(None)
     return future
-
-
-def _replace_table(document: Path, content: str) -> None:
-    text = document.read_text(encoding="utf-8")
-    head, tail = text.index(TABLE_START) + len(TABLE_START), text.index(TABLE_END)
-    document.write_text(f"{text[:head]}{content}\n{text[tail:]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

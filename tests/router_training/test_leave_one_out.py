@@ -4,21 +4,25 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from router_training import leave_one_out
 from router_training.data import TrainingDataError
+from server.routing.router import load_artefact
 from tests.router_training.conftest import chat_line
 from tests.router_training.test_run import QUICK, run
 
 
-@pytest.fixture
-def trained(project: Path) -> Path:
+@pytest.fixture(params=[[], ["--prompt-gate"]], ids=["router", "router and prompt gate"])
+def trained(project: Path, request: pytest.FixtureRequest) -> Path:
     """The project with enough chats and a trained router."""
     for name in ("letters", "digits"):
         lines = "".join(chat_line(name, index) for index in range(90))
         (project / "data" / name / "train.jsonl").write_text(lines, encoding="utf-8")
-    assert run(project, "train", "--out", str(project / "router"), "--validation-rows", "1", *QUICK) == 0
+    assert (
+        run(project, "train", "--out", str(project / "router"), "--validation-rows", "1", *request.param, *QUICK) == 0
+    )
     config = project / "adapters.yaml"
     content = yaml.safe_load(config.read_text(encoding="utf-8"))
     config.write_text(yaml.safe_dump({**content, "router": "router"}), encoding="utf-8")
@@ -40,12 +44,29 @@ def test_every_adapter_is_left_out_and_the_table_lands_in_the_document(trained: 
         assert set(case["examples"]) == {"0", "4", "16", "64"}
         assert case["without_row"][name] != case["examples"]["64"]["nll"][name], "the hot row takes part"
         assert case["examples"]["0"]["own_win_rate"] is None
+        verdicts = [case["examples"][count]["prompt_gate"] for count in ("0", "64")]
+        if load_artefact(trained / "router").prompt_gate is None:
+            assert verdicts == [None, None]
+        else:
+            assert verdicts[0]["state"] == "silent"
+            assert 0 <= verdicts[1]["own_share"] <= 1
     text = document.read_text(encoding="utf-8")
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
     letters = record["letters"]
     assert f"{letters['examples']['16']['nll']['letters'] / letters['pinned']:.2f}" in text
+
+
+def test_the_server_side_of_a_held_out_adapter_keeps_the_other_columns(trained: Path) -> None:
+    """Of two adapters one is left: the gate gives every question to it, until the newcomer's column takes part."""
+    artefact = load_artefact(trained / "router")
+    if artefact.prompt_gate is None:
+        pytest.skip("this router has no prompt gate")
+    smaller = leave_one_out.without_row(artefact, 0).prompt_gate
+    assert smaller is not None
+    assert torch.equal(smaller.scores, artefact.prompt_gate.scores[:, 1:])
+    assert smaller.statistics is None, "they knew the adapter"
 
 
 def test_too_few_chats_are_named(trained: Path) -> None:
