@@ -59,9 +59,18 @@ def test_it_has_one_gate_per_layer_with_background_statistics(artefact: RouterAr
     assert sum(file.stat().st_size for file in (ROOT / "examples/demo/router").iterdir()) < 8_000_000
 
 
+def test_its_prompt_gate_covers_every_choice_and_can_take_newcomers(artefact: RouterArtefact) -> None:
+    gate = artefact.prompt_gate
+    assert gate is not None
+    assert gate.scores.shape == (49_152, 9)
+    assert gate.statistics is not None
+    assert {label for _, label in gate.statistics.questions} == set(range(9))
+
+
 def test_its_record_shows_it_ahead_of_base_and_uniform_on_every_task(artefact: RouterArtefact) -> None:
     validation = artefact.training["validation"]
     names = {adapter.name for adapter in artefact.adapters} - {BASE_NAME}
     assert set(validation["beats_base"]) == set(validation["beats_uniform"]) == names
+    assert validation["mean_ratio_to_own_adapter"] < 1.02
     assert validation["off_domain"]["ratio_to_base"]["routed"] < 1.02
     TrainingConfig(**artefact.training["settings"])
