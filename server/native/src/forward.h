@@ -31,13 +31,13 @@ class Forward : public AttentionStage<T> {
     using Stage<T>::kRowsAtOnce;
     using Stage<T>::take;
     using Stage<T>::rows;
+    using Stage<T>::row_pieces;
     using Stage<T>::panels;
     using Stage<T>::depth;
     using Stage<T>::norm;
     using Stage<T>::normed_row;
     using LoraStage<T>::route;
-    using LoraStage<T>::score;
-    using LoraStage<T>::has_products;
+    using LoraStage<T>::routed_at_once;
     using LoraStage<T>::lora_down;
     using LoraStage<T>::lora_up;
     using LoraStage<T>::has_gates_;
@@ -55,12 +55,13 @@ class Forward : public AttentionStage<T> {
         });
         for (int layer = 0; layer < shape_.layers; ++layer) {
             const Layer<T>& weights = model_.layers[layer];
-            rows(own, step.num_tokens, [&](int64_t t) {
-                norm(residual_.get() + t * shape_.hidden, weights.attention_norm, normed_row(t));
-                if (step.inputs) this->copy_input(layer, t);
-                if (!has_products(kAttentionIn)) route(own, layer, kAttentionIn, normed_row(t), t);
+            row_pieces(own, step.num_tokens, routed_at_once(), [&](int64_t first, int64_t count) {
+                for (int64_t t = first; t < first + count; ++t) {
+                    norm(residual_.get() + t * shape_.hidden, weights.attention_norm, normed_row(t));
+                    if (step.inputs) this->copy_input(layer, t);
+                }
+                route(own, layer, kAttentionIn, normed_.get(), depth(kQ), first, count);
             });
-            if (has_products(kAttentionIn)) route_all(own, layer, kAttentionIn, normed_.get());
             lora_down(own, layer, kAttentionIn, normed_.get(), depth(kQ));
             panels(own, weights.qkv, [&](int64_t first, int64_t count) { project_qkv(own, layer, first, count); });
             rows(own, step.num_tokens, [&](int64_t t) { rotate_and_cache(layer, t); });
@@ -70,11 +71,11 @@ class Forward : public AttentionStage<T> {
             panels(own, weights.o, [&](int64_t first, int64_t count) {
                 project_to_residual(own, layer, kAttentionOut, weights.o, attended_.get(), first, count);
             });
-            rows(own, step.num_tokens, [&](int64_t t) {
-                norm(residual_.get() + t * shape_.hidden, weights.mlp_norm, normed_row(t));
-                if (has_projection_router_ && !has_products(kMlpIn)) route(own, layer, kMlpIn, normed_row(t), t);
+            row_pieces(own, step.num_tokens, routed_at_once(), [&](int64_t first, int64_t count) {
+                for (int64_t t = first; t < first + count; ++t)
+                    norm(residual_.get() + t * shape_.hidden, weights.mlp_norm, normed_row(t));
+                if (has_projection_router_) route(own, layer, kMlpIn, normed_.get(), depth(kQ), first, count);
             });
-            if (has_products(kMlpIn)) route_all(own, layer, kMlpIn, normed_.get());
             lora_down(own, layer, kMlpIn, normed_.get(), depth(kQ));
             panels(own, weights.gate, [&](int64_t first, int64_t count) { project_gate_up(own, layer, first, count); });
             if (has_projection_router_) route_all(own, layer, kMlpOut, activated_.get());
@@ -93,9 +94,9 @@ class Forward : public AttentionStage<T> {
     }
 
     void route_all(Own& own, int layer, Group group, const T* input) {
-        const int64_t lda = depth(group.first);
-        score(own, layer, group, input, lda);
-        rows(own, step_->num_tokens, [&](int64_t t) { route(own, layer, group, input + t * lda, t); });
+        row_pieces(own, step_->num_tokens, routed_at_once(), [&](int64_t first, int64_t count) {
+            route(own, layer, group, input, depth(group.first), first, count);
+        });
     }
 
     // ---- projections -------------------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ class LoraStage : public Stage<T> {
             if (plan.router >= 0 && !step.routers[plan.router].is_per_layer) has_projection_router_ = true;
             most = std::max<int64_t>(most, plan.router >= 0 ? plan.top_k : plan.num_slots);
         }
-        list_products();
+        has_shortlist_ = false;
+        for (int r = 0; r < step.num_routers; ++r) has_shortlist_ = has_shortlist_ || step.routers[r].shortlist;
         if (!has_gates_) return;
         for (GateSet* gates : {&layer_gates_, &gates_[0], &gates_[1], &gates_[2]}) {
             gates->resize(step.num_tokens, most);
@@ -46,59 +47,31 @@ class LoraStage : public Stage<T> {
 
     // ---- gates -------------------------------------------------------------------------------------------------
 
-    // Scores of all tokens with the prototypes of a group's gates, for `route`; `input` has rows of `lda` values.
-    void score(Own& own, int layer, Group group, const T* input, int64_t lda) {
-        const Product* products = products_[group.first].data();
-        const int64_t count = static_cast<int64_t>(products_[group.first].size()), tokens = step_->num_tokens;
-        if (!count) return;
-        this->take(own, count, 1, [&](int64_t index, int64_t) {
-            const Product& product = products[index];
-            const ShortlistRouter<T>& router = *product.router;
-            const Prototypes<T>* prototypes = router.at(layer * kNumProjections + product.projection);
-            if (prototypes)
-                multiply_panels(input, lda, tokens, prototypes->rows, product.panel, 1,
-                                scores_.get() + product.scores + product.panel * kPanel, router.width());
-        });
-    }
-
-    bool has_products(Group group) const { return !products_[group.first].empty(); }
-
-    // Gates of a routed token for one group of projections whose input is `x`.
-    void route(Own& own, int layer, Group group, const T* x, int64_t t) {
-        const Step& step = *step_;
+    // Gates of tokens [first, first + count) for one group of projections; `input` has rows of `lda` values.
+    void route(Own& own, int layer, Group group, const T* input, int64_t lda, int64_t first, int64_t count) {
         if (!has_gates_) return;
-        const Plan& plan = step.plans[step.plan_of_token[t]];
-        if (plan.router < 0) return;
-        const Router& router = step.routers[plan.router];
-        if (router.is_per_layer) {
-            if (group.first == kQ) decide(own, layer, kQ, x, t, router, plan, layer_gates_);
-            if (has_projection_router_)
-                for (int i = 0; i < group.count; ++i) gates_[i].copy(t, layer_gates_);
-            return;
+        const Step& step = *step_;
+        for (int64_t t = first, stop; t < first + count; t = stop) {
+            const int32_t index = plan_of(t).router;
+            stop = t + 1;
+            while (stop < first + count && stop - t < kTileRows && plan_of(stop).router == index) ++stop;
+            if (index < 0) continue;
+            const Router& router = step.routers[index];
+            if (router.is_per_layer) {
+                if (group.first == kQ) decide(own, layer, kQ, input, lda, t, stop, router, layer_gates_);
+                for (int i = 0; has_projection_router_ && i < group.count; ++i)
+                    for (int64_t r = t; r < stop; ++r) gates_[i].copy(r, layer_gates_);
+            } else {
+                for (int i = 0; i < group.count; ++i)
+                    decide(own, layer, group.first + i, input, lda, t, stop, router, gates_[i]);
+            }
         }
-        for (int i = 0; i < group.count; ++i) decide(own, layer, group.first + i, x, t, router, plan, gates_[i]);
     }
 
-    void decide(Own& own, int layer, int projection, const T* x, int64_t t, const Router& router, const Plan& plan,
-                GateSet& out) {
-        const int gate = layer * kNumProjections + projection;
-        out.count[t] = 0;
-        if (router.gate_index[gate] < 0) return;
-        int32_t* slots = &out.slot[t * out.capacity];
-        float* weights = &out.weight[t * out.capacity];
-        const int64_t d_in = shape_.d_in(projection);
-        const bool is_short = has_shortlist(own, gate, projection, x, t, router, plan);
-        const int32_t* allowed = is_short ? own.shortlist.slots.data() : plan.slots;
-        const int32_t num_allowed = is_short ? static_cast<int32_t>(own.shortlist.slots.size()) : plan.num_slots;
-        const int32_t count = top_k_gates(x, d_in, router, gate, allowed, num_allowed, plan.top_k, slots, weights);
-        out.count[t] = count;
-        const int64_t num_slots = step_->num_slots;
-        for (int32_t i = 0; i < count; ++i) {
-            if (step_->share) step_->share[t * num_slots + slots[i]] += weights[i];
-            if (router.layer_gates)
-                router.layer_gates[(int64_t{router.gate_index[gate]} * step_->num_tokens + t) * num_slots + slots[i]] =
-                    weights[i];
-        }
+    // Tokens that a thread takes at a time where it routes them: a few share one product with the prototypes.
+    int64_t routed_at_once() const {
+        const int64_t share = (step_->num_tokens + team_.size() - 1) / team_.size();
+        return has_shortlist_ ? std::min<int64_t>(4, share) : 1;
     }
 
     void finish_share() const {
@@ -153,53 +126,51 @@ class LoraStage : public Stage<T> {
     }
 
   private:
-    // A panel of prototypes to multiply all tokens with, and where the scores of its router's gate begin.
-    struct Product {
-        const ShortlistRouter<T>* router;
-        int32_t projection, panel;
-        int64_t scores;
-    };
+    const Plan& plan_of(int64_t token) const { return step_->plans[step_->plan_of_token[token]]; }
 
-    // The products of each group: every gate of every router that has prototypes and a plan that they serve.
-    void list_products() {
-        const Step& step = *step_;
-        int64_t size = 0;
-        for (Group group : {kAttentionIn, kAttentionOut, kMlpIn, kMlpOut}) {
-            std::vector<Product>& products = products_[group.first];
-            products.clear();
-            int64_t scores = 0;
-            for (int r = 0; r < step.num_routers; ++r) {
-                const auto* router = static_cast<const ShortlistRouter<T>*>(step.routers[r].shortlist);
-                if (!router || !is_served(r, *router)) continue;
-                for (int i = 0; i < (step.routers[r].is_per_layer ? group.first == kQ : group.count); ++i) {
-                    for (int64_t panel = 0; panel * kPanel < router->width(); ++panel)
-                        products.push_back({router, group.first + i, static_cast<int32_t>(panel), scores});
-                    scores += step.num_tokens * router->width();
-                }
-            }
-            size = std::max(size, scores);
-        }
-        scores_.resize(size);
-    }
-
-    bool is_served(int router, const ShortlistRouter<T>& shortlist) const {
-        for (int p = 0; p < step_->num_plans; ++p)
-            if (step_->plans[p].router == router && shortlist.serves(step_->plans[p])) return true;
-        return false;
-    }
-
-    // Whether own.shortlist has the slots that may be chosen; else the router looks at all.
-    bool has_shortlist(Own& own, int gate, int projection, const T* x, int64_t t, const Router& router,
-                       const Plan& plan) {
+    // Gates of tokens [first, stop), at most kTileRows, of one router for one projection.
+    void decide(Own& own, int layer, int projection, const T* input, int64_t lda, int64_t first, int64_t stop,
+                const Router& router, GateSet& out) {
+        const int gate = layer * kNumProjections + projection;
+        for (int64_t t = first; t < stop; ++t) out.count[t] = 0;
+        if (router.gate_index[gate] < 0) return;
         const auto* shortlist = static_cast<const ShortlistRouter<T>*>(router.shortlist);
-        if (!shortlist || !shortlist->serves(plan)) return false;
-        const std::vector<Product>& products = products_[group_of(projection).first];
-        const auto product = std::find_if(products.begin(), products.end(), [&](const Product& p) {
-            return p.router == shortlist && p.projection == projection;
-        });
-        const float* scores = scores_.get() + product->scores + t * shortlist->width();
-        return make_shortlist(*shortlist, *shortlist->at(gate), router.biases[gate], plan, scores,
-                              length_of(x, shape_.d_in(projection)), own.shortlist);
+        bool is_served = false;
+        for (int64_t t = first; shortlist && t < stop; ++t) is_served = is_served || shortlist->serves(plan_of(t));
+        std::vector<float>& scores = own.shortlist.scores;
+        if (is_served) {
+            const Packed<T>& rows = shortlist->gates[gate].rows;
+            scores.resize(kTileRows * shortlist->width());
+            multiply_panels(input + first * lda, lda, stop - first, rows, 0, rows.num_panels(), scores.data(),
+                            shortlist->width());
+        }
+        for (int64_t t = first; t < stop; ++t) {
+            const Plan& plan = plan_of(t);
+            const T* x = input + t * lda;
+            const bool is_short =
+                is_served && shortlist->serves(plan) &&
+                make_shortlist(*shortlist, shortlist->gates[gate], router.biases[gate], plan,
+                               scores.data() + (t - first) * shortlist->width(), length_of(x, shape_.d_in(projection)),
+                               own.shortlist);
+            const int32_t* allowed = is_short ? own.shortlist.slots.data() : plan.slots;
+            const int32_t num_allowed = is_short ? static_cast<int32_t>(own.shortlist.slots.size()) : plan.num_slots;
+            int32_t* slots = &out.slot[t * out.capacity];
+            float* weights = &out.weight[t * out.capacity];
+            out.count[t] = top_k_gates(x, shape_.d_in(projection), router, gate, allowed, num_allowed, plan.top_k, slots,
+                                       weights);
+            note(router, gate, t, out.count[t], slots, weights);
+        }
+    }
+
+    // For traces and traffic.
+    void note(const Router& router, int gate, int64_t t, int32_t count, const int32_t* slots, const float* weights) {
+        const int64_t num_slots = step_->num_slots;
+        for (int32_t i = 0; i < count; ++i) {
+            if (step_->share) step_->share[t * num_slots + slots[i]] += weights[i];
+            if (router.layer_gates)
+                router.layer_gates[(int64_t{router.gate_index[gate]} * step_->num_tokens + t) * num_slots + slots[i]] =
+                    weights[i];
+        }
     }
 
     const LoraPair<T>& pair(int layer, int projection, int32_t slot) const {
@@ -278,14 +249,12 @@ class LoraStage : public Stage<T> {
     }
 
   protected:
-    bool has_gates_ = false, has_projection_router_ = false;
+    bool has_gates_ = false, has_projection_router_ = false, has_shortlist_ = false;
 
   private:
     Buffer<T> hidden_;       // rank space of one group of projections
     GateSet layer_gates_;    // of a router with one gate a layer, and of fixed plans
     GateSet gates_[3];       // per projection of a group, only if some router has a gate for each
-    std::vector<Product> products_[kNumProjections];  // by the first projection of a group
-    Buffer<float> scores_;   // of each gate of the group at work: (T, width of its router)
 };
 
 }  // namespace lm

@@ -17,9 +17,6 @@ struct Group {
     int count;
 };
 constexpr Group kAttentionIn{kQ, 3}, kAttentionOut{kO, 1}, kMlpIn{kGate, 2}, kMlpOut{kDown, 1};
-constexpr Group group_of(int projection) {
-    return projection < kO ? kAttentionIn : projection == kO ? kAttentionOut : projection < kDown ? kMlpIn : kMlpOut;
-}
 
 struct Shape {
     int32_t hidden, layers, heads, kv_heads, head_dim, intermediate, vocab;

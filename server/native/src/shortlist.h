@@ -1,6 +1,6 @@
 // Shortlists of large pools: which slots can be among a token's top k at all, so that the router need not look at all.
 //
-// One product of all tokens with the gate rows in the compute type (the prototypes) gives a score of every slot, and
+// One product of some tokens with the gate rows in the compute type (the prototypes) gives a score of every slot, and
 // what rounding can make of it bounds the logit from both sides. Whoever's upper bound is below the k-th greatest lower
 // bound cannot be chosen; the router decides among the others as it would among all, to the last bit.
 #pragma once
@@ -25,7 +25,6 @@ struct ShortlistRouter {
     std::vector<int32_t> place;        // by slot: its prototype, or -1
     int64_t num_slots = 0;             // P
 
-    const Prototypes<T>* at(int gate) const { return gates[gate].rows.num_columns ? &gates[gate] : nullptr; }
     int64_t width() const { return round_up(num_slots, kPanel); }  // columns of the scores
     // A product with all prototypes pays unless the pool is a small part of them.
     bool serves(const Plan& plan) const { return 2 * plan.num_slots >= num_slots; }
@@ -55,7 +54,7 @@ void fill_prototypes(Prototypes<T>& out, const float* rows, int64_t d_in, const 
 
 // What a thread needs to make shortlists.
 struct ShortlistScratch {
-    std::vector<float> lower, upper, greatest;
+    std::vector<float> scores, lower, upper, greatest;
     std::vector<int32_t> slots;
 };
 

@@ -93,10 +93,15 @@ class Stage {
         team_.barrier();
     }
 
+    // Pieces of rows, `smallest` at least: small enough that threads end together.
+    template <class Body>
+    void row_pieces(Scratch<T>& own, int64_t total, int64_t smallest, Body body) {
+        take(own, total, std::max<int64_t>(smallest, total / (team_.size() * 4)), body);
+    }
+
     template <class Body>
     void rows(Scratch<T>& own, int64_t total, Body body) {
-        const int64_t piece = std::max<int64_t>(1, total / (team_.size() * 4));
-        take(own, total, piece, [&](int64_t first, int64_t count) {
+        row_pieces(own, total, 1, [&](int64_t first, int64_t count) {
             for (int64_t t = first; t < first + count; ++t) body(t);
         });
     }
