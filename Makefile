@@ -14,6 +14,7 @@ INSTALL = $(BIN)/python -m pip install --constraint deploy/constraints.txt
 INPUTS := pyproject.toml deploy/constraints.txt $(wildcard server/native/src/*)
 
 .PHONY: help serve test lint bench bench-peers bench-scaling bench-serving bench-report bench-flame
+.PHONY: routing-study routing-study-report
 
 help:
 	@echo "make serve   set up, then serve $(CONFIG) on http://127.0.0.1:$(PORT)   (CONFIG=, PORT=, ARGS=)"
@@ -21,6 +22,8 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   lora-mixer bench                                        (ARGS='--help')"
 	@echo "make bench-peers    vLLM, llama.cpp, PEFT, transformers and this server side by side  (ARGS='--help')"
+	@echo "make routing-study DATA=FOLDER    train and measure what is missing of the router's study; resumable"
+	@echo "make routing-study-report         docs/routing-study.md and its figures from the study's record"
 	@echo "make bench-scaling, bench-serving, bench-flame, bench-report: see benchmarks/README.md"
 
 serve: $(VENV)/.serving
@@ -45,6 +48,20 @@ bench-scaling bench-serving bench-flame: bench-%: $(VENV)/.testing
 
 bench-report: $(VENV)/.testing
 	@exec $(BIN)/python -m benchmarks.render $(ARGS)
+
+# The study takes hours; repeat the command to go on. STUDY holds what is done, DATA the adapters' chats.
+STUDY ?= runs/study
+STUDY_RECORD := benchmarks/results/routing_study.json
+
+routing-study: $(VENV)/.testing
+	@test -d "$(DATA)" || { echo "The study needs the chats that the demo's adapters were made for:" \
+		"make routing-study DATA=FOLDER, with one folder per adapter (gsm8k, mbpp, ...) that holds train.jsonl and" \
+		"validation.jsonl; examples/demo/README.md says where they come from." >&2; exit 1; }
+	@exec $(BIN)/lora-mixer-train study --plan examples/demo/study.yaml --config adapters.yaml --data $(DATA) \
+		--data examples/demo/data --out $(STUDY) --reuse examples/demo/router --json $(STUDY_RECORD) $(ARGS)
+
+routing-study-report: $(VENV)/.testing
+	@exec $(BIN)/lora-mixer-train study-report --json $(STUDY_RECORD) $(ARGS)
 
 # Stamps: their rules run again only when an input is newer, so a second `make serve` installs nothing.
 $(VENV)/.serving: $(INPUTS)

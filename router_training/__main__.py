@@ -9,7 +9,7 @@ from router_training.flags import add_inputs, add_settings, add_sources, setting
 from router_training.joint_flags import add_joint
 from router_training.report import comparison_table, evaluation_table, evaluation_verdict, read_record, rendered
 from router_training.settings import TrainingConfig
-from router_training.study_flags import add_study
+from router_training.study_flags import add_study, add_study_report
 from server.config import load_config
 from server.errors import ConfigError, LoraMixerError
 
@@ -67,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.set_defaults(action=_evaluate)
     add_study(commands.add_parser("study", help="train and evaluate every run of a plan; go on where it was cut"))
+    add_study_report(commands.add_parser("study-report", help="document and figures from a study's record"))
     background = commands.add_parser(
         "background", help="add the statistics that gate rows without retraining need to a router artefact"
     )

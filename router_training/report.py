@@ -51,13 +51,14 @@ def comparison_table(records: Mapping[str, Mapping[str, Any]]) -> str:
     return markdown_table(["task", *records], [*rows, ["mean ratio to own adapter", *means]])
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table that also reads well as plain text: columns padded, all but the first right-aligned."""
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> str:
+    """A Markdown table that also reads well as plain text: columns padded, all behind `text_columns` right-aligned."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    rule = ["-" * width if index < text_columns else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
     lines = []
     for row in [header, rule, *rows]:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        padded = enumerate(zip(row, widths, strict=True))
+        cells = [cell.ljust(width) if index < text_columns else cell.rjust(width) for index, (cell, width) in padded]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

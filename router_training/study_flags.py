@@ -1,11 +1,16 @@
-"""`lora-mixer-train study`: its flags, what it prints, and its exit status. The work is in `study`."""
+"""`lora-mixer-train study` and `study-report`: flags, what they print, and exit statuses. The work is in `study`."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from router_training.flags import add_sources
 from server.config import load_config
+
+RECORD = Path("benchmarks/results/routing_study.json")
+DOCUMENT = Path("docs/routing-study.md")
+FIGURES = Path("docs/figures")
 
 
 def add_study(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +37,40 @@ def add_study(parser: argparse.ArgumentParser) -> None:
         help="take the rows of this artefact for a run that it was trained by; repeatable (default: none)",
     )
     parser.set_defaults(action=_study)
+
+
+def add_study_report(parser: argparse.ArgumentParser) -> None:
+    """All flags of the command."""
+    parser.add_argument(
+        "--json", type=Path, default=RECORD, metavar="FILE", help=f"the study's record (default {RECORD})"
+    )
+    parser.add_argument("--document", type=Path, default=DOCUMENT, metavar="FILE", help=f"(default {DOCUMENT})")
+    parser.add_argument("--figures", type=Path, default=FIGURES, metavar="DIR", help=f"folder (default {FIGURES})")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit status 1 if the record says otherwise (default off)"
+    )
+    parser.set_defaults(action=_study_report)
+
+
+def _study_report(options: argparse.Namespace) -> int:
+    from router_training.study_document import document, studied_run
+    from router_training.study_figures import draw, outdated
+    from router_training.study_results import read_results
+
+    results = read_results(options.json)
+    main = studied_run(results)
+    text = document(results, os.path.relpath(options.figures, options.document.parent))
+    if options.check:
+        wrong = outdated(results, main, options.figures)
+        if not options.document.exists() or options.document.read_text(encoding="utf-8") != text:
+            wrong.append(options.document)
+        for path in wrong:
+            print(f"{path} is not what {options.json} says; run `make routing-study-report`", file=sys.stderr)
+        return int(bool(wrong))
+    draw(results, main, options.figures)
+    options.document.parent.mkdir(parents=True, exist_ok=True)
+    options.document.write_text(text, encoding="utf-8")
+    return 0
 
 
 def _study(options: argparse.Namespace) -> int:

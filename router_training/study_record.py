@@ -11,12 +11,11 @@ from router_training.step_log import METRICS_NAME
 from router_training.study import Study
 from router_training.study_plan import StudyRun
 from router_training.study_state import RunState, StudyInputs
-from server.machine import version_facts
 
 FORMAT_VERSION = 1
 CURVE_POINTS = 50
 """Points kept of the curves over training; each is a mean over the steps it stands for."""
-CURVES = ("lm_loss", "balance", "entropy", "adapter_id")
+CURVES = ("lm_loss", "balance", "entropy")
 DIGITS = 5
 """Decimals of nats kept. They are means over some thousand tokens."""
 POLICY_MEASURES = ("nll", "own_share", "own_top1")
@@ -28,7 +27,7 @@ def collect(study: Study, inputs: StudyInputs) -> dict[str, Any]:
     base = inputs.config.base_model
     return {
         "format_version": FORMAT_VERSION,
-        "versions": version_facts(),
+        "defaults": TrainingConfig().record(),
         "base_model": {"name": base.name, "source": base.source, "dtype": base.dtype},
         "adapters": inputs.names,
         "data": inputs.counts(),
