@@ -31,10 +31,11 @@ from router_training.run import (
     train_router,
     write_json,
 )
+from router_training.settings import TrainingConfig
 from router_training.step_log import METRICS_NAME
 from router_training.study_plan import StudyRun
 from router_training.study_start import KeptStart
-from router_training.study_state import RunState, Stage, StudyInputs, stage_of
+from router_training.study_state import RunState, Stage, StudyInputs, is_of, same_settings, stage_of
 from router_training.suite import Suite
 from server.errors import ConfigError, RouterArtefactError
 from server.machine import machine_facts, version_facts
@@ -101,7 +102,7 @@ class Study:
             self._roster = None
             traceback.print_exc()
             _say(run, f"failed: {error}")
-            state = RunState.read(self.folder(run)) or RunState(self._inputs.training_digest(run))
+            state = RunState.read(self.folder(run)) or self._new_state(run)
             dataclasses.replace(state, error=f"{type(error).__name__}: {error}").write(self.folder(run))
             return False
         _say(run, f"finished after {time.monotonic() - started:.0f} s")
@@ -109,13 +110,13 @@ class Study:
 
     def _prepare_folder(self, run: StudyRun) -> None:
         """An empty folder where what is there is outdated, else what is left of the run."""
-        folder, digest = self.folder(run), self._inputs.training_digest(run)
+        folder = self.folder(run)
         state = RunState.read(folder)
-        if state is None or state.training != digest:
+        if state is None or not is_of(state, run, self._inputs):
             if state is not None:
                 _say(run, "settings, data or adapters have changed; starting again")
             shutil.rmtree(folder, ignore_errors=True)
-            state = RunState(digest)
+            state = self._new_state(run)
         dataclasses.replace(state, error=None).write(folder)
 
     def _train(self, run: StudyRun) -> None:
@@ -128,8 +129,8 @@ class Study:
         sequences = encode_mix(mix, roster.label_of_task, loaded.tokenizer, loaded.eos_token_ids, settings)
         record = without(run_record(roster, mix, sequences, settings), NOT_IN_A_STUDY)
         facts: dict[str, Any] = {"machine": machine_facts(), "versions": version_facts(), "threads": record["threads"]}
-        checkpoint = Checkpoint(folder, run_fingerprint(record))
-        if (source := self._same_rows(record)) is not None:
+        checkpoint = self._checkpoint(run, record)
+        if (source := self._same_rows(record, settings)) is not None:
             _say(run, f"taken from {source}")
             for name in (*ARTEFACT_FILES, METRICS_NAME):
                 if (source / name).exists():
@@ -148,6 +149,16 @@ class Study:
         dataclasses.replace(state, trained=True, facts=facts).write(folder)
         checkpoint.delete()
 
+    def _checkpoint(self, run: StudyRun, record: Mapping[str, Any]) -> Checkpoint:
+        """The run's own; one that cannot be gone on from (another thread count, another torch) is dropped."""
+        checkpoint = Checkpoint(self.folder(run), run_fingerprint(record))
+        try:
+            checkpoint.load()
+        except ConfigError as error:
+            _say(run, f"starting again: {error.message}")
+            checkpoint.delete()
+        return checkpoint
+
     def _evaluate(self, run: StudyRun) -> None:
         state, folder = self._state(run), self.folder(run)
         digest = self._inputs.evaluation_digest(run)
@@ -161,18 +172,22 @@ class Study:
         write_json(suite.run(chats, self._inputs.train), folder / EVALUATION_NAME)
         dataclasses.replace(state, evaluation=digest).write(folder)
 
-    def _same_rows(self, record: Mapping[str, Any]) -> Path | None:
+    def _same_rows(self, record: Mapping[str, Any], settings: TrainingConfig) -> Path | None:
         """A folder of `reuse` whose artefact was trained from exactly this."""
         # As JSON, which has no tuples and no integer keys.
-        wanted = json.loads(json.dumps(record))
+        wanted = json.loads(json.dumps(without(record, ["settings"])))
         for folder in self._reuse:
             try:
                 training = load_artefact(folder).training
             except RouterArtefactError as error:
                 raise ConfigError(f"--reuse {folder}: {error.message}") from error
-            if without(training, NOT_IN_A_STUDY) == wanted:
+            others = without(training, [*NOT_IN_A_STUDY, "settings"])
+            if others == wanted and same_settings(training.get("settings", {}), settings):
                 return folder
         return None
+
+    def _new_state(self, run: StudyRun) -> RunState:
+        return RunState(run.settings.record(), self._inputs.training_digest(run))
 
     def _state(self, run: StudyRun) -> RunState:
         state = RunState.read(self.folder(run))

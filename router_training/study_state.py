@@ -12,7 +12,7 @@ from router_training.data import Chat, data_digest, has_task, read_splits
 from router_training.mixing import Mix, draw_mix
 from router_training.roster import BASE_TASK
 from router_training.run import first_rows, write_json
-from router_training.settings import check_prior
+from router_training.settings import TrainingConfig, check_prior
 from router_training.study_plan import StudyRun
 from server.config import AdapterSpec, ServerConfig
 
@@ -26,11 +26,12 @@ Stage = Literal["not run", "outdated", "failed", "unfinished", "trained", "finis
 class RunState:
     """Content of a run's state file."""
 
+    settings: Mapping[str, Any]
     training: str
-    """Digest of settings, training data, base model and adapters."""
+    """Digest of training data, base model and adapters."""
     trained: bool = False
     evaluation: str | None = None
-    """Digest of all that and of what the record covers; None until there is a record."""
+    """Digest of what the record covers; None until there is a record."""
     error: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Machine, versions and seconds."""
@@ -77,16 +78,16 @@ class StudyInputs:
         return {task: {split: len(chats[task]) for split, chats in splits.items()} for task in self.train}
 
     def training_digest(self, run: StudyRun) -> str:
-        """Changes with whatever changes the trained router, versions of libraries and thread count excepted."""
-        return _digest([run.settings.record(), self.mix(run).digest, self._frozen])
+        """Changes with whatever changes the trained router, beside settings, versions of libraries and threads."""
+        return _digest([self.mix(run).digest, self._frozen])
 
     def evaluation_digest(self, run: StudyRun) -> str:
-        """Changes with whatever changes the record."""
+        """Changes with whatever changes the record beside the trained router."""
         options = asdict(run.suite_options(Path()))
         del options["cache"]
         chats = [chat for rows in self.validation(run).values() for chat in rows]
         fitted = self._train_digest if options["baselines"] else None
-        return _digest([self.training_digest(run), options, data_digest(chats), fitted])
+        return _digest([options, data_digest(chats), fitted])
 
     @cached_property
     def _train_digest(self) -> str:
@@ -101,11 +102,25 @@ class StudyInputs:
         return [[base.name, base.source, base.revision, base.dtype], files]
 
 
+def is_of(state: RunState, run: StudyRun, inputs: StudyInputs) -> bool:
+    """Whether what is there was made by this run as it is planned now."""
+    return same_settings(state.settings, run.settings) and state.training == inputs.training_digest(run)
+
+
+def same_settings(recorded: Mapping[str, Any], settings: TrainingConfig) -> bool:
+    """Whether a record of settings, made by an earlier version perhaps, says what `settings` says.
+
+    A setting that came later was at its default, which keeps what was before.
+    """
+    defaults, wanted = TrainingConfig().record(), settings.record()
+    return recorded.keys() <= wanted.keys() and {**defaults, **recorded} == wanted
+
+
 def stage_of(state: RunState | None, run: StudyRun, inputs: StudyInputs) -> Stage:
     """How far a run is. `outdated`: what is there belongs to other settings, data or adapters."""
     if state is None:
         return "not run"
-    if state.training != inputs.training_digest(run):
+    if not is_of(state, run, inputs):
         return "outdated"
     if state.error is not None:
         return "failed"

@@ -15,8 +15,10 @@ import yaml
 from filelock import FileLock
 
 from router_training.__main__ import main
-from router_training.checkpoint import CHECKPOINT_NAME
+from router_training.checkpoint import CHECKPOINT_NAME, Checkpoint
+from router_training.settings import TrainingConfig
 from router_training.study_record import CURVE_POINTS
+from router_training.study_state import same_settings
 
 SETTINGS = {"samples": 16, "max_length": 64, "warm_start_samples": 8, "batch_size": 4, "lm_weighting": "relative"}
 
@@ -162,6 +164,32 @@ def test_a_killed_study_goes_on_and_ends_in_the_same_bytes(project: Path) -> Non
         check=True,
     )
     assert (folder / "router.safetensors").read_bytes() == resumed
+
+
+def test_a_checkpoint_of_another_machine_is_started_again_from(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_plan(project, {"name": "only"})
+    assert run(project) == 0
+    folder = project / "out/runs/only/seed0"
+    rows = (folder / "router.safetensors").read_bytes()
+    state = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+    (folder / "study.json").write_text(json.dumps({**state, "trained": False, "evaluation": None}), encoding="utf-8")
+    Checkpoint(folder, "of another torch").save({})
+    capsys.readouterr()
+    assert run(project) == 0
+    assert "starting again: " in capsys.readouterr().err
+    assert (folder / "router.safetensors").read_bytes() == rows
+
+
+def test_a_setting_that_came_later_counts_as_its_default() -> None:
+    settings = TrainingConfig(alpha=0.5)
+    recorded = settings.record()
+    del recorded["distil"]
+    assert same_settings(recorded, settings)
+    assert not same_settings(recorded, TrainingConfig(alpha=0.5, distil=0.1))
+    assert not same_settings({**recorded, "alpha": 0.4}, settings)
+    assert not same_settings({**recorded, "no_longer": 1}, settings)
 
 
 def test_a_failing_run_is_reported_and_the_others_go_on(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
