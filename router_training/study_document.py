@@ -100,7 +100,7 @@ def _what_was_run(results: Results) -> str:
     leading = [names[0] for part in ("main", "ablation", "curve") if (names := results.names(part))]
     seeds = [f"{name}: {', '.join(str(run['seed']) for run in results.seeds(name))}" for name in leading]
     text = f"Settings that differ from the defaults, of the first run of each part (seeds {'; '.join(seeds)}):"
-    return section("What was run", " ".join(lines), text, settings_table(results, leading))
+    return section("What was run", "\n".join(f"- {line}" for line in lines), text, settings_table(results, leading))
 
 
 def _machines(results: Results) -> list[str]:
