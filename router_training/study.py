@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from router_training.artefact import build_artefact
 from router_training.cells import CellCache
 from router_training.checkpoint import CHECKPOINT_NAME, Checkpoint, run_fingerprint
+from router_training.data import Chat
 from router_training.frozen import check_frozen, frozen_digests
 from router_training.mixing import encode_mix
 from router_training.prompt_fit import train_prompt_gate
@@ -36,7 +37,7 @@ from router_training.step_log import METRICS_NAME
 from router_training.study_plan import StudyRun
 from router_training.study_start import KeptStart
 from router_training.study_state import RunState, Stage, StudyInputs, is_of, same_settings, stage_of
-from router_training.suite import Suite
+from router_training.suite import Suite, SuiteOptions
 from server.errors import ConfigError, RouterArtefactError
 from server.machine import machine_facts, version_facts
 from server.routing.router import load_artefact, save_artefact
@@ -166,11 +167,17 @@ class Study:
         if state.evaluation == digest:
             return
         _say(run, "evaluating")
-        roster, chats = self._loaded(), self._inputs.validation(run)
-        check_held_out(roster, chats)
-        suite = Suite(roster, load_artefact(folder), run.suite_options(self._cache))
-        write_json(suite.run(chats, self._inputs.train), folder / EVALUATION_NAME)
+        record = self._measure(run, run.suite_options(self._cache), self._inputs.validation(run))
+        if run.has_comparison:
+            options = run.comparison_options(self._cache)
+            record["comparison"] = self._measure(run, options, self._inputs.comparison(run))
+        write_json(record, folder / EVALUATION_NAME)
         dataclasses.replace(state, evaluation=digest).write(folder)
+
+    def _measure(self, run: StudyRun, options: SuiteOptions, chats: Mapping[str, Sequence[Chat]]) -> dict[str, Any]:
+        roster = self._loaded()
+        check_held_out(roster, chats)
+        return Suite(roster, load_artefact(self.folder(run)), options).run(chats, self._inputs.train)
 
     def _same_rows(self, record: Mapping[str, Any], settings: TrainingConfig) -> Path | None:
         """A folder of `reuse` whose artefact was trained from exactly this."""

@@ -55,9 +55,11 @@ def document(results: Results, figure_folder: str) -> str:
     """The whole report; `figure_folder` is relative to it."""
     main = studied_run(results)
     evaluations = results.evaluations(main) if main else []
+    comparisons = results.comparisons(main) if main else []
     drawn = figures(results, main)
-    parts = [HEAD, _aims(evaluations), _what_was_run(results), _policies(results, evaluations), _tasks(evaluations)]
-    parts += [_metrics(results, main), _ablations(results), _usage(evaluations)]
+    parts = [HEAD, _aims(evaluations, comparisons), _what_was_run(results)]
+    parts += [_policies(results, comparisons), _tasks(evaluations)]
+    parts += [_metrics(results, main), _ablations(results), _usage(comparisons)]
     parts += [_data_size(results, drawn, figure_folder), _gates(results, main, drawn, figure_folder)]
     parts += [_training(drawn, figure_folder), _cost(results, drawn, figure_folder), _missing(results)]
     return "\n\n".join(parts) + "\n"
@@ -68,10 +70,10 @@ def section(heading: str, *paragraphs: str) -> str:
     return "\n\n".join([f"## {heading}", *(paragraphs or [NOT_YET])])
 
 
-def _aims(evaluations: Sequence[Mapping[str, Any]]) -> str:
+def _aims(evaluations: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]]) -> str:
     if not evaluations:
         return section("Aims")
-    return section("Aims", verdicts(evaluations), _best_other(evaluations))
+    return section("Aims", verdicts(evaluations, comparisons), _best_other(comparisons))
 
 
 def _best_other(evaluations: Sequence[Mapping[str, Any]]) -> str:
@@ -120,14 +122,7 @@ def _machines(results: Results) -> list[str]:
 def _policies(results: Results, evaluations: Sequence[Mapping[str, Any]]) -> str:
     if not evaluations:
         return section("Every policy")
-    chats = evaluations[0]["chats"]
-    adapted = [count for task, count in chats.items() if task != BASE_NAME]
-    sizes = f"{sum(adapted)} single-task chats of {len(adapted)} tasks"
-    if "composite" in evaluations[0]:
-        sizes += f", {evaluations[0]['composite']['chats']} composite chats (two tasks in one conversation or answer)"
-    if BASE_NAME in chats:
-        sizes += f", {chats[BASE_NAME]} off-domain chats"
-    text = f"{sizes}; ratios are to the oracle. Best on single tasks first."
+    text = f"{_sizes(evaluations)}; ratios are to the oracle. Best on single tasks first."
     if "calibration" in evaluations[0]:
         count = evaluations[0]["calibration"]["chats_per_task"]
         text += f" Baselines with something to fit saw {count} training chats per task."
@@ -139,8 +134,20 @@ def _policies(results: Results, evaluations: Sequence[Mapping[str, Any]]) -> str
     return section("Every policy", *paragraphs)
 
 
+def _sizes(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    """Of the sets of chats."""
+    chats = evaluations[0]["chats"]
+    adapted = [count for task, count in chats.items() if task != BASE_NAME]
+    sizes = f"{sum(adapted)} single-task chats of {len(adapted)} tasks"
+    if "composite" in evaluations[0]:
+        sizes += f", {evaluations[0]['composite']['chats']} composite chats (two tasks in one conversation or answer)"
+    if BASE_NAME in chats:
+        sizes += f", {chats[BASE_NAME]} off-domain chats"
+    return sizes
+
+
 def _tasks(evaluations: Sequence[Mapping[str, Any]]) -> str:
-    return section("By task", task_table(evaluations)) if evaluations else section("By task")
+    return section("By task", f"{_sizes(evaluations)}.", task_table(evaluations)) if evaluations else section("By task")
 
 
 def _metrics(results: Results, main: str | None) -> str:

@@ -223,7 +223,7 @@ def _cost(plt: Any, results: Results, main: str) -> Any:
 def _by_k(axis: Any, results: Results, main: str) -> None:
     """The studied router served at other k, and short runs trained at them."""
     served, trained = dict[int, float](), dict[int, float]()
-    evaluations = results.evaluations(main) if main else []
+    evaluations = results.comparisons(main) if main else []
     for policy in {policy for found in evaluations for policy in found["policies"] if policy.startswith("routed")}:
         value = over_seeds(evaluations, policy, single(policy, "of_means"))
         assert value is not None

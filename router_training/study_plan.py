@@ -36,7 +36,12 @@ class EvaluationPlan(BaseModel):
     composites: Annotated[int, Field(ge=0)] = 0
     """Chats that join two tasks; 0 leaves the set out."""
     baselines: WhichSeeds = "none"
-    """Every baseline beside base, own adapter, uniform mix and router. Most do not depend on the seed."""
+    """Every baseline beside base, own adapter, uniform mix and router; most do not depend on the seed. They are
+    compared on a set of their own, on which the router of every seed is measured too."""
+    comparison_rows: Annotated[int, Field(ge=0)] | None = None
+    """Validation chats of every task in that set; None: as `rows`. There are some thirty policies."""
+    comparison_composites: Annotated[int, Field(ge=0)] | None = None
+    """Composite chats in that set; None: as `composites`."""
     calibration_chats: Annotated[int, Field(ge=1)] = 16
     """Training chats per task that the baselines with something to fit see."""
     generate: Annotated[int, Field(ge=0)] = 0
@@ -105,12 +110,32 @@ class StudyRun:
     def title(self) -> str:
         return f"{self.name}, seed {self.seed}"
 
-    def suite_options(self, cache: Path) -> SuiteOptions:
-        """What the evaluation of this seed covers."""
+    @property
+    def has_comparison(self) -> bool:
+        return self.evaluation.baselines != "none"
+
+    @property
+    def comparison_rows(self) -> int:
+        """Validation chats of every task that the baselines are measured on; 0 means all."""
         plan = self.evaluation
+        return plan.rows if plan.comparison_rows is None else plan.comparison_rows
+
+    def comparison_options(self, cache: Path | None = None) -> SuiteOptions:
+        """What the comparison with the baselines covers for this seed."""
+        plan = self.evaluation
+        composites = plan.composites if plan.comparison_composites is None else plan.comparison_composites
         return SuiteOptions(
             baselines=self._wants(plan.baselines),
             calibration_chats=plan.calibration_chats,
+            composites=composites,
+            cache=cache,
+            gates=False,
+        )
+
+    def suite_options(self, cache: Path | None = None) -> SuiteOptions:
+        """What the evaluation of this seed covers beside the comparison with the baselines."""
+        plan = self.evaluation
+        return SuiteOptions(
             composites=plan.composites,
             generated_rows=plan.generate if self.is_first_seed else 0,
             max_new_tokens=plan.max_new_tokens,

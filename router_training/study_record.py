@@ -76,6 +76,8 @@ def thinned(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     if "composite" in evaluation:
         composite = evaluation["composite"]
         record["composite"] = {"chats": composite["chats"], "policies": _measures(composite["policies"])}
+    if "comparison" in evaluation:
+        record["comparison"] = thinned(evaluation["comparison"])
     return record
 
 

@@ -66,6 +66,11 @@ class Results:
         """Of the finished seeds."""
         return [run["evaluation"] for run in self.finished(name)]
 
+    def comparisons(self, name: str) -> list[Mapping[str, Any]]:
+        """What the finished seeds say about the baselines; the evaluations themselves where there is no such set."""
+        found = [evaluation["comparison"] for evaluation in self.evaluations(name) if "comparison" in evaluation]
+        return found or self.evaluations(name)
+
     def first_with(self, name: str, key: str) -> Any:
         """What the first finished seed that has it says under `key`; None if none has."""
         return next((found[key] for found in self.evaluations(name) if found.get(key)), None)

@@ -14,7 +14,9 @@ from router_training.roster import BASE_TASK
 from router_training.run import first_rows, write_json
 from router_training.settings import TrainingConfig, check_prior
 from router_training.study_plan import StudyRun
+from router_training.suite import SuiteOptions
 from server.config import AdapterSpec, ServerConfig
+from server.errors import ConfigError
 
 STATE_NAME = "study.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -42,8 +44,14 @@ class RunState:
 
     @staticmethod
     def read(folder: Path) -> "RunState | None":
+        """None where nothing has been done. Raises ConfigError for a file that is no state."""
         path = folder / STATE_NAME
-        return RunState(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return RunState(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{path} is no state of a run ({error}); delete its folder to begin again") from error
 
 
 class StudyInputs:
@@ -69,8 +77,15 @@ class StudyInputs:
 
     def validation(self, run: StudyRun) -> dict[str, Sequence[Chat]]:
         """Chats that a run is measured on, in the order of `lora-mixer-train evaluate`."""
+        return self._first(run.evaluation.rows)
+
+    def comparison(self, run: StudyRun) -> dict[str, Sequence[Chat]]:
+        """Chats that it is compared with the baselines on."""
+        return self._first(run.comparison_rows)
+
+    def _first(self, count: int) -> dict[str, Sequence[Chat]]:
         tasks = [*([BASE_TASK] if self.has_base else []), *self.names]
-        return first_rows({task: self._validation[task] for task in tasks}, run.evaluation.rows)
+        return first_rows({task: self._validation[task] for task in tasks}, count)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Chats per task and split."""
@@ -83,11 +98,11 @@ class StudyInputs:
 
     def evaluation_digest(self, run: StudyRun) -> str:
         """Changes with whatever changes the record beside the trained router."""
-        options = asdict(run.suite_options(Path()))
-        del options["cache"]
-        chats = [chat for rows in self.validation(run).values() for chat in rows]
-        fitted = self._train_digest if options["baselines"] else None
-        return _digest([options, data_digest(chats), fitted])
+        parts = [*_covered(run.suite_options(), self.validation(run)), None]
+        if run.has_comparison:
+            options = run.comparison_options()
+            parts += [*_covered(options, self.comparison(run)), self._train_digest if options.baselines else None]
+        return _digest(parts)
 
     @cached_property
     def _train_digest(self) -> str:
@@ -127,6 +142,12 @@ def stage_of(state: RunState | None, run: StudyRun, inputs: StudyInputs) -> Stag
     if not state.trained:
         return "unfinished"
     return "finished" if state.evaluation == inputs.evaluation_digest(run) else "trained"
+
+
+def _covered(options: SuiteOptions, chats: Mapping[str, Sequence[Chat]]) -> list[Any]:
+    facts = asdict(options)
+    del facts["cache"]
+    return [facts, data_digest([chat for rows in chats.values() for chat in rows])]
 
 
 def _folder(config: ServerConfig, spec: AdapterSpec) -> Path:

@@ -182,6 +182,14 @@ def test_a_checkpoint_of_another_machine_is_started_again_from(
     assert (folder / "router.safetensors").read_bytes() == rows
 
 
+def test_a_damaged_state_is_named(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = study / "out/runs/second/seed0"
+    folder.mkdir(parents=True)
+    (folder / "study.json").write_text('{"training": ', encoding="utf-8")
+    assert run(study, "--list") == 1
+    assert "second/seed0/study.json is no state of a run" in capsys.readouterr().err
+
+
 def test_a_setting_that_came_later_counts_as_its_default() -> None:
     settings = TrainingConfig(alpha=0.5)
     recorded = settings.record()
@@ -252,7 +260,8 @@ def test_rows_are_reused_only_from_a_run_of_the_same_record(study: Path, capsys:
 
 def test_the_record_has_what_the_report_needs_in_few_numbers(study: Path) -> None:
     shutil.copytree(study / "data/letters", study / "data/base")
-    evaluation = {"composites": 2, "baselines": "first seed", "gates": "first seed", "generate": 1, "max_new_tokens": 3}
+    evaluation = {"composites": 2, "gates": "first seed", "generate": 1, "max_new_tokens": 3}
+    evaluation |= {"baselines": "first seed", "comparison_rows": 1}
     write_plan(study, {"name": "only", "evaluation": {**evaluation, "calibration_chats": 1}}, steps=60)
     assert run(study, "--json", str(study / "study.json")) == 0
     record = json.loads((study / "study.json").read_text(encoding="utf-8"))
@@ -264,7 +273,12 @@ def test_the_record_has_what_the_report_needs_in_few_numbers(study: Path) -> Non
     assert only["facts"]["start_s"] > 0
     assert only["facts"]["machine"]["cores"] > 0
     whole = json.loads((study / "out/runs/only/seed0/evaluation.json").read_text(encoding="utf-8"))
-    assert only["evaluation"]["policies"].keys() == whole["policies"].keys()
+    assert only["evaluation"]["policies"].keys() == {"base", "own_adapter", "uniform", "routed"}
+    compared = only["evaluation"]["comparison"]
+    assert {"arrow", "lda", "phatgoose", "only_digits", "per_request"} < compared["policies"].keys()
+    assert compared["chats"] == {"base": 1, "letters": 1, "digits": 1}
+    assert compared["calibration"]["chats_per_task"] == 1
+    assert compared["composite"]["policies"].keys() == compared["policies"].keys()
     nll, own_share, _ = only["evaluation"]["policies"]["routed"]["digits"]
     assert nll == pytest.approx(whole["policies"]["routed"]["digits"]["nll"], abs=1e-5)
     assert own_share == pytest.approx(whole["policies"]["routed"]["digits"]["own_share"], abs=1e-5)

@@ -42,6 +42,17 @@ def test_what_is_for_the_first_seed_is_left_out_of_the_others(tmp_path: Path) ->
     assert (second.gates, second.generated_rows, second.baselines) == (False, 0, False)
 
 
+def test_baselines_are_measured_on_a_set_of_their_own(tmp_path: Path) -> None:
+    text = PLAN.replace("rows: 60,", "rows: 60, composites: 8, baselines: first seed, comparison_rows: 5,")
+    long, short, again = read_plan(plan_file(tmp_path, text))
+    assert (long.has_comparison, short.has_comparison, again.has_comparison) == (True, False, True)
+    first, second = long.comparison_options(), again.comparison_options()
+    assert (first.baselines, first.composites, long.comparison_rows) == (True, 8, 5)
+    # The same chats for every seed, all policies for the first.
+    assert (second.baselines, second.composites, again.comparison_rows) == (False, 8, 5)
+    assert not long.suite_options().baselines
+
+
 @pytest.mark.parametrize(
     ("text", "problems"),
     [

@@ -38,7 +38,8 @@ def policies(routed: float, *, baselines: bool = False, tasks: tuple[str, ...] =
 
 def evaluation(routed: float, *, whole: bool = False) -> dict[str, Any]:
     composite = {"chats": 6, "policies": policies(2 * routed, baselines=whole, tasks=TASKS[1:])}
-    record = {"chats": dict.fromkeys(TASKS, 20), "policies": policies(routed, baselines=whole), "composite": composite}
+    chats = dict.fromkeys(TASKS, 20)
+    record = {"chats": chats, "policies": policies(routed, baselines=whole), "composite": composite}
     if whole:
         along = {"tasks": ["maths", "maths", "code"], "answer": [0, 1, 1], "share": [[0.2, 0.5, 0.3]] * 3}
         record["calibration"] = {"chats_per_task": 16}
@@ -150,13 +151,31 @@ def test_every_policy_is_listed_best_first_with_its_ratios(record: dict[str, Any
 
 
 def test_aims_are_met_or_missed_by_the_numbers(record: dict[str, Any]) -> None:
-    text = verdicts(Results(record).evaluations("winner"))
+    evaluations = Results(record).evaluations("winner")
+    text = verdicts(evaluations, evaluations)
     assert row(text, "single tasks: mean NLL over the oracle's")[1:] == ["≤ 1.02", "1.010 ± 0.010", "met"]
     assert row(text, "composite chats: mean NLL over the per-segment oracle's")[3] == "**missed**"
     assert row(text, "off-domain chats: NLL over the base model's")[1:] == ["≤ 1.01", "1.005 ± 0.005", "met"]
     assert row(text, "single tasks: below every baseline")[2:] == ["5 of 5", "met"]
     # On composites the router's factor is 2.02, and one adapter's is 2.
     assert row(text, "composite chats: below every single adapter")[2:] == ["not maths alone", "**missed**"]
+
+
+def test_baselines_are_compared_on_their_own_set_of_chats(record: dict[str, Any]) -> None:
+    for run in record["runs"]:
+        if run["name"] == "winner":
+            run["evaluation"]["comparison"] = {
+                **evaluation(1.6, whole=run["seed"] == 0),
+                "chats": dict.fromkeys(TASKS, 5),
+            }
+    found = parts(document(Results(record), "figures"))
+    assert "40 single-task chats of 2 tasks" in found["By task"]
+    assert "10 single-task chats of 2 tasks" in found["Every policy"]
+    assert row(found["Every policy"], "**the router**")[2] == "1.600 ± 0.000"
+    aims = found["Aims"]
+    assert row(aims, "single tasks: mean NLL over the oracle's")[2] == "1.010 ± 0.010"
+    assert row(aims, "single tasks: below every baseline")[2:] == ["not Arrow", "**missed**"]
+    assert "is Arrow, 1.500 times" in aims
 
 
 def test_tasks_metrics_and_ablations_have_their_numbers(record: dict[str, Any]) -> None:
@@ -223,7 +242,7 @@ def test_a_study_without_baselines_says_which_are_missing(record: dict[str, Any]
     assert {"arrow", "lorahub", "only_maths", "routed_k3", "per_request"} <= set(absent)
     assert "routed" not in absent
     record["runs"] = [finished("winner", "main", 1.01)]
-    text = verdicts(Results(record).evaluations("winner"))
+    text = verdicts(evaluations, evaluations)
     assert row(text, "composite chats: below every single adapter")[2:] == ["–", "–"]
     assert row(text, "single tasks: below every baseline")[2:] == ["2 of 2", "met"]
 
