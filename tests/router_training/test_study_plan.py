@@ -1,11 +1,15 @@
 """Plans: defaults and order of runs, and every mistake named at once."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from router_training.study_plan import choose, read_plan
+from router_training.study_state import same_settings
 from server.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
 
 PLAN = """
 defaults: {settings: {steps: 50, distil: 0.5}, evaluation: {rows: 20, gates: first seed}}
@@ -100,8 +104,10 @@ def test_runs_are_chosen_by_name_and_a_typo_is_answered(tmp_path: Path) -> None:
 
 
 def test_the_demos_plan_is_valid_and_covers_the_study() -> None:
-    runs = read_plan(Path(__file__).parents[2] / "examples/demo/study.yaml")
+    runs = read_plan(ROOT / "examples/demo/study.yaml")
     assert [run.seed for run in runs if run.name == "winner"] == [0, 1, 2]
+    demo = json.loads((ROOT / "examples/demo/router/router.json").read_text(encoding="utf-8"))["training"]
+    assert same_settings(demo["settings"], runs[0].settings), "the first run is not the demo's router"
     curve = {(run.settings.samples, run.settings.lambda_ > 0) for run in runs if run.section == "curve"}
     assert curve == {(size, entropy) for size in (125, 250, 500, 1000, 2000, 4000) for entropy in (True, False)}
     for run in runs:
