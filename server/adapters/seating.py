@@ -189,6 +189,8 @@ class _Turn:
         self._room = residency.room()
         self._kept: set[int] = set()
         self._coming: set[Record] = set()
+        self._going: list[int] = []
+        """Idle slots that are to make room for those considered so far."""
         self._is_blocked = False
         self.has_granted = False
         self.wanted: list[Record] = []
@@ -218,7 +220,9 @@ class _Turn:
                 self._state.closed |= {*taken.idle, *taken.leased}
             return
         self._coming |= set(new)
+        self._going += taken.idle
         if len(new) == len(missing) and is_read:
-            self._state.closed |= set(taken.idle)
-            victims = [self._state.seated[slot] for slot in taken.idle]
+            # What tickets before this one have not filled yet is room only once those go whom it is taken from.
+            self._state.closed |= set(self._going)
+            victims = [self._state.seated[slot] for slot in self._going]
             self.exchange = _Exchange(victims, [(record, loaded[record]) for record in missing])

@@ -1,8 +1,10 @@
 """More adapters than memory holds: who is in it, who comes in whose place, and who waits for whom."""
 
 import asyncio
+import dataclasses
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +18,8 @@ from server.adapters.leases import AdapterLease
 from server.adapters.records import AdapterState
 from server.adapters.registry import AdapterRegistry
 from server.adapters.reloads import MAX_AHEAD
+from server.adapters.room import Room, Seat
+from server.adapters.seating import _Turn
 from server.config import AdapterSpec, ServerSettings
 from server.errors import (
     AdapterDownloadError,
@@ -772,3 +776,31 @@ def test_random_requests_over_more_adapters_than_seats_all_have_their_turn(
         registry.close()
     finally:
         thread.stop()
+
+
+@dataclasses.dataclass(eq=False)
+class Waiting:
+    """As much of a record as a walk along the line looks at."""
+
+    memory_bytes: int
+    slot: int | None = None
+
+
+def test_room_that_an_earlier_ticket_reserved_is_not_there_before_its_victims_go() -> None:
+    """The first ticket, whose adapter is still being read, would take 2 of the 12 bytes of slot 1; the other 10 are no
+    room for the second ticket as long as slot 1 is full."""
+    room = Room(
+        [Seat(1, 12, stays=False, is_leased=False, last_use=1), Seat(2, 1, stays=False, is_leased=False, last_use=2)],
+        max_bytes=13,
+        max_slots=4,
+    )
+    seated = {1: Waiting(12, 1), 2: Waiting(1, 2)}
+    state = types.SimpleNamespace(closed=set(), seated=seated)
+    turn = _Turn(state, types.SimpleNamespace(room=lambda: room))  # type: ignore[arg-type]
+    unread, read = Waiting(2), Waiting(10)
+    turn.consider([unread], {})  # type: ignore[list-item]
+    turn.consider([read], {read: object()})  # type: ignore[dict-item,list-item]
+    assert turn.exchange is not None
+    leaving = sum(victim.memory_bytes for victim in turn.exchange.victims)
+    assert 13 - leaving + read.memory_bytes <= 13
+    assert state.closed == {1}
