@@ -8,7 +8,7 @@ import functools
 import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar
@@ -128,7 +128,7 @@ def build_services(config: ServerConfig, secrets: Secrets) -> Services:
         encode_examples=functools.partial(encode_examples, tokenizer=parts.loaded.tokenizer),
     )
     try:
-        _load_adapters(registry, config)
+        _load_adapters(registry, config, [known.name for known in artefact.adapters] if artefact is not None else ())
     except BaseException:
         registry.close()
         raise
@@ -202,8 +202,11 @@ class _StepObserver:
             self._registry.record_traffic(stats.routing.gate_mass, stats.routing.routed_mass)
 
 
-def _load_adapters(registry: AdapterRegistry, config: ServerConfig) -> None:
-    """Load the adapters of configuration and journal, wait for all, then install the router over the ready ones."""
+def _load_adapters(registry: AdapterRegistry, config: ServerConfig, router_names: Collection[str]) -> None:
+    """Load the adapters of configuration and journal, wait for all, then install the router over the ready ones.
+
+    `router_names` are those that the router has rows for. Raises ConfigError when what must stay does not fit.
+    """
     names = registry.restore(config.adapters, admit=lambda spec: checked_source(config, spec))
     # The registry has logged why one failed, and /v1/adapters keeps saying so.
     infos = [registry.wait(name) for name in names]
@@ -211,6 +214,10 @@ def _load_adapters(registry: AdapterRegistry, config: ServerConfig) -> None:
     for info in infos:
         if info.pinned and info.code == AdapterMemoryError.default_code:
             message = f"the pinned adapters do not fit into memory: {info.name}: {info.reason}"
+            raise ConfigError(message, param="server.adapter_memory_mib")
+        # One that came after the pinned ones had filled the memory; had it come first, the swap below would say so.
+        if info.code == AdapterMemoryError.default_code and info.name in router_names:
+            message = f"the router's adapters do not fit into memory: {info.name}: {info.reason}"
             raise ConfigError(message, param="server.adapter_memory_mib")
     if config.router_folder is not None:
         try:
