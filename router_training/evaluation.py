@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from router_training.encoding import IGNORED, TokenBatch, TokenSequence, batches_by_length, collate
 from router_training.forward import answer_losses
@@ -35,15 +36,8 @@ def gate_batch(
     routed: RoutedModel, batch: TokenBatch, plan_of_label: Sequence[GatePlan], *, collect_layers: bool = False
 ) -> GateBatch | None:
     """The server's gates for a batch: each token under the plan of its label, unless a prompt gate has its say."""
-    plans, plan_of_token = list(plan_of_label), batch.labels.clone()
-    for row, length in enumerate(batch.lengths.tolist()):
-        plan = plans[int(batch.labels[row, 0])]
-        start = 0
-        for stop, own in routed.routers.prompt_spans(plan, batch.token_ids[row, :length].tolist()):
-            if own not in plans:
-                plans.append(own)
-            plan_of_token[row, start:stop] = plans.index(own)
-            start = stop
+    rows = [ids[:length] for ids, length in zip(batch.token_ids.tolist(), batch.lengths.tolist(), strict=True)]
+    plans, plan_of_token = plans_of_tokens(routed, plan_of_label, batch.labels, rows)
     return build_gate_batch(
         plans,
         plan_of_token.flatten(),
@@ -51,6 +45,29 @@ def gate_batch(
         routers=routed.routers,
         collect_layers=collect_layers,
     )
+
+
+def plans_of_tokens(
+    routed: RoutedModel,
+    plan_of_label: Sequence[GatePlan],
+    labels: Tensor,
+    rows: Sequence[Sequence[int]],
+    *,
+    is_padded_left: bool = False,
+) -> tuple[list[GatePlan], Tensor]:
+    """Plans, those of the labels first, and which one each position follows, (S, L) int64: that of its label, or what a
+    prompt gate says. `labels` (S, L); `rows` are the sequences without padding. The router of a row's first label is
+    asked."""
+    plans, plan_of_token = list(plan_of_label), labels.clone()
+    for row, tokens in enumerate(rows):
+        first = labels.shape[1] - len(tokens) if is_padded_left else 0
+        start = first
+        for stop, own in routed.routers.prompt_spans(plans[int(labels[row, first])], tokens):
+            if own not in plans:
+                plans.append(own)
+            plan_of_token[row, start : first + stop] = plans.index(own)
+            start = first + stop
+    return plans, plan_of_token
 
 
 def evaluate_policy(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from router_training.encoding import TokenSequence, batches_by_length
+from router_training.evaluation import plans_of_tokens
 from server.routing.attach import RoutedModel
 from server.routing.context import build_gate_batch
 from server.routing.policy import GatePlan
@@ -52,7 +53,10 @@ def _generate(
     answers: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)
     cache = None
-    plans, plan_of_token = token_plans(routed, [prompt.token_ids for prompt in prompts], labels, plan_of_label)
+    rows = [prompt.token_ids for prompt in prompts]
+    plans, plan_of_token = plans_of_tokens(
+        routed, plan_of_label, labels[:, None].expand_as(mask), rows, is_padded_left=True
+    )
     for _ in range(max_new_tokens):
         gates = build_gate_batch(plans, plan_of_token.flatten(), bank=routed.bank.snapshot, routers=routed.routers)
         with routed.context.running(gates):
@@ -75,24 +79,6 @@ def _generate(
         inputs, positions, plan_of_token = chosen[:, None], positions[:, -1:] + 1, labels[:, None]
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
     return answers
-
-
-def token_plans(
-    routed: RoutedModel, prompts: Sequence[Sequence[int]], labels: Tensor, plan_of_label: Sequence[GatePlan]
-) -> tuple[list[GatePlan], Tensor]:
-    """Plans, those of the labels first, and for prompts padded on the left (S, L) which one each token follows: that
-    of its label, or what a prompt gate says."""
-    longest = max(map(len, prompts))
-    plans = list(plan_of_label)
-    plan_of_token = labels[:, None].repeat(1, longest)  # (S, L)
-    for row, prompt in enumerate(prompts):
-        start = longest - len(prompt)
-        for stop, own in routed.routers.prompt_spans(plans[int(labels[row])], prompt):
-            if own not in plans:
-                plans.append(own)
-            plan_of_token[row, start : longest - len(prompt) + stop] = plans.index(own)
-            start = longest - len(prompt) + stop
-    return plans, plan_of_token
 
 
 def pad_left(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

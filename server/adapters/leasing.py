@@ -1,9 +1,10 @@
 """Where requests get their leases: at once, or after a wait for adapters that are on disk. `Seating` ends the wait."""
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 
 from server.adapters.leases import AdapterLease
@@ -48,18 +49,8 @@ class LeaseDesk:
         ticket = self._enter(model, adapters, top_k, count)
         if not isinstance(ticket, Ticket):
             return ticket
-        start_s = time.monotonic()
-        error: LoraMixerError | None = None
-        try:
+        with self._waiting(ticket):
             return ticket.outcome.result(self._wait_s if wait_s is None else wait_s)
-        except TimeoutError:
-            error = self._too_late(ticket)
-            raise error from None
-        except LoraMixerError as failure:
-            error = failure
-            raise
-        finally:
-            self._leave(ticket, start_s, error)
 
     async def lease_when_resident(
         self, model: str, adapters: AdapterChoice = None, top_k: int | None = None, count: int = 1
@@ -73,19 +64,26 @@ class LeaseDesk:
         ticket = self._enter(model, adapters, top_k, count)
         if not isinstance(ticket, Ticket):
             return ticket
+        with self._waiting(ticket):
+            try:
+                async with asyncio.timeout(self._wait_s):
+                    return await asyncio.wrap_future(ticket.outcome)
+            except asyncio.CancelledError:
+                self._give_back(ticket)
+                raise
+
+    @contextlib.contextmanager
+    def _waiting(self, ticket: Ticket) -> Iterator[None]:
+        """Whatever ends the wait inside, the ticket is out of the line and the wait is counted."""
         start_s = time.monotonic()
         error: LoraMixerError | None = None
         try:
-            async with asyncio.timeout(self._wait_s):
-                return await asyncio.wrap_future(ticket.outcome)
+            yield
         except TimeoutError:
             error = self._too_late(ticket)
             raise error from None
         except LoraMixerError as failure:
             error = failure
-            raise
-        except asyncio.CancelledError:
-            self._give_back(ticket)
             raise
         finally:
             self._leave(ticket, start_s, error)

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from server.api.choice import ChoiceDelta
 from server.api.errors import CLIENT_LEFT, json_response, request_id_of
 from server.api.generation import Generation, Leases, Prompt, collect, submit
-from server.api.prompts import limits_of
+from server.api.prompts import limits_of, read_questions
 from server.api.sampling import check_body
 from server.api.schemas import GenerationBody
 from server.api.services import Services
@@ -59,6 +59,7 @@ async def start(
         if not leases.take_now():
             await until_disconnect(request, leases.take())
         prompts = await make_prompts()
+        prompts = await read_questions(services, leases.plans, prompts)
         return submit(services, body, prompts, leases, request_id=request_id_of(request.scope), arrival_s=arrival_s)
 
 

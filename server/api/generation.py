@@ -20,7 +20,7 @@ from server.engine.async_engine import GenerationHandle, GenerationRequest
 from server.engine.sequence import FinishReason, SamplingParams, TokenEvent
 from server.errors import EngineError, NotReadyError
 from server.model.detokenizer import IncrementalDetokenizer
-from server.routing.policy import BASE_SLOT, PlanSpan
+from server.routing.policy import BASE_SLOT, GatePlan, PlanSpan
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Prompt:
 
     token_ids: tuple[int, ...]
     params: SamplingParams
+    spans: tuple[PlanSpan, ...] = ()
+    """What the router's prompt gate has decided."""
 
 
 class Leases:
@@ -50,6 +52,11 @@ class Leases:
         """Wait until the adapters are in memory. Raises what `LeaseDesk.lease_when_resident` raises."""
         leases = await self._desk.lease_when_resident(self._model, self._adapters, self._top_k, self._count)
         self._waiting.extend(leases)
+
+    @property
+    def plans(self) -> list[GatePlan]:
+        """Of the leases that wait, in the order they are handed over."""
+        return [lease.plan for lease in self._waiting]
 
     def hand_over(self) -> AdapterLease:
         """The next lease, which the caller owns from here on."""
@@ -76,8 +83,6 @@ class Generation:
     arrival_s: float
     leases: list[AdapterLease] = field(default_factory=list)
     """One per prompt, for the names in them; the engine owns and releases them."""
-    spans: list[tuple[PlanSpan, ...]] = field(default_factory=list)
-    """Per prompt, what the router's prompt gate has decided."""
     handles: list[GenerationHandle] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
     _is_closed: bool = False
@@ -93,7 +98,7 @@ class Generation:
 
     def spans_of(self, choice_index: int) -> tuple[PlanSpan, ...]:
         """What the prompt gate has decided for the choice's prompt."""
-        return self.spans[choice_index // self.body.n]
+        return self.prompts[choice_index // self.body.n].spans
 
     def _adapter_names(self, choice: Choice) -> list[str]:
         lease = self.lease_of(choice.index)
@@ -192,12 +197,11 @@ def submit(
         for index, prompt in enumerate(prompts):
             lease = leases.hand_over()
             generation.leases.append(lease)
-            generation.spans.append(services.registry.prompt_spans(lease.plan, prompt.token_ids))
             request = GenerationRequest(
                 prompt_token_ids=prompt.token_ids,
                 params=prompt.params,
                 plan=lease.plan,
-                spans=generation.spans[-1],
+                spans=prompt.spans,
                 lease=lease,
                 request_id=f"{request_id}-{index}" if len(prompts) > 1 else request_id,
                 n=body.n,

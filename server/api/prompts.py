@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from server.api.generation import Prompt
@@ -9,6 +10,7 @@ from server.api.sampling import Limits, sampling_params
 from server.api.schemas import ChatBody, ChatMessage, CompletionBody
 from server.api.services import Services
 from server.api.values import PromptInput
+from server.routing.policy import GatePlan, Policy
 
 T = TypeVar("T")
 
@@ -62,6 +64,21 @@ async def completion_prompts(services: Services, body: CompletionBody) -> list[P
     all_ids = await on_tokenizer_threads(services, lambda: [encode(prompt) for prompt in body.prompt])
     limits = limits_of(services)
     return [Prompt(tuple(ids), sampling_params(body, len(ids), limits)) for ids in all_ids]
+
+
+async def read_questions(services: Services, plans: Sequence[GatePlan], prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+    """The prompts, each with what the prompt gate of its plan's router decides; milliseconds for a long question, so
+    off the event loop. The requests must hold their plans."""
+    if all(plan.policy is not Policy.ROUTED for plan in plans):
+        return prompts
+
+    def read() -> list[Prompt]:
+        return [
+            replace(prompt, spans=services.registry.prompt_spans(plan, prompt.token_ids))
+            for plan, prompt in zip(plans, prompts, strict=True)
+        ]
+
+    return await on_tokenizer_threads(services, read)
 
 
 async def on_tokenizer_threads(services: Services, work: Callable[[], T]) -> T:

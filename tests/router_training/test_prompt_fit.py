@@ -10,10 +10,9 @@ import torch
 
 from router_training.artefact import build_artefact
 from router_training.encoding import TokenSequence, collate
-from router_training.evaluation import gate_batch
+from router_training.evaluation import gate_batch, plans_of_tokens
 from router_training.forward import answer_losses
 from router_training.gates import RouterParameters, TrainingBatch
-from router_training.generation import token_plans
 from router_training.prompt_fit import (
     UNGUIDED_EVERY,
     PromptReader,
@@ -170,7 +169,9 @@ def test_the_trainers_gates_are_the_servers_spans(roster: Roster, make_sequences
     assert torch.allclose(gates.share[decides], fixed[decides])
     assert torch.allclose(gates.share[~decides][:, FIRST_SLOT:], torch.tensor(1 / 3))
 
-    all_plans, plan_of_token = token_plans(roster.routed, [s.token_ids for s in sequences], batch.labels[:, 0], plans)
+    all_plans, plan_of_token = plans_of_tokens(
+        roster.routed, plans, batch.labels, [s.token_ids for s in sequences], is_padded_left=True
+    )
     for row, sequence in enumerate(sequences):
         own = [all_plans[index] for index in plan_of_token[row, longest - len(sequence) :].tolist()]
         is_fixed = decides.view(len(sequences), longest)[row, : len(sequence)].tolist()
