@@ -6,7 +6,7 @@ from pathlib import Path
 from server.adapters.records import AdapterInfo
 from server.adapters.sources import place
 from server.config import AdapterSpec
-from server.errors import AdapterNotFoundError, PreconditionFailedError
+from server.errors import PreconditionFailedError
 
 ANY_ETAG = "*"
 """Matches every generation, but none where there is no adapter."""
@@ -32,8 +32,3 @@ def check_expected(name: str, expected: Collection[str] | None, current: Adapter
             f"adapter {name!r} is at {current.etag}, not at what If-Match names; look at it again before changing it"
         )
     raise PreconditionFailedError(problem, param="If-Match")
-
-
-def not_found(name: str) -> AdapterNotFoundError:
-    """The error for a name that nobody has."""
-    return AdapterNotFoundError(f"no adapter is registered as {name[:200]!r}", param="name")

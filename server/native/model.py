@@ -102,7 +102,6 @@ class NativeModel:
         self.hidden_size: int = config.hidden_size
         self.projections = [f"model.layers.{layer}.{name}" for layer in range(self.num_layers) for name in PROJECTIONS]
         """Module path of every projection, by layer and in the order of the C interface."""
-        self._d = {name: (info.d_in, info.d_out) for name, info in routed.projections.items()}
         self._dtype = next(model.parameters()).dtype
         library = self._library = library or libraries()[0]
         embedding, head = model.model.embed_tokens.weight, model.lm_head.weight

@@ -120,6 +120,9 @@ class PromptGate:
         read = PromptGateSettings(**settings)
         if not (0 < read.switch < 1 and 0 < read.confidence <= 1):
             raise ValueError("the prompt gate's switch and confidence must lie between 0 and 1")
+        limits = (read.max_opening_tokens, read.max_question_tokens)
+        if not all(isinstance(limit, int) for limit in limits) or min(limits) < 0 or not read.max_question_tokens:
+            raise ValueError("the prompt gate's limits must be whole numbers of tokens, and a question at least one")
         return cls(scores, frame, read)
 
 

@@ -85,6 +85,8 @@ class FakeRegistry:
         """Etags that the last change was made under."""
         self.fails_with: LoraMixerError | None = None
         self.has_prompt_gate = False
+        self.readers: set[str] = set()
+        """Threads that asked for spans."""
 
     @property
     def num_open_leases(self) -> int:
@@ -93,6 +95,7 @@ class FakeRegistry:
 
     def prompt_spans(self, plan: GatePlan, token_ids: Sequence[int]) -> tuple[PlanSpan, ...]:
         """The first two tokens of a routed prompt to mbpp and the third to the base model, if it `has_prompt_gate`."""
+        self.readers.add(threading.current_thread().name)
         if not self.has_prompt_gate or plan.policy is not Policy.ROUTED or len(token_ids) < 4:
             return ()
         return (PlanSpan(2, fixed_plan(Policy.PINNED, {2: 1.0}, {2: "mbpp"})), PlanSpan(3, BASE_PLAN))

@@ -71,6 +71,8 @@ def test_the_prompt_gates_stretches_are_told_by_name(harness: Harness, client: h
     body = {"model": "auto", "prompt": ["long enough", "a", "also long"], "max_tokens": 1, "n": 2}
     choices = client.post(COMPLETIONS, json={**body, "routing": {"trace": "summary"}}).json()["choices"]
     assert [choice["routing"].get("prompt") for choice in choices] == [stretches] * 2 + [None] * 2 + [stretches] * 2
+    assert harness.registry.readers
+    assert all(name.startswith("tokenizer") for name in harness.registry.readers), "not the event loop"
 
 
 @pytest.mark.parametrize("level", ["summary", "tokens", "layers"])

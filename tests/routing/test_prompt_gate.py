@@ -157,6 +157,7 @@ def test_runs_cover_every_token_once() -> None:
 def test_a_gate_without_a_header_is_refused() -> None:
     record = make_gate().record()
     changes: list[dict[str, Any]] = [{"header": []}, {"switch": 0.0}, {"confidence": 1.5}, {"unknown": 1}]
+    changes += [{"max_question_tokens": 0}, {"max_question_tokens": 2.5}, {"max_opening_tokens": -1}]
     for broken in changes:
         with pytest.raises((ValueError, TypeError)):
             PromptGate.from_record({**record, **broken}, make_gate().scores)
