@@ -49,8 +49,9 @@ class LeaseDesk:
         ticket = self._enter(model, adapters, top_k, count)
         if not isinstance(ticket, Ticket):
             return ticket
-        with self._waiting(ticket):
-            return ticket.outcome.result(self._wait_s if wait_s is None else wait_s)
+        wait_s = self._wait_s if wait_s is None else wait_s
+        with self._waiting(ticket, wait_s):
+            return ticket.outcome.result(wait_s)
 
     async def lease_when_resident(
         self, model: str, adapters: AdapterChoice = None, top_k: int | None = None, count: int = 1
@@ -64,7 +65,7 @@ class LeaseDesk:
         ticket = self._enter(model, adapters, top_k, count)
         if not isinstance(ticket, Ticket):
             return ticket
-        with self._waiting(ticket):
+        with self._waiting(ticket, self._wait_s):
             try:
                 async with asyncio.timeout(self._wait_s):
                     return await asyncio.wrap_future(ticket.outcome)
@@ -73,14 +74,14 @@ class LeaseDesk:
                 raise
 
     @contextlib.contextmanager
-    def _waiting(self, ticket: Ticket) -> Iterator[None]:
+    def _waiting(self, ticket: Ticket, wait_s: float) -> Iterator[None]:
         """Whatever ends the wait inside, the ticket is out of the line and the wait is counted."""
         start_s = time.monotonic()
         error: LoraMixerError | None = None
         try:
             yield
         except TimeoutError:
-            error = self._too_late(ticket)
+            error = self._too_late(ticket, wait_s)
             raise error from None
         except LoraMixerError as failure:
             error = failure
@@ -153,10 +154,10 @@ class LeaseDesk:
         self._seating.serve_soon()
         return ticket
 
-    def _too_late(self, ticket: Ticket) -> AdapterMemoryError:
+    def _too_late(self, ticket: Ticket, wait_s: float) -> AdapterMemoryError:
         self._give_back(ticket)
         return AdapterMemoryError(
-            f"{' and '.join(ticket.names)} could not be brought into memory within {self._wait_s:g} s, since running "
+            f"{' and '.join(ticket.names)} could not be brought into memory within {wait_s:g} s, since running "
             "requests use what is there; retry later, or raise server.adapter_memory_mib",
             retry_after_s=5,
         )
