@@ -86,6 +86,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     answer.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, tokens (default 64)")
     answer.set_defaults(action=_answer)
+    phrase = commands.add_parser("phrase", help="copy task folders with questions asked in other ways")
+    phrase.add_argument("--phrasings", type=Path, required=True, metavar="FILE", help="YAML (phrasings.py)")
+    phrase.add_argument(
+        "--data", type=Path, action="append", required=True, metavar="DIR", help="one folder per task; repeatable"
+    )
+    phrase.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the copies")
+    phrase.add_argument(
+        "--split", choices=("train", "validation"), default="train", help="which chats to change (default train)"
+    )
+    phrase.add_argument(
+        "--fraction", type=float, default=0.6, help="share of them that is asked anew, 0 to 1 (default 0.6)"
+    )
+    phrase.add_argument("--seed", type=int, default=0, help="of which ones and how (default 0)")
+    phrase.set_defaults(action=_phrase)
     report = commands.add_parser("report", help="render evaluation records as Markdown")
     report.add_argument("records", type=Path, nargs="+", metavar="FILE", help="JSON written by train or evaluate")
     report.set_defaults(action=_report)
@@ -124,6 +138,18 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.out is not None:
         write_json(record, options.out)
     print(f"{evaluation_table(record)}\n\n{evaluation_verdict(record)}")
+    return 0
+
+
+def _phrase(options: argparse.Namespace) -> int:
+    from router_training.phrasings import phrase_data, read_phrasings
+
+    if not 0 <= options.fraction <= 1:
+        raise ConfigError("--fraction must be from 0 to 1")
+    phrasings = read_phrasings(options.phrasings)
+    counts = phrase_data(options.data, phrasings, options.out, {options.split}, options.fraction, options.seed)
+    for task, (phrased, total) in counts.items():
+        print(f"{task}: {phrased} of {total} {options.split} chats are asked anew")
     return 0
 
 

@@ -73,6 +73,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="read the whole first question before it runs, and give what is clear to one adapter (default off)",
     )
+    add("--prompt-gate-samples", "prompt_gate_samples", int, "most chats that the prompt gate is fitted on")
     add("--routed-from-layer", "routed_from_layer", int, "first layer with a gate; the base model alone below it")
     add("--warm-start", "warm_start", str, "initial gate rows from cached inputs", get_args(WarmStart))
     add("--warm-start-samples", "warm_start_samples", int, "chats cached for the warm start, per round")

@@ -20,7 +20,7 @@ from router_training.evaluation import evaluate_policy
 from router_training.frozen import check_frozen, frozen_digests
 from router_training.hard_stage import HardTrainer
 from router_training.joint_settings import JointConfig
-from router_training.mixing import draw_mix, encode_mix
+from router_training.mixing import draw_mix, draw_question_mix, encode_mix
 from router_training.peft_export import export_adapter
 from router_training.progress import Progress
 from router_training.prompt_fit import train_prompt_gate
@@ -101,17 +101,17 @@ def train_joint(
     check_prior(settings, tasks)
     constrained = settings.constrained_among(tasks)
     splits = read_splits(data, [*tasks, *([BASE_TASK] if settings.null_expert else [])])
-    mix = draw_mix(splits["train"], settings)
+    mix, questions = draw_mix(splits["train"], settings), draw_question_mix(splits["train"], settings)
     loaded, routed, adapters = _starting_point(config, tasks, settings)
     labels = {name: label for label, name in enumerate([BASE_TASK, *tasks])}
     sequences = encode_mix(mix, labels, loaded.tokenizer, loaded.eos_token_ids, settings)
     validation = first_rows(splits["validation"], validation_rows)
-    prompt_gate = train_prompt_gate(loaded, len(tasks), sequences, settings)
+    prompt_gate = train_prompt_gate(loaded, labels, questions, settings)
     run = JointRun(config, settings, loaded, routed, adapters, sequences, validation, prompt_gate, out)
     start = run.attached()
     check_held_out(start, validation)
     hard = HardTrainer(routed, adapters, sequences, settings)
-    record = run_record(start, mix, sequences, settings)
+    record = run_record(start, mix, questions, sequences, settings)
     out.mkdir(parents=True, exist_ok=True)
     before = frozen_digests(Roster(loaded, routed, ()))
     checkpoint = Checkpoint(out, run_fingerprint(record))

@@ -9,6 +9,9 @@ from router_training.encoding import ChatRenderer, TokenSequence, encode_chats
 from router_training.rephrasing import rephrase_some
 from router_training.settings import TrainingConfig
 
+QUESTION_TOKENS = 640
+"""Longest sequence that a prompt gate learns from: the question that it reads, and what stands before it."""
+
 
 @dataclass(frozen=True)
 class Mix:
@@ -23,6 +26,9 @@ class Mix:
         parts = [part for composite in self.composites for part in (composite.first, composite.second)]
         return data_digest([*self.chats, *parts])
 
+    def __len__(self) -> int:
+        return len(self.chats) + len(self.composites)
+
     def count(self, task: str) -> int:
         """Single chats of a task."""
         return sum(chat.task == task for chat in self.chats)
@@ -34,6 +40,27 @@ def draw_mix(chats: Mapping[str, Sequence[Chat]], config: TrainingConfig) -> Mix
     single = balanced_sample(chats, config.samples - num_composites, config.seed)
     composites = pair_up(chats, num_composites, config.seed) if num_composites else []
     return Mix(tuple(rephrase_some(single, config.rephrase_fraction, config.seed)), tuple(composites))
+
+
+def draw_question_mix(chats: Mapping[str, Sequence[Chat]], config: TrainingConfig) -> Mix | None:
+    """What a prompt gate is fitted on, None where there is to be none: a mix of its own, since questions that run
+    through no model cost next to nothing. No task's chats are repeated more than it takes to keep up with the largest."""
+    if not config.prompt_gate:
+        return None
+    most = len(chats) * max(len(rows) for rows in chats.values())
+    return draw_mix(chats, config.model_copy(update={"samples": min(config.prompt_gate_samples, most)}))
+
+
+def encode_questions(
+    mix: Mix,
+    label_of_task: Mapping[str, int],
+    tokenizer: ChatRenderer,
+    eos_token_ids: Collection[int],
+    config: TrainingConfig,
+) -> list[TokenSequence]:
+    """As `encode_mix`, of a `draw_question_mix`: sequences as long as a prompt gate reads."""
+    whole = config.model_copy(update={"max_length": QUESTION_TOKENS, "too_long": "cut"})
+    return encode_mix(mix, label_of_task, tokenizer, eos_token_ids, whole)
 
 
 def encode_mix(

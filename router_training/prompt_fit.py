@@ -4,8 +4,10 @@ The loss is the negative log posterior of each question token's own choice, so t
 to be, whatever the number of tokens. Letters: V vocabulary, S questions, L padded length, C choices, d embedding width.
 """
 
+import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -14,8 +16,9 @@ from torch import Tensor
 
 from router_training.composites import common_length
 from router_training.encoding import ChatRenderer, TokenSequence
+from router_training.mixing import Mix, encode_questions
 from router_training.progress import Progress
-from router_training.roster import FIRST_SLOT, Roster
+from router_training.roster import BASE_TASK, FIRST_SLOT, Roster
 from router_training.settings import TrainingConfig
 from router_training.trainer import Guide
 from server.errors import ConfigError, InvalidRequestError
@@ -24,12 +27,18 @@ from server.routing.policy import BASE_SLOT, GatePlan, PlanSpan, Policy
 from server.routing.prompt_gate import ChatFrame, PromptGate, PromptGateSettings, prompt_spans
 from server.routing.prompt_statistics import QuestionStatistics, summarise_questions
 
-EPOCHS = 6
-BATCH_SIZE = 48
-"""Questions of similar length per step."""
-LEARNING_RATE = 1e-3
+EPOCHS = 7
+BATCH_SIZE = 72
+"""Questions per step, as many of each choice as of each other, and of questions that join two as of one choice."""
+LONGEST = 96
+"""Tokens of a question per step: longer ones give their beginning or a stretch from anywhere."""
+LEARNING_RATE = 2e-3
+"""Falls to zero over the steps: what the last few batches were matters less."""
 PENALTY = 1e-4
-"""L2 penalty on the rows. These four and the chain's settings: best of a few tried, see docs/prompt-gate.md."""
+"""L2 penalty on the rows."""
+SHRINK = 0.6
+"""Times the fitted scores. The chain that fits them knows its own phrasings; new ones bear out less than those promise.
+All these and the chain's settings: best of a few tried, see docs/prompt-gate.md."""
 UNGUIDED_EVERY = 4
 """One chat in so many is trained without the gate, so that the router also learns to find its way alone."""
 
@@ -79,31 +88,60 @@ def fit_prompt_gate(
     """A gate from the first questions of the sequences, with statistics of them. `embeddings` (V, d); column c is slot
     `first_slot` + c.
 
-    `on_step` hears of every step with the number of questions in it. Deterministic in the seed.
+    `on_step` hears of every step. Deterministic in the seed.
     """
     features = normalised(embeddings)
-    questions = sorted(
-        (question for sequence in sequences if (question := _question(frame, sequence, first_slot)) is not None),
-        key=lambda question: len(question[0]),
-    )
+    questions = [found for sequence in sequences if (found := _question(frame, sequence, first_slot)) is not None]
     if not questions:
         raise ConfigError("the prompt gate found no first question in the training chats; train without it")
-    batches = [questions[start : start + BATCH_SIZE] for start in range(0, len(questions), BATCH_SIZE)]
     rows = torch.zeros(num_choices, features.shape[1], requires_grad=True)
-    optimiser = torch.optim.Adam([rows], lr=LEARNING_RATE)
-    order = random.Random(f"prompt gate {seed}")
-    for _ in range(EPOCHS):
-        order.shuffle(batches)
-        for batch in batches:
-            loss = question_loss(features, rows, batch, settings.switch) + PENALTY * rows.square().sum()
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            on_step(len(batch))
+    optimiser = torch.optim.Adam([rows], lr=LEARNING_RATE, betas=(0.9, 0.99))
+    steps = num_steps(len(questions))
+    for step, batch in enumerate(balanced_batches(questions, steps, seed)):
+        optimiser.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps)
+        loss = question_loss(features, rows, batch, settings.switch) + PENALTY * rows.square().sum()
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        on_step(step)
     with torch.no_grad():
-        scores = F.linear(features, rows)
+        scores = F.linear(features, rows) * SHRINK
         scores -= scores.mean(dim=1, keepdim=True)  # a constant per token changes nothing and would cost bits
     return PromptGate(scores.half(), frame, settings, _statistics(questions, *scores.shape))
+
+
+def num_steps(num_questions: int) -> int:
+    """Of a fit."""
+    return math.ceil(EPOCHS * num_questions / BATCH_SIZE)
+
+
+def balanced_batches(questions: Sequence[Question], steps: int, seed: int) -> Iterator[list[Question]]:
+    """`steps` batches in which every choice, and questions of more than one, take turns, each question once before any
+    twice; long ones are cut to a stretch of `LONGEST` tokens. Deterministic in the seed."""
+    groups: dict[int, list[Question]] = {}
+    for question in questions:
+        own = question[1]
+        groups.setdefault(int(own[0]) if (own == own[0]).all() else -1, []).append(question)
+    generator = random.Random(f"prompt gate {seed}")
+    decks: dict[int, list[Question]] = {group: [] for group in sorted(groups)}
+    turns = cycle(decks)
+    for _ in range(steps):
+        batch = []
+        for group in islice(turns, BATCH_SIZE):
+            if not decks[group]:
+                decks[group] = generator.sample(groups[group], len(groups[group]))
+            batch.append(_stretch(decks[group].pop(), generator))
+        yield batch
+
+
+def _stretch(question: Question, generator: random.Random) -> Question:
+    tokens, own = question
+    spare = len(tokens) - LONGEST
+    if spare <= 0:
+        return question
+    # The beginning half of the time: there, and often only there, stands what is asked.
+    start = 0 if generator.random() < 0.5 else generator.randint(0, spare)
+    return tokens[start : start + LONGEST], own[start : start + LONGEST]
 
 
 def normalised(embeddings: Tensor) -> Tensor:
@@ -174,16 +212,18 @@ class PromptReader:
 
 
 def train_prompt_gate(
-    loaded: LoadedModel, num_adapters: int, sequences: Sequence[TokenSequence], settings: TrainingConfig
+    loaded: LoadedModel, label_of_task: Mapping[str, int], mix: Mix | None, settings: TrainingConfig
 ) -> PromptGate | None:
-    """The gate of a training run, if its settings want one, with a progress display.
+    """The gate of a training run over the `mixing.question_mix` of its chats, with a progress display; None without one.
 
-    It takes seconds, so a run that goes on makes it again, with the same result, and no checkpoint keeps it.
+    It takes a minute, so a run that goes on makes it again, with the same result, and no checkpoint keeps it.
     """
-    if not settings.prompt_gate:
+    if mix is None:
         return None
     model: Any = loaded.model
-    with Progress("prompt gate", total=EPOCHS * len(sequences), unit="question") as progress:
+    num_adapters = len(label_of_task) - (BASE_TASK in label_of_task)
+    sequences = encode_questions(mix, label_of_task, loaded.tokenizer, loaded.eos_token_ids, settings)
+    with Progress("prompt gate", total=num_steps(len(sequences)), unit="step") as progress:
         return fit_prompt_gate(
             model.get_input_embeddings().weight,
             sequences,
@@ -191,7 +231,7 @@ def train_prompt_gate(
             first_slot=BASE_SLOT if settings.null_expert else FIRST_SLOT,
             num_choices=num_adapters + settings.null_expert,
             seed=settings.seed,
-            on_step=progress.advance,
+            on_step=lambda _: progress.advance(1),
         )
 
 

@@ -18,7 +18,7 @@ from router_training.encoding import TokenSequence, encode_chats
 from router_training.evaluation import evaluate_policy, gate_batch
 from router_training.frozen import check_frozen, frozen_digests
 from router_training.gates import RouterParameters
-from router_training.mixing import Mix, check_longest, draw_mix, encode_mix
+from router_training.mixing import Mix, check_longest, draw_mix, draw_question_mix, encode_mix
 from router_training.progress import Progress
 from router_training.prompt_fit import guide_of, train_prompt_gate
 from router_training.roster import BASE_TASK, Roster, check_artefact, load_roster
@@ -57,14 +57,14 @@ def train(
     names = [spec.name for spec in config.adapters if spec.routed]
     check_prior(settings, names)
     splits = read_splits(data, [*names, *([BASE_TASK] if settings.null_expert else [])])
-    mix = draw_mix(splits["train"], settings)
+    mix, questions = draw_mix(splits["train"], settings), draw_question_mix(splits["train"], settings)
     roster = load_with_progress(config)
     sequences = encode_mix(mix, roster.label_of_task, roster.loaded.tokenizer, roster.loaded.eos_token_ids, settings)
     validation = first_rows(splits["validation"], validation_rows)
     check_held_out(roster, validation)
-    record = run_record(roster, mix, sequences, settings)
+    record = run_record(roster, mix, questions, sequences, settings)
     before = frozen_digests(roster)
-    prompt_gate = train_prompt_gate(roster.loaded, len(roster.adapters), sequences, settings)
+    prompt_gate = train_prompt_gate(roster.loaded, roster.label_of_task, questions, settings)
     checkpoint = Checkpoint(out, run_fingerprint(record))
     router = train_router(roster, sequences, settings, out, checkpoint, prompt_gate=prompt_gate)
     write_results(roster, router, prompt_gate, sequences, validation, settings, record, out, before)
@@ -240,7 +240,7 @@ def own_losses(roster: Roster, sequences: Sequence[TokenSequence]) -> dict[int, 
 
 
 def run_record(
-    roster: Roster, mix: Mix, sequences: Sequence[TokenSequence], settings: TrainingConfig
+    roster: Roster, mix: Mix, questions: Mix | None, sequences: Sequence[TokenSequence], settings: TrainingConfig
 ) -> dict[str, Any]:
     """Everything that decides the outcome; no clock and no path, so that equal runs leave equal bytes."""
     return {
@@ -248,6 +248,7 @@ def run_record(
         "data_sha256": mix.digest,
         "data_chats": {task: count for task in roster.tasks if (count := mix.count(task))},
         "composites": sum(bool(sequence.label_changes) for sequence in sequences),
+        **({} if questions is None else {"question_sha256": questions.digest, "question_chats": len(questions)}),
         "base_sha256": roster.loaded.source_sha256,
         "background": {"chats": min(BACKGROUND_CHATS, len(sequences)), "policy": "routed"},
         "adapter_digests": {adapter.name: adapter.digest for adapter in roster.adapters},

@@ -53,6 +53,8 @@ class TrainingConfig(BaseModel):
     prompt_gate: bool = False
     """Whether confident stretches of a prompt's beginning go to one adapter (docs/prompt-gate.md); the router is
     trained beside it."""
+    prompt_gate_samples: Annotated[int, Field(ge=1)] = 12000
+    """Most chats in the mix that the prompt gate is fitted on."""
 
     warm_start: WarmStart = "softmax"
     """Initial gate rows from adapter labels on cached router inputs: zero, ridge regression, or softmax regression."""

@@ -128,7 +128,8 @@ class Study:
         roster, mix, settings = self._loaded(), self._inputs.mix(run), run.settings
         loaded = roster.loaded
         sequences = encode_mix(mix, roster.label_of_task, loaded.tokenizer, loaded.eos_token_ids, settings)
-        record = without(run_record(roster, mix, sequences, settings), NOT_IN_A_STUDY)
+        questions = self._inputs.questions(run)
+        record = without(run_record(roster, mix, questions, sequences, settings), NOT_IN_A_STUDY)
         facts: dict[str, Any] = {"machine": machine_facts(), "versions": version_facts(), "threads": record["threads"]}
         checkpoint = self._checkpoint(run, record)
         if (source := self._same_rows(record, settings)) is not None:
@@ -139,7 +140,7 @@ class Study:
         else:
             before = frozen_digests(roster)
             start = KeptStart(CellCache(self._cache))
-            prompt_gate = train_prompt_gate(loaded, len(roster.adapters), sequences, settings)
+            prompt_gate = train_prompt_gate(loaded, roster.label_of_task, questions, settings)
             router = train_router(roster, sequences, settings, folder, checkpoint, prompt_gate=prompt_gate, start=start)
             check_frozen(roster, before)
             if not start.seconds:  # A run that went on from a checkpoint did not start here.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from router_training.data import Chat, data_digest, has_task, read_splits
-from router_training.mixing import Mix, draw_mix
+from router_training.mixing import Mix, draw_mix, draw_question_mix
 from router_training.roster import BASE_TASK
 from router_training.run import first_rows, write_json
 from router_training.settings import TrainingConfig, check_prior
@@ -72,8 +72,15 @@ class StudyInputs:
 
     def mix(self, run: StudyRun) -> Mix:
         """The training mix, as `lora-mixer-train train` draws it."""
+        return draw_mix(self._chats(run), run.settings)
+
+    def questions(self, run: StudyRun) -> Mix | None:
+        """What its prompt gate is fitted on, if it has one."""
+        return draw_question_mix(self._chats(run), run.settings)
+
+    def _chats(self, run: StudyRun) -> dict[str, Sequence[Chat]]:
         tasks = [*self.names, *([BASE_TASK] if run.settings.null_expert else [])]
-        return draw_mix({task: self.train[task] for task in tasks}, run.settings)
+        return {task: self.train[task] for task in tasks}
 
     def validation(self, run: StudyRun) -> dict[str, Sequence[Chat]]:
         """Chats that a run is measured on, in the order of `lora-mixer-train evaluate`."""
@@ -94,7 +101,9 @@ class StudyInputs:
 
     def training_digest(self, run: StudyRun) -> str:
         """Changes with whatever changes the trained router, beside settings, versions of libraries and threads."""
-        return _digest([self.mix(run).digest, self._frozen])
+        questions = self.questions(run)
+        mixes = [self.mix(run).digest, *([] if questions is None else [questions.digest])]
+        return _digest([*mixes, self._frozen])
 
     def evaluation_digest(self, run: StudyRun) -> str:
         """Changes with whatever changes the record beside the trained router."""
