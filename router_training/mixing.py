@@ -44,7 +44,7 @@ def draw_mix(chats: Mapping[str, Sequence[Chat]], config: TrainingConfig) -> Mix
 
 def draw_question_mix(chats: Mapping[str, Sequence[Chat]], config: TrainingConfig) -> Mix | None:
     """What a prompt gate is fitted on, None where there is to be none: a mix of its own, since questions that run
-    through no model cost next to nothing. No task's chats are repeated more than it takes to keep up with the largest."""
+    through no model cost next to nothing. Chats are repeated only as far as tasks need to keep up with the largest."""
     if not config.prompt_gate:
         return None
     most = len(chats) * max(len(rows) for rows in chats.values())

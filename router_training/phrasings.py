@@ -85,8 +85,8 @@ def phrase_data(
 ) -> dict[str, tuple[int, int]]:
     """Copy task folders to `out`, with chats of `splits` asked anew; per task how many were, of how many in `splits`.
 
-    Everything is read and checked before anything is written. Raises TrainingDataError, and ConfigError for phrasings of
-    a task that there is no data of.
+    Everything is read and checked before anything is written. Raises TrainingDataError, and ConfigError for phrasings
+    of a task that there is no data of.
     """
     tasks = task_folders(data)
     if unknown := sorted(set(phrasings) - set(tasks)):

@@ -214,7 +214,7 @@ class PromptReader:
 def train_prompt_gate(
     loaded: LoadedModel, label_of_task: Mapping[str, int], mix: Mix | None, settings: TrainingConfig
 ) -> PromptGate | None:
-    """The gate of a training run over the `mixing.question_mix` of its chats, with a progress display; None without one.
+    """The gate of a training run over its `mixing.draw_question_mix`, with a progress display; None without a mix.
 
     It takes a minute, so a run that goes on makes it again, with the same result, and no checkpoint keeps it.
     """
