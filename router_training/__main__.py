@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from router_training.answer_flags import add_answer
 from router_training.flags import add_inputs, add_settings, add_sources, settings_from
 from router_training.joint_flags import add_joint
 from router_training.report import comparison_table, evaluation_table, evaluation_verdict, read_record, rendered
@@ -74,18 +75,6 @@ def build_parser() -> argparse.ArgumentParser:
     add_sources(background)
     background.add_argument("--router", type=Path, metavar="DIR", help="artefact folder (default: the config's router)")
     background.set_defaults(action=_background)
-    answer = commands.add_parser("answer", help="make off-domain chats: the base model's own answers to your questions")
-    answer.add_argument(
-        "--config", type=Path, default=Path("adapters.yaml"), metavar="FILE", help="base model (adapters.yaml)"
-    )
-    answer.add_argument(
-        "--prompts", type=Path, required=True, metavar="FILE", help="text file with one question a line"
-    )
-    answer.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="chat-JSONL, e.g. DATA/base/train.jsonl"
-    )
-    answer.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, tokens (default 64)")
-    answer.set_defaults(action=_answer)
     phrase = commands.add_parser("phrase", help="copy task folders with questions asked in other ways")
     phrase.add_argument("--phrasings", type=Path, required=True, metavar="FILE", help="YAML (phrasings.py)")
     phrase.add_argument(
@@ -100,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     phrase.add_argument("--seed", type=int, default=0, help="of which ones and how (default 0)")
     phrase.set_defaults(action=_phrase)
+    add_answer(commands.add_parser("answer", help="make off-domain chats: the base model's own answers to questions"))
     report = commands.add_parser("report", help="render evaluation records as Markdown")
     report.add_argument("records", type=Path, nargs="+", metavar="FILE", help="JSON written by train or evaluate")
     report.set_defaults(action=_report)
@@ -163,22 +153,6 @@ def _background(options: argparse.Namespace) -> int:
         raise ConfigError("the config names no router; pass --router DIR")
     add_background(config, options.data, router, load_with_progress)
     print(f"The router artefact in {router} has background statistics.", file=sys.stderr)
-    return 0
-
-
-def _answer(options: argparse.Namespace) -> int:
-    from router_training.progress import Progress
-    from router_training.run import load_with_progress
-    from router_training.self_answers import answer_prompts, read_prompts, write_chats
-
-    if options.max_new_tokens < 1:
-        raise ConfigError("--max-new-tokens must be at least 1")
-    prompts = read_prompts(options.prompts)
-    roster = load_with_progress(load_config(options.config))
-    with Progress("answers", total=len(prompts), unit="chat") as progress:
-        answers = answer_prompts(roster, prompts, options.max_new_tokens, on_batch=progress.advance)
-    count = write_chats(prompts, answers, options.out)
-    print(f"{count} chats are in {options.out}.", file=sys.stderr)
     return 0
 
 

@@ -56,7 +56,7 @@ def read_splits(
     problems: list[str] = []
     folders = {task: _folder_of(task, data, problems) for task in tasks}
     chats: dict[Split, dict[str, list[Chat]]] = {
-        split: {task: _read_file(folders[task] / f"{split}.jsonl", task, problems) for task in tasks}
+        split: {task: read_chats(folders[task] / f"{split}.jsonl", task, problems) for task in tasks}
         for split in splits
     }
     if problems:
@@ -119,7 +119,7 @@ def _folder_of(task: str, data: Sequence[Path], problems: list[str]) -> Path:
     return found[0] if found else data[0] / task
 
 
-def _read_file(path: Path, task: str, problems: list[str]) -> list[Chat]:
+def read_chats(path: Path, task: str, problems: list[str]) -> list[Chat]:
     try:
         # Not splitlines(): it also breaks at U+2028, which JSON strings may hold.
         lines = path.read_text(encoding="utf-8").split("\n")

@@ -1,6 +1,10 @@
-"""Greedy answers of the routed model in padded batches, for task metrics. The server's engine is not involved."""
+"""Continuations by the routed model in padded batches, greedy or sampled. The server's engine is not involved.
+
+Letters: S sequences, L padded length, V vocabulary.
+"""
 
 from collections.abc import Callable, Collection, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -15,6 +19,36 @@ from server.routing.policy import GatePlan
 MAX_BATCH_TOKENS = 2048
 """Padded prompt tokens per batch."""
 
+Choose = Callable[[Tensor], Tensor]
+"""Logits (S, V) behind the last tokens of a batch to the tokens (S,) that follow."""
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """Greedy decoding: the token of the greatest logit, (S, V) to (S,)."""
+    return logits.argmax(dim=-1)
+
+
+def nucleus(temperature: float, top_p: float, seed: int) -> Choose:
+    """Draws from the likeliest tokens that have `top_p` of the probability (Holtzman et al. 2020, arXiv 1904.09751).
+
+    Deterministic in the seed and the order of calls, on one machine with one number of threads.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(logits: Tensor) -> Tensor:
+        probabilities = torch.softmax(logits.float() / temperature, dim=-1)  # (S, V)
+        if top_p == 1:
+            return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+        # Tokens below this have less than 1 - top_p together, so the nucleus lies above: fewer to sort.
+        least = (1 - top_p) / logits.shape[-1]
+        count = int((probabilities >= least).sum(dim=-1).max())
+        ordered, token_ids = probabilities.topk(count)  # (S, count)
+        likelier = ordered.cumsum(dim=-1) - ordered  # what is before each token
+        drawn = torch.multinomial(ordered.masked_fill(likelier >= top_p, 0.0), 1, generator=generator)  # (S, 1)
+        return token_ids.gather(1, drawn).squeeze(1)
+
+    return choose
+
 
 @torch.inference_mode()
 def generate_answers(
@@ -24,14 +58,18 @@ def generate_answers(
     end_token_ids: Collection[int],
     max_new_tokens: int,
     *,
+    choose: Choose = likeliest,
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> list[list[int]]:
-    """Token ids of each sequence's answer to its prompt, end token left out, each under the plan of its label."""
+    """Token ids of each sequence's answer to its prompt, end token left out, each under the plan of its label.
+
+    One that has no end within `max_new_tokens` is that long.
+    """
     answers: list[list[int]] = [[] for _ in sequences]
     prompts = [TokenSequence(s.token_ids[: s.answer_start], s.answer_start - 1, s.label) for s in sequences]
     for group in batches_by_length(prompts, MAX_BATCH_TOKENS):
         generated = _generate(
-            routed, [prompts[index] for index in group], plan_of_label, frozenset(end_token_ids), max_new_tokens
+            routed, [prompts[index] for index in group], plan_of_label, frozenset(end_token_ids), max_new_tokens, choose
         )
         for index, tokens in zip(group, generated, strict=True):
             answers[index] = tokens
@@ -45,18 +83,20 @@ def _generate(
     plan_of_label: Sequence[GatePlan],
     ends: Collection[int],
     max_new_tokens: int,
+    choose: Choose,
 ) -> list[list[int]]:
     model: Any = routed.model
-    inputs, mask = pad_left([prompt.token_ids for prompt in prompts])  # (S, L)
-    labels = torch.tensor([prompt.label for prompt in prompts])
+    row_of_prompt = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}  # equal prompts are read once
+    token_ids = [prompt.token_ids for prompt in row_of_prompt]
+    inputs, mask = pad_left(token_ids)  # (S, L)
+    labels = torch.tensor([prompt.label for prompt in row_of_prompt])
     positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-    answers: list[list[int]] = [[] for _ in prompts]
-    running = [True] * len(prompts)
-    cache = None
-    rows = [prompt.token_ids for prompt in prompts]
     plans, plan_of_token = plans_of_tokens(
-        routed, plan_of_label, labels[:, None].expand_as(mask), rows, is_padded_left=True
+        routed, plan_of_label, labels[:, None].expand_as(mask), token_ids, is_padded_left=True
     )
+    answers: list[list[int]] = [[] for _ in prompts]
+    running, rows = list(range(len(prompts))), [row_of_prompt[prompt] for prompt in prompts]
+    cache = None
     for _ in range(max_new_tokens):
         gates = build_gate_batch(plans, plan_of_token.flatten(), bank=routed.bank.snapshot, routers=routed.routers)
         with routed.context.running(gates):
@@ -69,15 +109,22 @@ def _generate(
                 logits_to_keep=1,
             )
         cache = output.past_key_values
-        chosen = output.logits[:, -1].argmax(dim=-1)  # (S,)
-        for row, token in enumerate(chosen.tolist()):
-            running[row] = running[row] and token not in ends
-            if running[row]:
-                answers[row].append(token)
-        if not any(running):
+        chosen = choose(output.logits[rows, -1])  # (S,) of the answers that are running
+        goes_on = [token not in ends for token in chosen.tolist()]
+        for answer, token, is_inside in zip(running, chosen.tolist(), goes_on, strict=True):
+            if is_inside:
+                answers[answer].append(token)
+        if not any(goes_on):
             break
-        inputs, positions, plan_of_token = chosen[:, None], positions[:, -1:] + 1, labels[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+        # What has ended costs nothing more: its rows leave the batch and the cache.
+        rows, running = list(compress(rows, goes_on)), list(compress(running, goes_on))
+        if rows != list(range(len(mask))):
+            kept = torch.tensor(rows)
+            cache.batch_select_indices(kept)
+            mask, positions, labels = mask[kept], positions[kept], labels[kept]
+        rows = list(range(len(running)))
+        inputs, positions, plan_of_token = chosen[goes_on][:, None], positions[:, -1:] + 1, labels[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(running), 1)], dim=1)
     return answers
 
 

@@ -52,18 +52,8 @@ def chat_frame(tokenizer: ChatRenderer) -> ChatFrame:
     Raises ConfigError for a template whose user turns cannot be told apart by whole tokens.
     """
 
-    def render(system: str | None, text: str) -> list[int]:
-        messages = [{"role": "user", "content": text}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        return tokenizer.render_chat(messages, add_generation_prompt=True)
-
-    def split(system: str | None) -> tuple[list[int], list[int]]:
-        first, second = render(system, "A"), render(system, "7")
-        return first[: common_length(first, second)], first[::-1][: common_length(first[::-1], second[::-1])][::-1]
-
     try:
-        openings, closings = zip(*(split(system) for system in (None, "A", "7")), strict=True)
+        openings, closings = zip(*(around_words(tokenizer, system) for system in (None, "A", "7")), strict=True)
     except InvalidRequestError as error:
         raise ConfigError(f"no prompt gate for this base model: {error.message}; train without it") from error
     header = openings[0]
@@ -72,6 +62,22 @@ def chat_frame(tokenizer: ChatRenderer) -> ChatFrame:
     if not header or not closings[0]:
         raise ConfigError("no prompt gate for this base model: its chat template puts no tokens around a user's words")
     return ChatFrame(tuple(header), closings[0][0])
+
+
+def around_words(tokenizer: ChatRenderer, system: str | None = None) -> tuple[list[int], list[int]]:
+    """Tokens that the chat template puts before and behind a user's first words; either may be none.
+
+    `system` None leaves the system message to the template. Raises InvalidRequestError where it refuses the messages.
+    """
+
+    def render(text: str) -> list[int]:
+        messages = [{"role": "user", "content": text}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        return tokenizer.render_chat(messages, add_generation_prompt=True)
+
+    first, second = render("A"), render("7")
+    return first[: common_length(first, second)], first[::-1][: common_length(first[::-1], second[::-1])][::-1]
 
 
 def fit_prompt_gate(
