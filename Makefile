@@ -49,7 +49,8 @@ bench-scaling bench-serving bench-flame: bench-%: $(VENV)/.testing
 bench-report: $(VENV)/.testing
 	@exec $(BIN)/python -m benchmarks.render $(ARGS)
 
-# The study takes hours; repeat the command to go on. STUDY holds what is done, DATA the adapters' chats.
+# The study takes hours; repeat the command to go on. STUDY holds what is done, DATA the adapters' chats. What STUDY_RECORD
+# has measured of the same settings, data, adapters and evaluation is not run again, whatever STUDY holds.
 STUDY ?= runs/study
 STUDY_RECORD := benchmarks/results/routing_study.json
 

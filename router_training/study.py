@@ -1,7 +1,7 @@
 """The driver of a study: trains and evaluates every run of a plan in one process, one base model for all of them.
 
 Several processes may share the output folder: each run is locked by the one that works on it. Nothing that is finished
-is done again, and a run that was killed goes on from its checkpoint.
+is done again, whether the folder or a record of results holds it; a run that was killed goes on from its checkpoint.
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ from router_training.run import (
 )
 from router_training.settings import TrainingConfig
 from router_training.step_log import METRICS_NAME
+from router_training.study_entries import Entries
 from router_training.study_plan import StudyRun
 from router_training.study_start import KeptStart
 from router_training.study_state import RunState, Stage, StudyInputs, is_of, same_settings, stage_of
@@ -59,22 +60,34 @@ class Study:
         *,
         cache: Path | None = None,
         reuse: Sequence[Path] = (),
+        record: Path | None = None,
     ) -> None:
         """`cache` holds finished measurements, by default below `out`. A run whose training record equals that of an
-        artefact folder in `reuse` takes its rows from there."""
+        artefact folder in `reuse` takes its rows from there. A run that the file `record` has measured as it is planned
+        now is finished, whatever `out` holds."""
         self.runs = list(runs)
         self._inputs = inputs
         self._out = out
         self._cache = cache or out / "cells"
         self._reuse = list(reuse)
+        self._record = record
         self._roster: Roster | None = None
 
     def folder(self, run: StudyRun) -> Path:
         return self._out / "runs" / run.name / f"seed{run.seed}"
 
     def stage(self, run: StudyRun) -> Stage:
-        """How far a run is."""
+        """How far a run is in the folder."""
         return stage_of(RunState.read(self.folder(run)), run, self._inputs)
+
+    def described(self, run: StudyRun) -> str:
+        """The stage for people; where the record knows more than the folder, what it knows."""
+        stage, entries = self.stage(run), Entries.read(self._record)
+        if stage == "finished":
+            return stage
+        if entries.measured(run, self._inputs) is not None:
+            return "finished (in the record)"
+        return "outdated (in the record)" if stage == "not run" and entries.has_measured(run) else stage
 
     def run(self, after_each: Callable[[], None] = lambda: None) -> list[StudyRun]:
         """Do what is missing, in order; the runs that failed. One that fails is reported and the others go on."""
@@ -82,7 +95,7 @@ class Study:
         for run in self.runs:
             try:
                 with FileLock(self._lock_path(run), timeout=0):
-                    done = self.stage(run) == "finished" or self._attempt(run)
+                    done = self._is_finished(run) or self._attempt(run)
             except Timeout:
                 _say(run, "another process works on it")
                 continue
@@ -90,6 +103,17 @@ class Study:
                 failed.append(run)
             after_each()
         return failed
+
+    def _is_finished(self, run: StudyRun) -> bool:
+        """Here or in the record, which is read anew: other processes add to it."""
+        if self.stage(run) == "finished":
+            return True
+        entries = Entries.read(self._record)
+        if entries.measured(run, self._inputs) is not None:
+            return True
+        if entries.has_measured(run):
+            _say(run, "the record's entry is of other settings, data, adapters or evaluation, or does not say of which")
+        return False
 
     def _attempt(self, run: StudyRun) -> bool:
         """Whether the run is finished now. Any error ends this run alone; it is kept in its state."""

@@ -30,6 +30,9 @@ HEAD = """# Routing study: what the router is worth
 
 Made by `make routing-study-report` from `benchmarks/results/routing_study.json`; no number here is typed by hand.
 `make routing-study DATA=FOLDER` runs what is missing of the plan (`examples/demo/study.yaml`) and collects that file.
+What the file has measured under the plan's present settings, data, adapters and evaluation is not run again, even in a
+fresh checkout, and keeps its entry; to measure a run again, delete its entry there and its folder below `runs/study`.
+Several processes may write it at once.
 
 NLL is nats per answer token through the server's own routed path. The oracle runs a chat under its task's own adapter
 at weight 1 (a composite chat segment by segment), which nobody can know before reading the prompt. *Ratio of means*

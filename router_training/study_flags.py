@@ -23,7 +23,11 @@ def add_study(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--list", action="store_true", help="show what is done and what is missing; run nothing")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="collect the results there, after every run (default: nowhere)"
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="collect the results there, after every run; a run that it has measured under the same settings, data, "
+        "adapters and evaluation is finished, whatever --out holds (default: nowhere)",
     )
     parser.add_argument(
         "--cache", type=Path, metavar="DIR", help="keep finished measurements here (default: cells below --out)"
@@ -75,23 +79,27 @@ def _study_report(options: argparse.Namespace) -> int:
 
 def _study(options: argparse.Namespace) -> int:
     from router_training.study import Study
+    from router_training.study_entries import Entries
     from router_training.study_plan import choose, read_plan
     from router_training.study_record import write_record
     from router_training.study_state import StudyInputs
 
     runs = read_plan(options.plan)
     chosen = choose(runs, options.only)
+    Entries.read(options.json)  # A file that is no record is refused before anything is done.
     inputs = StudyInputs(load_config(options.config), options.data, runs)
     # The record covers the whole plan, whichever part of it this process does.
-    whole = Study(inputs, runs, options.out)
+    whole = Study(inputs, runs, options.out, record=options.json)
     failed = []
     if not options.list:
-        study = Study(inputs, chosen, options.out, cache=options.cache, reuse=options.reuse)
+        study = Study(inputs, chosen, options.out, cache=options.cache, reuse=options.reuse, record=options.json)
         failed = study.run(lambda: write_record(whole, inputs, options.json) if options.json else None)
+    # Before collecting, which drops what is outdated.
+    lines = [f"{run.title}: {whole.described(run)}" for run in chosen]
     if options.json:
         write_record(whole, inputs, options.json)
-    for run in chosen:
-        print(f"{run.title}: {whole.stage(run)}")
+    for line in lines:
+        print(line)
     if failed:
         print(f"{len(failed)} runs failed; see above, and repeat the command to try them again", file=sys.stderr)
     return int(bool(failed))

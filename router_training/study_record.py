@@ -1,18 +1,25 @@
-"""A study's results as one small JSON: all that the report is made of, runs that are missing among it."""
+"""A study's results as one small JSON: all that the report is made of, runs that are missing among it.
+
+Writers take turns. A measurement in the file outlives the folder it was made in for as long as it is of the plan.
+"""
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from router_training.run import EVALUATION_NAME, write_json
 from router_training.settings import TrainingConfig
 from router_training.step_log import METRICS_NAME
 from router_training.study import Study
+from router_training.study_entries import FORMAT_VERSION, Entries
 from router_training.study_plan import StudyRun
-from router_training.study_state import RunState, StudyInputs
+from router_training.study_state import RunState, Stage, StudyInputs
 
-FORMAT_VERSION = 1
 CURVE_POINTS = 50
 """Points kept of the curves over training; each is a mean over the steps it stands for."""
 CURVES = ("lm_loss", "balance", "entropy")
@@ -20,10 +27,13 @@ DIGITS = 5
 """Decimals of nats kept. They are means over some thousand tokens."""
 POLICY_MEASURES = ("nll", "own_share", "own_top1")
 FROM_THE_RECORD = ("chats", "calibration", "metrics", "gates")
+SILENT_WAIT_S = 2.0
+"""Another writer is done in less, unless it has to draw a plan's mixes first."""
 
 
-def collect(study: Study, inputs: StudyInputs) -> dict[str, Any]:
-    """The record of all runs of the study, finished or not."""
+def collect(study: Study, inputs: StudyInputs, entries: Entries) -> dict[str, Any]:
+    """The record of all runs of the study, finished or not. What `entries` have measured as it is planned now stays as
+    it is, machine included; for all else the study's folder has the word."""
     base = inputs.config.base_model
     return {
         "format_version": FORMAT_VERSION,
@@ -31,31 +41,54 @@ def collect(study: Study, inputs: StudyInputs) -> dict[str, Any]:
         "base_model": {"name": base.name, "source": base.source, "dtype": base.dtype},
         "adapters": inputs.names,
         "data": inputs.counts(),
-        "runs": [_collected(study, run) for run in study.runs],
+        "runs": [_entry(study, inputs, run, entries) for run in study.runs],
     }
 
 
 def write_record(study: Study, inputs: StudyInputs, path: Path) -> None:
-    """`collect` into a file, replaced as a whole."""
+    """`collect` over what a file holds, which is replaced as a whole. Raises ConfigError for a file that is no record;
+    it is left as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(collect(study, inputs), path)
+    with _turn(path):
+        write_json(collect(study, inputs, Entries.read(path)), path)
 
 
-def _collected(study: Study, run: StudyRun) -> dict[str, Any]:
-    stage, folder = study.stage(run), study.folder(run)
-    record: dict[str, Any] = {
-        "name": run.name,
-        "section": run.section,
-        "note": run.note,
-        "seed": run.seed,
-        "stage": stage,
-        "settings": changed_settings(run.settings),
-    }
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Hold the lock of a record, so that nobody writes between reading and writing; the system drops it when its
+    process dies."""
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=SILENT_WAIT_S)
+    except Timeout:
+        print(f"waiting for another process that writes {path}", file=sys.stderr, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _entry(study: Study, inputs: StudyInputs, run: StudyRun, entries: Entries) -> dict[str, Any]:
+    planned = {"name": run.name, "section": run.section, "note": run.note, "seed": run.seed}
+    # Anew, because they are those that differ from the defaults, which another version may have had others of.
+    settings = changed_settings(run.settings)
+    if (measured := entries.measured(run, inputs)) is not None:
+        return {**planned, "stage": "finished", "settings": settings, **measured}
+    stage = study.stage(run)
+    return {**planned, "stage": stage, "settings": settings, **_in_folder(study.folder(run), stage)}
+
+
+def _in_folder(folder: Path, stage: Stage) -> dict[str, Any]:
+    """What is done of a run; nothing where it is outdated."""
     state = RunState.read(folder)
+    record: dict[str, Any] = {}
     if state is None or stage == "outdated":
         return record
     if state.error is not None:
         record["error"] = state.error
+    if stage == "finished":
+        record["digests"] = {"training": state.training, "evaluation": state.evaluation}
     if state.trained:
         record |= {"facts": dict(state.facts), "training": _curves(folder / METRICS_NAME)}
     if stage == "finished":

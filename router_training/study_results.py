@@ -1,6 +1,5 @@
 """A study's record as the report reads it: runs by section, ratios to the oracle, means and spreads over seeds."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from router_training.settings import BASE_NAME
-from router_training.study_record import FORMAT_VERSION
-from server.errors import ConfigError
+from router_training.study_entries import read_record
 
 ORACLE = "own_adapter"
 NLL, OWN_SHARE = 0, 1
@@ -93,13 +91,7 @@ class Results:
 
 def read_results(path: Path) -> Results:
     """A file that `study --json` wrote. Raises ConfigError for anything else."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the study's record {path}: {error}") from error
-    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION or "runs" not in record:
-        raise ConfigError(f"{path} is not a study's record; `lora-mixer-train study --json` writes one")
-    return Results(record)
+    return Results(read_record(path))
 
 
 def ratios(policies: Policies, policy: str, other: str = ORACLE) -> Ratios:

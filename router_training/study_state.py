@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -55,7 +55,10 @@ class RunState:
 
 
 class StudyInputs:
-    """Config and chats of a study, read once, and the digests of what a run makes of them. Loads no model."""
+    """Config and chats of a study, read once, and the digests of what a run makes of them. Loads no model.
+
+    Digests are computed once per run: drawing the mixes of a whole plan takes seconds.
+    """
 
     def __init__(self, config: ServerConfig, data: Sequence[Path], runs: Sequence[StudyRun]) -> None:
         """Raises TrainingDataError with every problem of the data, ConfigError for a prior of unknown adapters."""
@@ -69,6 +72,8 @@ class StudyInputs:
         splits = read_splits(data, tasks)
         self.train: Mapping[str, Sequence[Chat]] = splits["train"]
         self._validation = splits["validation"]
+        self._digests: dict[tuple[str, str], str] = {}
+        """By part and title of a run, which is unique in a plan."""
 
     def mix(self, run: StudyRun) -> Mix:
         """The training mix, as `lora-mixer-train train` draws it."""
@@ -101,17 +106,28 @@ class StudyInputs:
 
     def training_digest(self, run: StudyRun) -> str:
         """Changes with whatever changes the trained router, beside settings, versions of libraries and threads."""
-        questions = self.questions(run)
-        mixes = [self.mix(run).digest, *([] if questions is None else [questions.digest])]
-        return _digest([*mixes, self._frozen])
+
+        def parts() -> list[Any]:
+            questions = self.questions(run)
+            return [self.mix(run).digest, None if questions is None else questions.digest, self._frozen]
+
+        return self._once(("training", run.title), parts)
 
     def evaluation_digest(self, run: StudyRun) -> str:
         """Changes with whatever changes the record beside the trained router."""
+        return self._once(("evaluation", run.title), lambda: self._evaluated(run))
+
+    def _evaluated(self, run: StudyRun) -> list[Any]:
         parts = [*_covered(run.suite_options(), self.validation(run)), None]
         if run.has_comparison:
             options = run.comparison_options()
             parts += [*_covered(options, self.comparison(run)), self._train_digest if options.baselines else None]
-        return _digest(parts)
+        return parts
+
+    def _once(self, key: tuple[str, str], content: Callable[[], Any]) -> str:
+        if key not in self._digests:
+            self._digests[key] = _digest(content())
+        return self._digests[key]
 
     @cached_property
     def _train_digest(self) -> str:

@@ -8,10 +8,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from filelock import FileLock
 
 from router_training.__main__ import main
@@ -19,8 +17,7 @@ from router_training.checkpoint import CHECKPOINT_NAME, Checkpoint
 from router_training.settings import TrainingConfig
 from router_training.study_record import CURVE_POINTS
 from router_training.study_state import same_settings
-
-SETTINGS = {"samples": 16, "max_length": 64, "warm_start_samples": 8, "batch_size": 4, "lm_weighting": "relative"}
+from tests.router_training.study_project import SETTINGS, command, run, stages, write_plan
 
 
 @pytest.fixture
@@ -28,27 +25,6 @@ def study(project: Path) -> Path:
     """The tiny project with a plan of two runs, the first with two seeds."""
     write_plan(project, {"name": "first", "seeds": [0, 1]}, {"name": "second", "settings": {"lambda_": 0}})
     return project
-
-
-def write_plan(project: Path, *runs: dict[str, Any], **settings: Any) -> None:
-    defaults = {"settings": {**SETTINGS, "steps": 2, **settings}, "evaluation": {"rows": 2}}
-    listed = [{"section": "ablation", **run} for run in runs]
-    (project / "study.yaml").write_text(yaml.safe_dump({"defaults": defaults, "runs": listed}), encoding="utf-8")
-
-
-def command(project: Path, *flags: str) -> list[str]:
-    inputs = ["--config", str(project / "adapters.yaml"), "--data", str(project / "data")]
-    return ["study", *inputs, "--plan", str(project / "study.yaml"), "--out", str(project / "out"), *flags]
-
-
-def run(project: Path, *flags: str) -> int:
-    return main(command(project, *flags))
-
-
-def stages(project: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
-    capsys.readouterr()
-    assert run(project, "--list") == 0
-    return dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
 
 
 def times(folder: Path) -> dict[Path, int]:
