@@ -8,6 +8,9 @@ from typing import Any
 from server.config import load_config
 from server.errors import ConfigError
 
+INVENTION_FLAGS = ("seed", "temperature", "top_p", "max_question_tokens", "exclude")
+"""Those that say nothing about questions from a file."""
+
 
 def add_answer(parser: argparse.ArgumentParser) -> None:
     """All flags of the command."""
@@ -35,9 +38,6 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
         help="chat-JSONL whose questions are not repeated, e.g. DATA/base/validation.jsonl; repeatable (default: none)",
     )
     parser.set_defaults(action=_answer)
-
-
-INVENTION_FLAGS = ("seed", "temperature", "top_p", "max_question_tokens", "exclude")
 
 
 def _answer(options: argparse.Namespace) -> int:

@@ -110,16 +110,8 @@ def task_folders(data: Sequence[Path]) -> list[str]:
     return sorted(names)
 
 
-def _folder_of(task: str, data: Sequence[Path], problems: list[str]) -> Path:
-    """Where the chats of a task are; where they should be, if nowhere."""
-    found = [folder / task for folder in data if (folder / task).is_dir()]
-    if len(found) > 1:
-        listed = " and ".join(map(str, found))
-        problems.append(f"{listed}: both hold chats of {task!r}; join them into one, or name fewer folders")
-    return found[0] if found else data[0] / task
-
-
 def read_chats(path: Path, task: str, problems: list[str]) -> list[Chat]:
+    """The chats of one file, all of `task`, in file order; `problems` gets whatever is wrong with it."""
     try:
         # Not splitlines(): it also breaks at U+2028, which JSON strings may hold.
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -139,6 +131,15 @@ def read_chats(path: Path, task: str, problems: list[str]) -> list[Chat]:
     if not any(line.strip() for line in lines):
         problems.append(f"{path}: the file is empty, so adapter {task!r} has no samples")
     return chats
+
+
+def _folder_of(task: str, data: Sequence[Path], problems: list[str]) -> Path:
+    """Where the chats of a task are; where they should be, if nowhere."""
+    found = [folder / task for folder in data if (folder / task).is_dir()]
+    if len(found) > 1:
+        listed = " and ".join(map(str, found))
+        problems.append(f"{listed}: both hold chats of {task!r}; join them into one, or name fewer folders")
+    return found[0] if found else data[0] / task
 
 
 def _check_line(line: str) -> tuple[Mapping[str, str], ...] | str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from router_training.encoding import TokenSequence, batches_by_length
 from router_training.evaluation import plans_of_tokens
 from server.routing.attach import RoutedModel
-from server.routing.context import build_gate_batch
+from server.routing.context import GateBatch, build_gate_batch
 from server.routing.policy import GatePlan
 
 MAX_BATCH_TOKENS = 2048
@@ -36,7 +36,10 @@ def nucleus(temperature: float, top_p: float, seed: int) -> Choose:
     generator = torch.Generator().manual_seed(seed)
 
     def choose(logits: Tensor) -> Tensor:
-        probabilities = torch.softmax(logits.float() / temperature, dim=-1)  # (S, V)
+        logits = logits.float()
+        # Shifted before it is scaled, so that no temperature overflows.
+        scaled = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, torch.finfo(torch.float32).tiny)
+        probabilities = torch.softmax(scaled, dim=-1)  # (S, V)
         if top_p == 1:
             return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
         # Tokens below this have less than 1 - top_p together, so the nucleus lies above: fewer to sort.
@@ -85,7 +88,6 @@ def _generate(
     max_new_tokens: int,
     choose: Choose,
 ) -> list[list[int]]:
-    model: Any = routed.model
     row_of_prompt = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}  # equal prompts are read once
     token_ids = [prompt.token_ids for prompt in row_of_prompt]
     inputs, mask = pad_left(token_ids)  # (S, L)
@@ -95,37 +97,44 @@ def _generate(
         routed, plan_of_label, labels[:, None].expand_as(mask), token_ids, is_padded_left=True
     )
     answers: list[list[int]] = [[] for _ in prompts]
-    running, rows = list(range(len(prompts))), [row_of_prompt[prompt] for prompt in prompts]
+    running = list(range(len(prompts)))
+    rows = [row_of_prompt[prompt] for prompt in prompts]  # of the running answers, in the batch
     cache = None
     for _ in range(max_new_tokens):
         gates = build_gate_batch(plans, plan_of_token.flatten(), bank=routed.bank.snapshot, routers=routed.routers)
-        with routed.context.running(gates):
-            output = model(
-                input_ids=inputs,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        cache = output.past_key_values
-        chosen = choose(output.logits[rows, -1])  # (S,) of the answers that are running
+        logits, cache = _forward(routed, gates, inputs, mask, positions, cache)
+        chosen = choose(logits[rows])  # (S,)
         goes_on = [token not in ends for token in chosen.tolist()]
-        for answer, token, is_inside in zip(running, chosen.tolist(), goes_on, strict=True):
-            if is_inside:
-                answers[answer].append(token)
-        if not any(goes_on):
+        running, rows = list(compress(running, goes_on)), list(compress(rows, goes_on))
+        if not running:
             break
-        # What has ended costs nothing more: its rows leave the batch and the cache.
-        rows, running = list(compress(rows, goes_on)), list(compress(running, goes_on))
-        if rows != list(range(len(mask))):
-            kept = torch.tensor(rows)
-            cache.batch_select_indices(kept)
-            mask, positions, labels = mask[kept], positions[kept], labels[kept]
-        rows = list(range(len(running)))
-        inputs, positions, plan_of_token = chosen[goes_on][:, None], positions[:, -1:] + 1, labels[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(running), 1)], dim=1)
+        inputs = chosen[goes_on][:, None]
+        for answer, token in zip(running, inputs.flatten().tolist(), strict=True):
+            answers[answer].append(token)
+        if rows != list(range(len(mask))):  # what has ended leaves the batch; equal prompts part
+            cache.batch_select_indices(torch.tensor(rows))
+            mask, positions, labels = mask[rows], positions[rows], labels[rows]
+            rows = list(range(len(rows)))
+        positions, plan_of_token = positions[:, -1:] + 1, labels[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     return answers
+
+
+def _forward(
+    routed: RoutedModel, gates: GateBatch | None, inputs: Tensor, mask: Tensor, positions: Tensor, cache: Any
+) -> tuple[Tensor, Any]:
+    """Logits (S, V) behind the last of the tokens that `cache` does not hold yet, and the cache with them."""
+    model: Any = routed.model
+    with routed.context.running(gates):
+        output = model(
+            input_ids=inputs,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    return output.logits[:, -1], output.past_key_values
 
 
 def pad_left(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from router_training.prompt_fit import around_words
 from router_training.roster import BASE_TASK, Roster
 from server.errors import ConfigError, InvalidRequestError, LoraMixerError
 from server.model.loader import LoadedModel
+from server.model.tokenizer import ChatTokenizer
 
 ROWS = 32
 """Questions sampled per round. Fixed, so that more questions under one seed begin with those of fewer."""
@@ -60,14 +61,30 @@ def invent_questions(
 ) -> list[str]:
     """`settings.count` different questions, none of which is one of `excluded` (up to case and spaces).
 
-    `on_round` hears how many questions a round added and how many were dropped so far. Deterministic in the settings,
-    `excluded`, and machine and threads. Raises ConfigError for a base model without a frame around a user's words,
+    `on_round` hears how many questions a round added, and a note. Deterministic in the settings, `excluded`, and
+    machine and threads. Raises ConfigError for a base model without a frame around a user's words,
     LoraMixerError if too few questions are found.
     """
-    loaded = roster.loaded
-    opening, end = question_frame(loaded, settings.max_question_tokens)
-    choose = nucleus(settings.temperature, settings.top_p, settings.seed)
+    opening, end = question_frame(roster.loaded, settings.max_question_tokens)
     prompts = [TokenSequence(tuple(opening), len(opening), 0)] * ROWS
+    choose = nucleus(settings.temperature, settings.top_p, settings.seed)
+    limit = settings.max_question_tokens + 1  # one more than a question may have: its end
+
+    def sample() -> list[list[int]]:
+        return generate_answers(roster.routed, prompts, roster.base_plans(), {end}, limit, choose=choose)
+
+    return collect_questions(sample, roster.loaded.tokenizer, settings, excluded=excluded, on_round=on_round)
+
+
+def collect_questions(
+    sample: Callable[[], list[list[int]]],
+    tokenizer: ChatTokenizer,
+    settings: InventionSettings,
+    *,
+    excluded: Collection[str] = (),
+    on_round: Callable[[int, str], None] = lambda _found, _note: None,
+) -> list[str]:
+    """As `invent_questions`, from rounds of sampled tokens without their end."""
     known = {same_question(text) for text in excluded}
     questions: list[str] = []
     num_sampled = 0
@@ -78,16 +95,14 @@ def invent_questions(
                 f"ended, had fewer than {MIN_WORDS} words, held control tokens or were there before: ask for fewer, "
                 "raise --max-question-tokens, change --temperature, or pass --prompts FILE"
             )
+        sampled = sample()
+        num_sampled += len(sampled)
         found = []
-        # One token more than a question may have: its end.
-        for tokens in generate_answers(
-            roster.routed, prompts, roster.base_plans(), {end}, settings.max_question_tokens + 1, choose=choose
-        ):
-            question = question_of(tokens, loaded, settings.max_question_tokens)
+        for tokens in sampled:
+            question = question_of(tokens, tokenizer, settings.max_question_tokens)
             if question is not None and same_question(question) not in known:
                 known.add(same_question(question))
                 found.append(question)
-        num_sampled += ROWS
         found = found[: settings.count - len(questions)]
         questions += found
         on_round(len(found), f"{num_sampled} sampled")
@@ -109,11 +124,11 @@ def question_frame(loaded: LoadedModel, max_question_tokens: int) -> tuple[list[
     return opening, closing[0]
 
 
-def question_of(tokens: Sequence[int], loaded: LoadedModel, max_question_tokens: int) -> str | None:
+def question_of(tokens: Sequence[int], tokenizer: ChatTokenizer, max_tokens: int) -> str | None:
     """The sampled tokens as a question; None if they did not end, are too few words, or hold a control token."""
-    if len(tokens) > max_question_tokens or loaded.tokenizer.special_ids.intersection(tokens):
+    if len(tokens) > max_tokens or tokenizer.special_ids.intersection(tokens):
         return None
-    text = loaded.tokenizer.decode(tokens).strip()
+    text = tokenizer.decode(tokens).strip()
     return text if len(text.split()) >= MIN_WORDS else None
 
 

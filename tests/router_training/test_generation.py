@@ -1,11 +1,12 @@
-"""Greedy answers against transformers' own generate, alone and in padded batches."""
+"""Greedy answers against transformers' own generate, alone and in padded batches; draws against their probabilities."""
 
 from collections.abc import Callable
 
+import pytest
 import torch
 
 from router_training.encoding import TokenSequence
-from router_training.generation import generate_answers
+from router_training.generation import generate_answers, likeliest, nucleus
 from router_training.roster import Roster
 
 Sequences = Callable[..., list[TokenSequence]]
@@ -40,3 +41,67 @@ def test_an_answer_ends_before_its_end_token(roster: Roster, make_sequences: Seq
     end = answer[3]
     (cut,) = generate_answers(roster.routed, [sequence], roster.base_plans(), {end}, NEW_TOKENS)
     assert cut == answer[: answer.index(end)]
+
+
+def test_what_has_ended_leaves_the_batch_and_changes_no_other_answer(roster: Roster, make_sequences: Sequences) -> None:
+    sequences = make_sequences(6)
+    plans = roster.own_adapter_plans()
+    endless = generate_answers(roster.routed, sequences, plans, set(), NEW_TOKENS)
+    ends = {endless[0][1], endless[1][3], endless[2][0]}
+    num_running = []
+
+    def choose(logits: torch.Tensor) -> torch.Tensor:
+        num_running.append(len(logits))
+        return likeliest(logits)
+
+    found = generate_answers(roster.routed, sequences, plans, ends, NEW_TOKENS, choose=choose)
+    for answer, whole in zip(found, endless, strict=True):
+        end = next((place for place, token in enumerate(whole) if token in ends), NEW_TOKENS)
+        assert answer == whole[:end]
+    lengths = [len(answer) for answer in found]
+    assert len(set(lengths)) > 2
+    assert num_running == [sum(length >= step for length in lengths) for step in range(len(num_running))]
+
+
+def test_equal_prompts_are_read_once_and_answered_each(roster: Roster, make_sequences: Sequences) -> None:
+    first, second = make_sequences(2)
+    plans = roster.own_adapter_plans()
+    alone = [generate_answers(roster.routed, [s], plans, set(), NEW_TOKENS)[0] for s in (first, second)]
+    several = [first, second, first, first, second]
+    found = generate_answers(roster.routed, several, plans, set(), NEW_TOKENS)
+    assert found == [alone[0], alone[1], alone[0], alone[0], alone[1]]
+    drawn = generate_answers(roster.routed, [first] * 8, plans, set(), NEW_TOKENS, choose=nucleus(3.0, 1.0, 0))
+    assert len({tuple(answer) for answer in drawn}) > 1
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(1.0, 4), (0.97, 4), (0.9, 3), (0.75, 2), (0.5, 1), (1e-9, 1)])
+def test_draws_are_from_the_nucleus_in_proportion(top_p: float, kept: int) -> None:
+    probabilities = torch.tensor([0.1, 0.55, 0.05, 0.3])
+    order = probabilities.argsort(descending=True)[:kept]
+    expected = torch.zeros(4)
+    expected[order] = probabilities[order] / probabilities[order].sum()
+    temperature = 2.0
+    logits = (probabilities.log() * temperature).expand(20_000, -1)
+    drawn = nucleus(temperature, top_p, seed=3)(logits)
+    shares = torch.bincount(drawn, minlength=4) / len(logits)
+    assert (shares[expected == 0] == 0).all()
+    # Four standard deviations of a share among 20,000 draws.
+    torch.testing.assert_close(shares, expected, atol=0.015, rtol=0)
+
+
+def test_draws_are_those_of_their_seed() -> None:
+    logits = torch.randn(64, 320, generator=torch.Generator().manual_seed(0))
+
+    def draw(seed: int) -> list[list[int]]:
+        choose = nucleus(1.0, 0.9, seed)
+        return [choose(logits).tolist() for _ in range(2)]
+
+    first, again = draw(0)
+    assert first != again
+    assert draw(0) == [first, again] != draw(1)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-40, 1e-300])
+def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
+    logits = torch.randn(8, 320, generator=torch.Generator().manual_seed(0)) * 10
+    assert nucleus(temperature, 1.0, seed=0)(logits).equal(likeliest(logits))
