@@ -86,11 +86,18 @@ def phrase_data(
     """Copy task folders to `out`, with chats of `splits` asked anew; per task how many were, of how many in `splits`.
 
     Everything is read and checked before anything is written. Raises TrainingDataError, and ConfigError for phrasings
-    of a task that there is no data of.
+    of a task that there is no data of and for an `out` among the data, where it would replace them or pass for a task.
     """
     tasks = task_folders(data)
+    problems = [
+        f"{out} is in the data folder {folder}; name a folder outside it for the copies"
+        for folder in data
+        if out.resolve().is_relative_to(folder.resolve())
+    ]
     if unknown := sorted(set(phrasings) - set(tasks)):
-        raise ConfigError(f"there are phrasings of {', '.join(unknown)}, but no such folder in the data")
+        problems.append(f"there are phrasings of {', '.join(unknown)}, but no such folder in the data")
+    if problems:
+        raise ConfigError("; ".join(problems))
     chats = read_splits(data, tasks)
     counts = {}
     for task in tasks:
@@ -126,10 +133,10 @@ def _phrasing(task: str, entry: Any, problems: list[str]) -> Phrasing:
             problems.append(f"{task}: {text!r} is no regular expression ({error})")
     for template in entry["write"]:
         fields = set(FIELD.findall(template))
+        if not fields:
+            problems.append(f"{task}: {template!r} has no part of the question in it")
         for pattern in patterns:
-            if not fields:
-                problems.append(f"{task}: {template!r} has no part of the question in it")
-            elif lost := fields - set(pattern.groupindex):
+            if lost := fields - set(pattern.groupindex):
                 problems.append(f"{task}: {template!r} needs {sorted(lost)}, which {pattern.pattern!r} does not name")
     return Phrasing(tuple(patterns), tuple(entry["write"]))
 
