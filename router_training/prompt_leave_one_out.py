@@ -21,7 +21,7 @@ from router_training.data import Chat, read_splits
 from router_training.encoding import TokenSequence, encode_chats
 from router_training.flags import add_settings, add_sources, settings_from
 from router_training.leave_one_out import replace_table
-from router_training.mixing import draw_mix, encode_mix
+from router_training.mixing import draw_question_mix, encode_questions
 from router_training.prompt_fit import chat_frame, fit_prompt_gate
 from router_training.report import markdown_table
 from router_training.roster import BASE_TASK
@@ -49,7 +49,7 @@ class Material:
     tasks: tuple[str, ...]
     """In the order of a whole gate's columns."""
     sequences: Sequence[TokenSequence]
-    """The training mix, labelled with places in `tasks`."""
+    """The mix that prompt gates are fitted on, labelled with places in `tasks`."""
     examples: Mapping[str, Sequence[Sequence[int]]]
     """Rendered examples of every adapter, as many as the largest count."""
     validation: Mapping[str, Sequence[Sequence[int]]]
@@ -75,10 +75,13 @@ class Material:
 
 
 def gather(config: ServerConfig, data: Sequence[Path], settings: TrainingConfig, rows: int) -> Material:
-    """The mix that a training run with these settings draws, and the first `rows` validation chats of every task."""
+    """The mix that a training run with these settings fits its prompt gate on, and the first `rows` validation chats of
+    every task."""
     names = [spec.name for spec in config.adapters if spec.routed]
     tasks = [*([BASE_TASK] if settings.null_expert else []), *names]
     splits = read_splits(data, tasks)
+    mix = draw_question_mix(splits["train"], settings)
+    assert mix is not None, "the settings have a prompt gate"
     loaded = load_base_model(config.base_model, device="cpu", cache_folder=cache_folder(), root=config.root)
     labels = {task: label for label, task in enumerate(tasks)}
     frame = chat_frame(loaded.tokenizer)
@@ -87,9 +90,7 @@ def gather(config: ServerConfig, data: Sequence[Path], settings: TrainingConfig,
         embeddings=model.get_input_embeddings().weight.detach(),
         frame=frame,
         tasks=tuple(tasks),
-        sequences=encode_mix(
-            draw_mix(splits["train"], settings), labels, loaded.tokenizer, loaded.eos_token_ids, settings
-        ),
+        sequences=encode_questions(mix, labels, loaded.tokenizer, loaded.eos_token_ids, settings),
         examples={name: _examples(splits["train"][name], loaded) for name in names},
         validation={
             task: _questions(encode_chats(chats[:rows], labels, loaded.tokenizer, loaded.eos_token_ids), frame)
@@ -157,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=default, metavar="FILE")
     parser.add_argument("--document", type=Path, metavar="FILE", help="Markdown file whose table is replaced")
     options = parser.parse_args(arguments)
-    settings = settings_from(options, TrainingConfig)
+    settings = settings_from(options, TrainingConfig).model_copy(update={"prompt_gate": True})
     material = gather(load_config(options.config), options.data, settings, options.rows)
     record = json.loads(options.out.read_text()) if options.out.exists() else {"adapters": {}}
     record |= {"rows": options.rows, "settings": settings.record()}

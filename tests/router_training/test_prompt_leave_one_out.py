@@ -6,13 +6,18 @@ from pathlib import Path
 import pytest
 
 from router_training import prompt_leave_one_out
-from router_training.prompt_leave_one_out import TABLE_END, TABLE_START
+from router_training.data import read_splits
+from router_training.mixing import draw_question_mix, encode_questions
+from router_training.prompt_leave_one_out import TABLE_END, TABLE_START, gather
+from router_training.settings import TrainingConfig
+from server.config import load_config
+from server.model.loader import load_base_model
 from tests.router_training.conftest import chat_line
 
 
 def arguments(project: Path, *more: str) -> list[str]:
     paths = ["--config", str(project / "adapters.yaml"), "--data", str(project / "data")]
-    return [*paths, "--out", str(project / "out.json"), "--samples", "60", *more]
+    return [*paths, "--out", str(project / "out.json"), "--samples", "2", *more]
 
 
 @pytest.fixture
@@ -24,12 +29,25 @@ def filled(project: Path) -> Path:
     return project
 
 
+def test_gates_are_fitted_on_the_mix_that_training_fits_them_on(filled: Path) -> None:
+    """The router's is smaller, and its chats are shorter."""
+    config = load_config(filled / "adapters.yaml")
+    settings = TrainingConfig(prompt_gate=True, samples=2, max_length=8)
+    material = gather(config, [filled / "data"], settings, rows=1)
+    mix = draw_question_mix(read_splits([filled / "data"], list(material.tasks))["train"], settings)
+    assert mix is not None
+    loaded = load_base_model(config.base_model, device="cpu", cache_folder=filled, root=config.root)
+    labels = {task: label for label, task in enumerate(material.tasks)}
+    assert material.sequences == encode_questions(mix, labels, loaded.tokenizer, loaded.eos_token_ids, settings)
+    assert len(material.sequences) == 180
+
+
 def test_every_adapter_is_a_newcomer_once_and_the_table_lands_in_the_document(filled: Path) -> None:
     document = filled / "doc.md"
     document.write_text(f"before\n{TABLE_START}old\n{TABLE_END}after\n", encoding="utf-8")
     prompt_leave_one_out.main(arguments(filled, "--document", str(document)))
     whole = json.loads((filled / "out.json").read_text(encoding="utf-8"))
-    assert whole["settings"]["samples"] == 60
+    assert whole["settings"]["prompt_gate"] is True
     record = whole["adapters"]
     assert set(record) == {"letters", "digits"}
     for name, other in (("letters", "digits"), ("digits", "letters")):
