@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from router_training.composites import SEPARATOR, CompositeChat, Kind, encode_composite, pair_up
 from router_training.data import Chat, TrainingDataError
 from router_training.encoding import TokenSequence, collate
-from router_training.mixing import check_longest, draw_mix, encode_mix, interleave
+from router_training.mixing import (
+    QUESTION_TOKENS,
+    check_longest,
+    draw_mix,
+    draw_question_mix,
+    encode_mix,
+    encode_questions,
+    interleave,
+)
 from router_training.rephrasing import rephrase_some
 from router_training.settings import TrainingConfig
 from tests.router_training.test_encoding import END, ByteRenderer
@@ -75,6 +83,38 @@ def test_a_mix_has_the_shares_it_was_asked_for_and_one_digest_per_content() -> N
         mix, LABELS, ByteRenderer(), {END}, config.model_copy(update={"max_length": 8, "too_long": "cut"})
     )
     assert len(short) == 30  # no composite fits
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 40))
+def test_a_question_mix_is_as_large_as_allowed_and_repeats_no_chat_of_the_largest_task(
+    counts: list[int], allowed: int
+) -> None:
+    rows = {task: chats(count)[task] for task, count in zip("abc", counts, strict=False)}
+    config = TrainingConfig(samples=1000, prompt_gate=True, prompt_gate_samples=allowed)
+    mix = draw_question_mix(rows, config)
+    assert mix is not None
+    assert len(mix) == min(allowed, len(counts) * max(counts))
+    drawn = Counter(chat.origin for chat in mix.chats)
+    for task, own in rows.items():
+        assert max(drawn[chat.origin] for chat in own) <= -(-max(counts) // len(own)), task
+
+
+def test_a_question_mix_has_composites_and_new_framings_as_any_mix() -> None:
+    config = TrainingConfig(prompt_gate=True, prompt_gate_samples=40, composite_fraction=0.25, rephrase_fraction=0.5)
+    assert draw_question_mix(chats(20), config) == draw_mix(chats(20), config.model_copy(update={"samples": 40}))
+
+
+def test_without_a_prompt_gate_there_is_no_question_mix() -> None:
+    assert draw_question_mix(chats(3), TrainingConfig()) is None
+
+
+def test_questions_are_read_beyond_what_the_router_is_trained_on() -> None:
+    rows = {"a": [chat("a", "q" * length, "answer") for length in (100, 10_000)]}
+    config = TrainingConfig(prompt_gate=True, max_length=50, too_long="refuse")
+    mix = draw_question_mix(rows, config)
+    assert mix is not None
+    lengths = sorted(map(len, encode_questions(mix, LABELS, ByteRenderer(), {END}, config)))
+    assert 100 < lengths[0] < lengths[1] == QUESTION_TOKENS
 
 
 @given(st.integers(0, 30), st.integers(0, 10))

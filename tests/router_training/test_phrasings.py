@@ -17,6 +17,7 @@ from server.errors import ConfigError
 from tests.router_training.test_mixing import chat
 
 ROOT = Path(__file__).resolve().parents[2]
+DEMO = ("phrasings.yaml", "test_phrasings.yaml")
 READ, WRITE = (
     r"Sum: (?P<left>\d+) and (?P<right>\d+)",
     ("{left} + {right} =", "Add {right} to {left}.", "{left}+{right}"),
@@ -179,12 +180,18 @@ def test_everything_wrong_with_a_file_is_told_once(tmp_path: Path) -> None:
     ] * 4
 
 
-def test_the_demos_phrasings_load_and_cover_its_adapters() -> None:
-    phrasings = read_phrasings(ROOT / "examples/demo/phrasings.yaml")
+@pytest.mark.parametrize("name", DEMO)
+def test_the_demos_phrasings_load_and_cover_its_adapters(name: str) -> None:
+    phrasings = read_phrasings(ROOT / "examples/demo" / name)
     adapters = yaml.safe_load((ROOT / "adapters.yaml").read_text(encoding="utf-8"))["adapters"]
     assert set(phrasings) == {adapter["name"] for adapter in adapters}
     for found in phrasings.values():
-        assert len(set(found.write)) == len(found.write) >= 10
+        assert len(set(found.write)) == len(found.write) >= 8
+
+
+def test_nothing_is_trained_on_the_phrasings_that_measure() -> None:
+    train, test = (read_phrasings(ROOT / "examples/demo" / name) for name in DEMO)
+    assert not [task for task in train if set(train[task].write) & set(test[task].write)]
 
 
 def test_the_documents_example_is_one(tmp_path: Path) -> None:
@@ -212,8 +219,9 @@ def test_the_documents_example_is_one(tmp_path: Path) -> None:
         ("pubmedqa", "Abstract: We tried.\nQuestion: Does it help?", ["We tried.", "Does it help?"]),
     ],
 )
-def test_the_demos_questions_keep_their_parts(task: str, text: str, parts: list[str]) -> None:
-    phrasing = read_phrasings(ROOT / "examples/demo/phrasings.yaml")[task]
+@pytest.mark.parametrize("name", DEMO)
+def test_the_demos_questions_keep_their_parts(name: str, task: str, text: str, parts: list[str]) -> None:
+    phrasing = read_phrasings(ROOT / "examples/demo" / name)[task]
     found = {phrasing.apply(text, random.Random(seed)) for seed in range(40)}
     assert len(found) > 5
     for one in found:

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from router_training.artefact import build_artefact
 from router_training.encoding import TokenSequence, collate
@@ -14,12 +16,17 @@ from router_training.evaluation import gate_batch, plans_of_tokens
 from router_training.forward import answer_losses
 from router_training.gates import RouterParameters, TrainingBatch
 from router_training.prompt_fit import (
+    BATCH_SIZE,
+    LONGEST,
     UNGUIDED_EVERY,
     PromptReader,
+    Question,
+    balanced_batches,
     chat_frame,
     fit_prompt_gate,
     guide_of,
     log_posterior,
+    num_steps,
 )
 from router_training.roster import FIRST_SLOT, Roster
 from router_training.settings import TrainingConfig
@@ -67,6 +74,57 @@ def test_both_forms_of_the_chain_agree_whatever_the_padding() -> None:
         np.testing.assert_allclose(batched[row, :length].numpy(), alone, atol=1e-5)
 
 
+def of_group(group: int, number: int, length: int = 3) -> Question:
+    """Question `number` of a choice, of more than one where `group` is -1; its tokens tell which one it is."""
+    labels = torch.full((length,), group) if group >= 0 else torch.arange(length)
+    return torch.full((length,), 1000 * (group + 1) + number), labels
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=4), st.booleans(), st.integers(1, 4), st.integers())
+def test_choices_take_turns_in_batches_and_each_question_comes_once_before_any_comes_twice(
+    counts: list[int], has_mixed: bool, steps: int, seed: int
+) -> None:
+    sizes = {group - has_mixed: count for group, count in enumerate(counts)}
+    questions = [of_group(group, number) for group, count in sizes.items() for number in range(count)]
+    batches = list(balanced_batches(questions, steps, seed))
+    assert [len(batch) for batch in batches] == [BATCH_SIZE] * steps
+    drawn = [divmod(int(tokens[0]), 1000) for batch in batches for tokens, _ in batch]
+    groups = sorted(sizes)
+    assert [group - 1 for group, _ in drawn] == [groups[place % len(groups)] for place in range(len(drawn))]
+    for group, size in sizes.items():
+        own = [number for drawn_group, number in drawn if drawn_group - 1 == group]
+        for start in range(0, len(own), size):
+            deal = own[start : start + size]
+            assert len(set(deal)) == len(deal)
+
+
+def test_batches_follow_from_the_seed() -> None:
+    questions = [of_group(group, number) for group in (-1, 0, 1) for number in range(50)]
+
+    def drawn(seed: int) -> list[list[int]]:
+        return [[int(tokens[0]) for tokens, _ in batch] for batch in balanced_batches(questions, 3, seed)]
+
+    assert drawn(0) == drawn(0)
+    assert drawn(0) != drawn(1)
+
+
+def test_long_questions_give_their_beginning_or_a_stretch_from_anywhere() -> None:
+    long, short = torch.arange(3 * LONGEST), torch.arange(LONGEST)
+    ((*stretches,),) = balanced_batches([(long, long % 2)], 1, seed=0)
+    starts = [int(tokens[0]) for tokens, _ in stretches]
+    for start, (tokens, labels) in zip(starts, stretches, strict=True):
+        assert torch.equal(tokens, long[start : start + LONGEST])
+        assert torch.equal(labels, tokens % 2)
+    assert BATCH_SIZE // 4 < starts.count(0) < 3 * BATCH_SIZE // 4
+    assert max(starts) > LONGEST
+    ((first, *_),) = balanced_batches([(short, short)], 1, seed=0)
+    assert torch.equal(first[0], short)
+
+
+def test_there_is_a_step_for_a_single_question() -> None:
+    assert num_steps(1) == 1
+
+
 def test_the_frame_is_what_the_template_puts_around_a_question() -> None:
     tokenizer = ChatTokenizer(byte_tokenizer())
     frame = chat_frame(tokenizer)
@@ -99,7 +157,7 @@ def test_the_gate_tells_tasks_apart_and_sees_where_they_change(roster: Roster, m
     assert gate.scores.shape == (roster.loaded.vocab_size, 3)
     for held_out in make_sequences(9, seed=5):
         posterior = gate.posterior(held_out.token_ids, gate.scores.unbind(dim=1))
-        assert posterior[:, held_out.label - FIRST_SLOT].min() > 0.9
+        assert posterior[:, held_out.label - FIRST_SLOT].min() > gate.settings.confidence
     first, second = (list(range(task * TOKENS_PER_TASK, (task + 1) * TOKENS_PER_TASK)) * 12 for task in (0, 2))
     both = gate.posterior([*first, *second], gate.scores.unbind(dim=1)).argmax(axis=1).tolist()
     assert both == [0] * len(first) + [2] * len(second)
@@ -218,7 +276,10 @@ def test_train_with_a_prompt_gate_writes_one_that_fits(project: Path, flags: lis
             lines = (project / "data" / "letters" / name).read_text(encoding="utf-8")
             (folder / name).write_text(lines.replace('"letters"', '"base"'), encoding="utf-8")
     assert run(project, "train", "--out", str(project / "router"), "--prompt-gate", *flags, *QUICK) == 0
-    gate = load_artefact(project / "router").prompt_gate
+    artefact = load_artefact(project / "router")
+    assert artefact.training["question_chats"] == 12 * (2 + len(flags)), "of the data, not --samples"
+    assert len(artefact.training["question_sha256"]) == 64
+    gate = artefact.prompt_gate
     assert gate is not None
     assert gate.scores.shape[1] == 2 + len(flags)
     assert gate.frame == chat_frame(ChatTokenizer(byte_tokenizer()))

@@ -15,8 +15,11 @@ from filelock import FileLock
 from router_training.__main__ import main
 from router_training.checkpoint import CHECKPOINT_NAME, Checkpoint
 from router_training.settings import TrainingConfig
+from router_training.study_plan import EvaluationPlan, StudyRun
 from router_training.study_record import CURVE_POINTS
-from router_training.study_state import same_settings
+from router_training.study_state import StudyInputs, same_settings
+from server.config import load_config
+from tests.router_training.conftest import chat_line
 from tests.router_training.study_project import SETTINGS, command, run, stages, write_plan
 
 
@@ -70,6 +73,25 @@ def test_a_changed_setting_reruns_what_it_concerns_and_nothing_else(
     assert times(study / "out/runs/second") == second
     training = json.loads((study / "out/runs/first/seed0/router.json").read_text(encoding="utf-8"))["training"]
     assert training["settings"]["alpha"] == 0.5
+
+
+def test_chats_that_only_a_prompt_gate_sees_concern_runs_that_have_one(study: Path) -> None:
+    path = study / "data/letters/train.jsonl"
+    config = load_config(study / "adapters.yaml")
+    plain, gated = (
+        StudyRun(name, "ablation", "", TrainingConfig(samples=2, prompt_gate=name == "gated"), EvaluationPlan(), True)
+        for name in ("plain", "gated")
+    )
+    before = StudyInputs(config, [study / "data"], [])
+    drawn = {chat.origin for chat in before.mix(plain).chats}
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    unseen = next(index for index in range(len(lines)) if f"{path}:{index + 1}" not in drawn)
+    lines[unseen] = chat_line("digits", 99)
+    path.write_text("".join(lines), encoding="utf-8")
+    after = StudyInputs(config, [study / "data"], [])
+    assert after.training_digest(plain) == before.training_digest(plain)
+    assert after.training_digest(gated) != before.training_digest(gated)
+    assert before.training_digest(gated) != before.training_digest(plain)
 
 
 def test_changed_data_or_adapters_rerun_everything(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
