@@ -59,7 +59,7 @@ class PromptGateSettings:
 
     switch: float = 1e-3
     """Prior probability that the next token belongs to another choice, 0 to 1."""
-    confidence: float = 0.6
+    confidence: float = 0.5
     """Posterior from which a token is given to a choice, 0 to 1; below it the router decides."""
     max_opening_tokens: int = 64
     """Tokens before the question follow its first token if they are no more than this. A longer system message is

@@ -49,7 +49,7 @@ def test_a_prompts_clear_stretches_go_to_one_adapter(
         assert httpx.get(f"{server.url}/v1/router").json()["prompt_gate"] is None
         give_prompt_gate(tmp_path, tokens_of)
         swapped = httpx.post(f"{server.url}/v1/router", json={"path": "router"})
-        assert swapped.json()["prompt_gate"]["confidence"] == 0.7, swapped.text
+        assert swapped.json()["prompt_gate"]["confidence"] == 0.5, swapped.text
 
         after = complete(server.url)
         stretches = after["choices"][0]["routing"]["prompt"]
