@@ -136,7 +136,7 @@ def test_a_newcomer_whose_questions_go_to_others_is_left_out() -> None:
     assert verdict.report.own_lost_share > prompt_columns.MAX_OWN_LOST
     facts = verdict.facts()
     assert facts["state"] == "silent"
-    assert "of its own examples' question tokens to others, more than 10 % allowed" in facts["reason"]
+    assert "of its own examples' question tokens to others, more than 20 % allowed" in facts["reason"]
     assert facts["reason"].endswith("the prompt gate is silent where `auto` may choose it")
 
 
