@@ -15,10 +15,8 @@ from filelock import FileLock
 from router_training.__main__ import main
 from router_training.checkpoint import CHECKPOINT_NAME, Checkpoint
 from router_training.settings import TrainingConfig
-from router_training.study_plan import read_plan
 from router_training.study_record import CURVE_POINTS
-from router_training.study_state import StudyInputs, same_settings
-from server.config import load_config
+from router_training.study_state import same_settings
 from tests.router_training.study_project import SETTINGS, command, run, stages, write_plan
 
 
@@ -100,37 +98,6 @@ def test_another_evaluation_keeps_the_rows(study: Path, capsys: pytest.CaptureFi
     record = json.loads((study / "out/runs/only/seed0/evaluation.json").read_text(encoding="utf-8"))
     assert record["chats"] == {"letters": 3, "digits": 3}
     assert record["composite"]["chats"] == 2
-
-
-def test_unseen_phrasings_are_measured_where_the_plan_names_a_file(
-    study: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    phrasings = study / "phrasings.yaml"
-    phrasings.write_text("letters: {read: ['(?P<text>.*)'], write: ['Spell {text}']}", encoding="utf-8")
-    evaluation = {"phrasings": phrasings.name, "baselines": "first seed", "comparison_rows": 1, "calibration_chats": 1}
-    write_plan(study, {"name": "with", "evaluation": evaluation}, {"name": "without"}, steps=0)
-    flags = ["--json", str(study / "study.json")]
-    assert run(study, *flags) == 0
-    found, other = (entry["evaluation"] for entry in json.loads((study / "study.json").read_text("utf-8"))["runs"])
-    assert "phrased" not in other
-    assert found["phrased"]["chats"] == {"letters": 2}
-    assert found["phrased"]["policies"].keys() == {"base", "own_adapter", "uniform", "routed"}
-    assert found["comparison"]["phrased"]["chats"] == {"letters": 1}
-    assert found["comparison"]["phrased"]["policies"].keys() == found["comparison"]["policies"].keys()
-    phrasings.write_text("# Whose.\n" + phrasings.read_text(encoding="utf-8"), encoding="utf-8")
-    assert stages(study, capsys) == {"with, seed 0": "finished", "without, seed 0": "finished"}
-    phrasings.write_text("letters: {read: ['(?P<text>.*)'], write: ['{text}?']}", encoding="utf-8")
-    assert stages(study, capsys) == {"with, seed 0": "trained", "without, seed 0": "finished"}
-    phrasings.write_text("leters: {read: ['(?P<text>.*)'], write: ['{text}?']}", encoding="utf-8")
-    assert run(study, "--list") == 1
-    assert "there are phrasings of leters, but no validation chats" in capsys.readouterr().err
-
-
-def test_what_a_plan_covers_is_told_as_before_there_were_phrasings(study: Path) -> None:
-    """Measurements of earlier versions count for as long as these digests stay."""
-    runs = read_plan(study / "study.yaml")
-    inputs = StudyInputs(load_config(study / "adapters.yaml"), [study / "data"], runs)
-    assert inputs.evaluation_digest(runs[0]) == "5fad1bdc509fdb91bd53368e2bc8fdcd5d72ff5251afb29bea1d7acbc45005f5"
 
 
 def test_a_killed_study_goes_on_and_ends_in_the_same_bytes(project: Path) -> None:
