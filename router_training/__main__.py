@@ -8,7 +8,7 @@ from pathlib import Path
 from router_training.answer_flags import add_answer
 from router_training.flags import add_inputs, add_settings, add_sources, settings_from
 from router_training.joint_flags import add_joint
-from router_training.report import comparison_table, evaluation_table, evaluation_verdict, read_record, rendered
+from router_training.report import comparison_table, evaluation_text, read_record, rendered
 from router_training.settings import TrainingConfig
 from router_training.study_flags import add_study, add_study_report
 from server.config import load_config
@@ -51,6 +51,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=16,
         metavar="N",
         help="training chats per task that --baselines fits those with something to fit on (default 16)",
+    )
+    evaluate.add_argument(
+        "--phrasings",
+        type=Path,
+        metavar="FILE",
+        help="the chats asked in other ways as a set of its own: YAML (phrasings.py) of phrasings that the router was "
+        "not trained on (default: none)",
     )
     evaluate.add_argument(
         "--composites", type=int, default=0, metavar="N", help="chats that join two tasks (default 0: none)"
@@ -107,6 +114,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from router_training.phrasings import read_phrasings
     from router_training.run import evaluate_folder, write_json
     from router_training.suite import SuiteOptions
 
@@ -120,6 +128,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         baselines=options.baselines,
         calibration_chats=options.calibration_chats,
         composites=options.composites,
+        phrasings=None if options.phrasings is None else read_phrasings(options.phrasings),
         generated_rows=options.generate,
         max_new_tokens=options.max_new_tokens,
         cache=options.cache,
@@ -127,7 +136,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     record = evaluate_folder(config, options.data, router, suite, validation_rows=options.validation_rows)
     if options.out is not None:
         write_json(record, options.out)
-    print(f"{evaluation_table(record)}\n\n{evaluation_verdict(record)}")
+    print(evaluation_text(record))
     return 0
 
 

@@ -12,6 +12,17 @@ POLICY_TITLES = {"base": "base", "own_adapter": "own adapter", "uniform": "unifo
 """Column order and titles of the policies."""
 
 
+def evaluation_text(record: Mapping[str, Any]) -> str:
+    """Table and verdict, and a table of the chats that were asked in other phrasings, if any were."""
+    parts = [evaluation_table(record), evaluation_verdict(record)]
+    if "phrased" in record:
+        phrased = record["phrased"]
+        count = sum(phrased["chats"].values())
+        parts.append(f"Asked in other phrasings, {count} of {count + sum(phrased['left_out'].values())} chats:")
+        parts.append(evaluation_table(phrased))
+    return "\n\n".join(parts)
+
+
 def evaluation_table(record: Mapping[str, Any]) -> str:
     """One evaluation as a Markdown table: nats per answer token by task and policy, and routed against own adapter."""
     policies = [policy for policy in POLICY_TITLES if policy in record["policies"]]
@@ -64,9 +75,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text
 
 
 def rendered(path: Path) -> str:
-    """The table and verdict of a record file. Raises ConfigError for anything else."""
-    record = read_record(path)
-    return f"{evaluation_table(record)}\n\n{evaluation_verdict(record)}"
+    """`evaluation_text` of a record file. Raises ConfigError for anything else."""
+    return evaluation_text(read_record(path))
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from router_training.evaluation import evaluate_policy, gate_batch
 from router_training.frozen import check_frozen, frozen_digests
 from router_training.gates import RouterParameters
 from router_training.mixing import Mix, check_longest, draw_mix, draw_question_mix, encode_mix
+from router_training.phrased import ask_anew
 from router_training.progress import Progress
 from router_training.prompt_fit import guide_of, train_prompt_gate
 from router_training.roster import BASE_TASK, Roster, check_artefact, load_roster
@@ -99,7 +100,8 @@ def write_results(
 def evaluate_folder(
     config: ServerConfig, data: Sequence[Path], router: Path, options: SuiteOptions, *, validation_rows: int
 ) -> dict[str, Any]:
-    """Evaluate a saved artefact. Raises RouterArtefactError if it belongs to another base model or other adapters.
+    """Evaluate a saved artefact. Raises RouterArtefactError if it belongs to another base model or other adapters, and
+    ConfigError for phrasings that read none of the chats.
 
     Off-domain chats are taken from the task folder `base` where there is one. Baselines need the training chats too.
     """
@@ -108,6 +110,8 @@ def evaluate_folder(
     tasks = [*([BASE_TASK] if has_task(data, BASE_TASK) else []), *names]
     splits = read_splits(data, tasks, ("train", "validation") if options.baselines else ("validation",))
     chats = first_rows(splits["validation"], validation_rows)
+    if options.phrasings is not None:
+        ask_anew(chats, options.phrasings)  # What is wrong with them is said before the model is loaded.
     roster = load_with_progress(config)
     check_artefact(artefact, roster)
     return Suite(roster, artefact, options).run(chats, splits.get("train", {}))

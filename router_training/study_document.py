@@ -142,6 +142,9 @@ def _sizes(evaluations: Sequence[Mapping[str, Any]]) -> str:
     chats = evaluations[0]["chats"]
     adapted = [count for task, count in chats.items() if task != BASE_NAME]
     sizes = f"{sum(adapted)} single-task chats of {len(adapted)} tasks"
+    if "phrased" in evaluations[0]:
+        count = sum(evaluations[0]["phrased"]["chats"].values())
+        sizes += f", {count} of them also in unseen phrasings (templates of a file that no run was trained on)"
     if "composite" in evaluations[0]:
         sizes += f", {evaluations[0]['composite']['chats']} composite chats (two tasks in one conversation or answer)"
     if BASE_NAME in chats:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from router_training.phrasings import Phrasing, read_phrasings
 from router_training.settings import TrainingConfig
 from router_training.suite import SuiteOptions
 from server.config import UniqueKeyLoader
@@ -35,6 +36,9 @@ class EvaluationPlan(BaseModel):
     """First validation chats of every task; 0 means all."""
     composites: Annotated[int, Field(ge=0)] = 0
     """Chats that join two tasks; 0 leaves the set out."""
+    phrasings: Path | None = None
+    """File of phrasings that the run is not trained on, relative to the plan: the chats asked in those are a set of
+    their own, for the baselines too. None leaves the set out."""
     baselines: WhichSeeds = "none"
     """Every baseline beside base, own adapter, uniform mix and router; most do not depend on the seed. They are
     compared on a set of their own, on which the router of every seed is measured too."""
@@ -101,6 +105,8 @@ class StudyRun:
     settings: TrainingConfig
     evaluation: EvaluationPlan
     is_first_seed: bool
+    phrasings: Mapping[str, Phrasing] | None = None
+    """What the evaluation's file of phrasings said when the plan was read."""
 
     @property
     def seed(self) -> int:
@@ -128,6 +134,7 @@ class StudyRun:
             baselines=self._wants(plan.baselines),
             calibration_chats=plan.calibration_chats,
             composites=composites,
+            phrasings=self.phrasings,
             cache=cache,
             gates=False,
         )
@@ -137,6 +144,7 @@ class StudyRun:
         plan = self.evaluation
         return SuiteOptions(
             composites=plan.composites,
+            phrasings=self.phrasings,
             generated_rows=plan.generate if self.is_first_seed else 0,
             max_new_tokens=plan.max_new_tokens,
             cache=cache,
@@ -179,14 +187,14 @@ def _expanded(plan: PlanFile, path: Path) -> list[StudyRun]:
     problems: list[str] = []
     names = [run.name for run in plan.runs]
     problems += [f"two runs are called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
-    by_run = [_seeds_of(run, plan.defaults, problems) for run in plan.runs]
+    by_run = [_seeds_of(run, plan.defaults, path.parent, problems) for run in plan.runs]
     if problems:
         raise ConfigError(_listed(path, list(dict.fromkeys(problems))))
     most = max(map(len, by_run))
     return [seeds[number] for number in range(most) for seeds in by_run if number < len(seeds)]
 
 
-def _seeds_of(run: RunPlan, defaults: Defaults, problems: list[str]) -> list[StudyRun]:
+def _seeds_of(run: RunPlan, defaults: Defaults, folder: Path, problems: list[str]) -> list[StudyRun]:
     seeds = run.seeds or defaults.seeds
     if len(set(seeds)) < len(seeds):
         problems.append(f"run {run.name!r}: a seed is listed twice")
@@ -201,6 +209,7 @@ def _seeds_of(run: RunPlan, defaults: Defaults, problems: list[str]) -> list[Stu
         known = sorted(fields.model_fields)
         problems += [f"run {run.name!r}: {_explain(problem, lambda _: known)}" for problem in error.errors()]
         return []
+    phrasings = None if evaluation.phrasings is None else _phrasings_of(run, folder / evaluation.phrasings, problems)
     return [
         StudyRun(
             name=run.name,
@@ -209,9 +218,18 @@ def _seeds_of(run: RunPlan, defaults: Defaults, problems: list[str]) -> list[Stu
             settings=settings.model_copy(update={"seed": seed}),
             evaluation=evaluation,
             is_first_seed=number == 0,
+            phrasings=phrasings,
         )
         for number, seed in enumerate(seeds)
     ]
+
+
+def _phrasings_of(run: RunPlan, path: Path, problems: list[str]) -> Mapping[str, Phrasing] | None:
+    try:
+        return read_phrasings(path)
+    except ConfigError as error:
+        problems.append(f"run {run.name!r}: {error.message}")
+        return None
 
 
 def _explain(problem: Mapping[str, Any], known: Any) -> str:

@@ -106,9 +106,10 @@ def thinned(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """An evaluation record less what follows from the rest, in few digits."""
     record = {key: evaluation[key] for key in FROM_THE_RECORD if key in evaluation}
     record["policies"] = _measures(evaluation["policies"])
-    if "composite" in evaluation:
-        composite = evaluation["composite"]
-        record["composite"] = {"chats": composite["chats"], "policies": _measures(composite["policies"])}
+    for name in ("phrased", "composite"):
+        if name in evaluation:
+            found = evaluation[name]
+            record[name] = {"chats": found["chats"], "policies": _measures(found["policies"])}
     if "comparison" in evaluation:
         record["comparison"] = thinned(evaluation["comparison"])
     return record

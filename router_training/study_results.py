@@ -146,8 +146,17 @@ def single(policy: str, part: str) -> Callable[[Mapping[str, Any]], float | None
 
 def composite(policy: str, part: str) -> Callable[[Mapping[str, Any]], float | None]:
     """As `single`, on chats that join two tasks."""
+    return _of_set("composite", policy, part)
+
+
+def phrased(policy: str, part: str) -> Callable[[Mapping[str, Any]], float | None]:
+    """As `single`, on chats asked in phrasings that nothing was trained on."""
+    return _of_set("phrased", policy, part)
+
+
+def _of_set(name: str, policy: str, part: str) -> Callable[[Mapping[str, Any]], float | None]:
     return lambda evaluation: (
-        getattr(ratios(evaluation["composite"]["policies"], policy), part) if "composite" in evaluation else None
+        getattr(ratios(evaluation[name]["policies"], policy), part) if name in evaluation else None
     )
 
 

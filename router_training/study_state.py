@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from router_training.data import Chat, data_digest, has_task, read_splits
 from router_training.mixing import Mix, draw_mix, draw_question_mix
+from router_training.phrased import ask_anew, phrasings_digest
 from router_training.roster import BASE_TASK
 from router_training.run import first_rows, write_json
 from router_training.settings import TrainingConfig, check_prior
@@ -61,7 +62,8 @@ class StudyInputs:
     """
 
     def __init__(self, config: ServerConfig, data: Sequence[Path], runs: Sequence[StudyRun]) -> None:
-        """Raises TrainingDataError with every problem of the data, ConfigError for a prior of unknown adapters."""
+        """Raises TrainingDataError with every problem of the data, ConfigError for a prior of unknown adapters and for
+        phrasings that read none of the chats."""
         self.config = config
         self.names = [spec.name for spec in config.adapters if spec.routed]
         for run in runs:
@@ -74,6 +76,10 @@ class StudyInputs:
         self._validation = splits["validation"]
         self._digests: dict[tuple[str, str], str] = {}
         """By part and title of a run, which is unique in a plan."""
+        for run in runs:
+            if run.phrasings is not None:
+                ask_anew(self.validation(run), run.phrasings)
+                ask_anew(self.comparison(run), run.phrasings)
 
     def mix(self, run: StudyRun) -> Mix:
         """The training mix, as `lora-mixer-train train` draws it."""
@@ -170,8 +176,10 @@ def stage_of(state: RunState | None, run: StudyRun, inputs: StudyInputs) -> Stag
 
 
 def _covered(options: SuiteOptions, chats: Mapping[str, Sequence[Chat]]) -> list[Any]:
-    facts = asdict(options)
-    del facts["cache"]
+    facts = asdict(replace(options, phrasings=None))
+    del facts["cache"], facts["phrasings"]
+    if options.phrasings is not None:
+        facts["phrasings"] = phrasings_digest(options.phrasings)
     return [facts, data_digest([chat for rows in chats.values() for chat in rows])]
 
 

@@ -15,12 +15,14 @@ from router_training.study_results import (
     off,
     over_seeds,
     own_share,
+    phrased,
     ratios,
     single,
 )
 
-TARGETS = {"single": 1.02, "composite": 1.03, "off_domain": 1.01}
-"""Aims: ratio of mean NLLs to the oracle on single-task and composite chats, to the base model on off-domain ones."""
+TARGETS = {"single": 1.02, "phrased": 1.02, "composite": 1.03, "off_domain": 1.01}
+"""Aims: ratio of mean NLLs to the oracle on single-task, phrased and composite chats, to the base model on off-domain
+ones."""
 
 TITLES = {
     "routed": "**the router**",
@@ -74,12 +76,14 @@ def unmeasured(evaluations: Evaluations, adapters: Sequence[str]) -> list[str]:
 
 
 def main_table(evaluations: Evaluations) -> str:
-    """Every policy on the three sets, best first, with its spread over seeds."""
+    """Every policy on every set, best first, with its spread over seeds; unseen phrasings where they were measured."""
     header = ["policy", "mean NLL", "single: ratio of means", "mean of ratios"]
+    header += ["unseen phrasings: ratio of means"] if has_phrased(evaluations) else []
     header += ["composite: ratio of means", "mean of ratios", "off-domain / base"]
     rows = []
     for policy in policies_of(evaluations):
         measures = [single(policy, part) for part in ("mean_nll", "of_means", "mean_of")]
+        measures += [phrased(policy, "of_means")] if has_phrased(evaluations) else []
         measures += [composite(policy, part) for part in ("of_means", "mean_of")]
         rows.append(
             [
@@ -94,17 +98,21 @@ def verdicts(evaluations: Evaluations, comparisons: Evaluations) -> str:
     """Each aim, what was measured, and whether it is met; whose NLL is lower is seen on the set for comparisons."""
     measured = {
         "single": over_seeds(evaluations, "routed", single("routed", "of_means")),
+        "phrased": over_seeds(evaluations, "routed", phrased("routed", "of_means")),
         "composite": over_seeds(evaluations, "routed", composite("routed", "of_means")),
         "off_domain": over_seeds(evaluations, "routed", off("routed")),
     }
     texts = {
         "single": "single tasks: mean NLL over the oracle's",
+        "phrased": "single tasks in unseen phrasings: mean NLL over the oracle's",
         "composite": "composite chats: mean NLL over the per-segment oracle's",
         "off_domain": "off-domain chats: NLL over the base model's",
     }
     rows = []
     for name, target in TARGETS.items():
         found = measured[name]
+        if name == "phrased" and not has_phrased(evaluations):
+            continue
         rows.append([texts[name], f"≤ {target}", cell(found), met(None if found is None else found.mean <= target)])
     rows += [_below("single tasks: below every baseline", comparisons, in_composites=False)]
     rows += [_below("composite chats: below every single adapter", comparisons, in_composites=True)]
@@ -129,9 +137,10 @@ def _below(text: str, evaluations: Evaluations, *, in_composites: bool) -> list[
 
 
 def task_table(evaluations: Evaluations) -> str:
-    """NLL of the policies that matter and the router's ratio, by task."""
+    """NLL of the policies that matter and the router's ratio, by task; in unseen phrasings too where measured."""
     policies = [name for name in ("base", "uniform", ORACLE) if name in evaluations[0]["policies"]]
-    header = ["task", "chats", *map(title, policies), "the router", "router / oracle", "own adapter's share"]
+    header = ["task", "chats", *map(title, policies), "the router", "router / oracle"]
+    header += [*(["in unseen phrasings"] if has_phrased(evaluations) else []), "own adapter's share"]
     rows = []
     for task, count in evaluations[0]["chats"].items():
         fixed = [f"{evaluations[0]['policies'][policy][task][NLL]:.3f}" for policy in policies]
@@ -142,12 +151,22 @@ def task_table(evaluations: Evaluations) -> str:
             "routed",
             lambda found, task=task: found["policies"]["routed"][task][OWN_SHARE],  # type: ignore[misc]
         )
-        rows.append([task, str(count), *fixed, cell(router), cell(ratio), cell(share)])
+        anew = over_seeds(evaluations, "routed", lambda found, task=task: _ratio(found.get("phrased"), task))  # type: ignore[misc]
+        router_over_oracle = [cell(ratio), *([cell(anew)] if has_phrased(evaluations) else [])]
+        rows.append([task, str(count), *fixed, cell(router), *router_over_oracle, cell(share)])
     return markdown_table(header, rows)
 
 
-def _ratio(evaluation: Mapping[str, Any], task: str) -> float:
-    policies = evaluation["policies"]
+def has_phrased(evaluations: Evaluations) -> bool:
+    """Whether unseen phrasings, which a plan may leave out, were measured."""
+    return any("phrased" in evaluation for evaluation in evaluations)
+
+
+def _ratio(found: Mapping[str, Any] | None, task: str) -> float | None:
+    """The router's NLL over the oracle's on a set of chats; None where the task was not measured."""
+    if found is None or task not in found["policies"][ORACLE]:
+        return None
+    policies = found["policies"]
     return float(policies["routed"][task][NLL] / policies[ORACLE][task][NLL])
 
 

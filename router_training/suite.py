@@ -1,5 +1,7 @@
-"""The whole evaluation: every policy on single-task, composite and off-domain chats, and task metrics of answers."""
+"""The whole evaluation: every policy on single-task, phrased, composite and off-domain chats, and task metrics of
+answers."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from router_training.fitted_baselines import gate_candidates, linear_candidates,
 from router_training.gate_shares import gate_shares, shares_along
 from router_training.generation import generate_answers
 from router_training.metrics import Answer, metric_of
+from router_training.phrased import ask_anew, phrasings_digest
+from router_training.phrasings import Phrasing
 from router_training.progress import Progress
 from router_training.roster import BASE_TASK, Roster
 from server.routing.policy import GatePlan
@@ -40,6 +44,8 @@ class SuiteOptions:
     """Training chats per task that the baselines with something to fit see."""
     composites: int = 0
     """Composite chats; 0 leaves the set out."""
+    phrasings: Mapping[str, Phrasing] | None = None
+    """By task, other ways to ask its questions: the chats that they can read make a further set. None leaves it out."""
     generated_rows: int = 0
     """Chats per task that get an answer generated and scored; 0 leaves task metrics out."""
     max_new_tokens: int = 200
@@ -80,6 +86,8 @@ class Suite:
         record |= {"chats": counts, "data_sha256": data_digest(rows), **compare_policies(results)}
         if BASE_TASK in record["ratio_to_own_adapter"]:
             record["off_domain"] = off_domain_summary(results)
+        if options.phrasings is not None:
+            record["phrased"] = self._phrased(chats, options.phrasings, candidates)
         if options.composites:
             record["composite"] = self._composites(chats, candidates)
         if options.generated_rows:
@@ -165,6 +173,25 @@ class Suite:
 
         content = [[s.token_ids, s.label, s.label_changes] for s in [*sequences, *composites.values()]]
         return dict(self._cells.get(self._facts("routed", ["gates", content]), compute))
+
+    def _phrased(
+        self,
+        chats: Mapping[str, Sequence[Chat]],
+        phrasings: Mapping[str, Phrasing],
+        candidates: Mapping[str, Candidate],
+    ) -> dict[str, Any]:
+        """The comparison on chats asked anew, less those that the model cannot read."""
+        rows = [chat for task in ask_anew(chats, phrasings).values() for chat in task]
+        encoded = zip(rows, self._encode(rows), strict=True)
+        fitting = [pair for pair in encoded if len(pair[1]) <= self._roster.loaded.max_model_len]
+        counts = Counter(chat.task for chat, _ in fitting)
+        return {
+            "chats": dict(counts),
+            "left_out": {task: len(chats[task]) - counts[task] for task in chats if task in phrasings},
+            "data_sha256": data_digest([chat for chat, _ in fitting]),
+            "phrasings_sha256": phrasings_digest(phrasings),
+            **compare_policies(self._measure("phrased", [sequence for _, sequence in fitting], candidates)),
+        }
 
     def _composites(self, chats: Mapping[str, Sequence[Chat]], candidates: Mapping[str, Candidate]) -> dict[str, Any]:
         fitting = [sequence for _, sequence in self._encode_composites(chats, self._options.composites)]

@@ -1,10 +1,12 @@
 """Plans: defaults and order of runs, and every mistake named at once."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from router_training.phrasings import Phrasing, read_phrasings
 from router_training.study_plan import choose, read_plan
 from router_training.study_state import same_settings
 from server.errors import ConfigError
@@ -55,6 +57,18 @@ def test_baselines_are_measured_on_a_set_of_their_own(tmp_path: Path) -> None:
     # The same chats for every seed, all policies for the first.
     assert (second.baselines, second.composites, again.comparison_rows) == (False, 8, 5)
     assert not long.suite_options().baselines
+
+
+def test_a_file_of_phrasings_stands_beside_the_plan_and_is_read_with_it(tmp_path: Path) -> None:
+    text = PLAN.replace("rows: 60,", "rows: 60, phrasings: more.yaml, baselines: first seed,")
+    with pytest.raises(ConfigError, match=r"run 'long': .*more\.yaml: cannot be read"):
+        read_plan(plan_file(tmp_path, text))
+    (tmp_path / "more.yaml").write_text("sums: {read: ['(?P<text>.*)'], write: ['Add {text}']}", encoding="utf-8")
+    long, short, again = read_plan(plan_file(tmp_path, text))
+    for run in (long, again):
+        for options in (run.suite_options(), run.comparison_options()):
+            assert options.phrasings == {"sums": Phrasing((re.compile("(?P<text>.*)", re.DOTALL),), ("Add {text}",))}
+    assert short.suite_options().phrasings is None
 
 
 @pytest.mark.parametrize(
@@ -108,6 +122,7 @@ def test_the_demos_plan_is_valid_and_covers_the_study() -> None:
     assert [run.seed for run in runs if run.name == "winner"] == [0, 1, 2]
     demo = json.loads((ROOT / "examples/demo/router/router.json").read_text(encoding="utf-8"))["training"]
     assert same_settings(demo["settings"], runs[0].settings), "the first run is not the demo's router"
+    assert runs[0].phrasings == read_phrasings(ROOT / "examples/demo/test_phrasings.yaml")
     curve = {(run.settings.samples, run.settings.lambda_ > 0) for run in runs if run.section == "curve"}
     assert curve == {(size, entropy) for size in (125, 250, 500, 1000, 2000, 4000) for entropy in (True, False)}
     for run in runs:

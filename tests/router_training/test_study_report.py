@@ -178,6 +178,30 @@ def test_baselines_are_compared_on_their_own_set_of_chats(record: dict[str, Any]
     assert "is Arrow, 1.500 times" in aims
 
 
+def test_unseen_phrasings_have_an_aim_a_column_and_ratios_by_task(record: dict[str, Any]) -> None:
+    for run in record["runs"]:
+        if run["name"] == "winner":
+            factor = 1.02 + 0.02 * run["seed"]
+            found = policies(factor, baselines=True, tasks=("maths",))
+            run["evaluation"]["phrased"] = {"chats": {"maths": 17}, "policies": found}
+    text = parts(document(Results(record), "figures"))
+    aim = row(text["Aims"], "single tasks in unseen phrasings: mean NLL over the oracle's")
+    assert aim[1:] == ["≤ 1.02", "1.040 ± 0.020", "**missed**"]
+    assert "40 single-task chats of 2 tasks, 17 of them also in unseen phrasings" in text["Every policy"]
+    assert row(text["Every policy"], "policy")[4] == "unseen phrasings: ratio of means"
+    assert row(text["Every policy"], "**the router**")[3:6] == ["1.010 ± 0.010", "1.040 ± 0.020", "2.020 ± 0.020"]
+    assert row(text["Every policy"], "Arrow")[4] == "1.500"
+    assert row(text["By task"], "task")[6:8] == ["router / oracle", "in unseen phrasings"]
+    assert row(text["By task"], "maths")[6:8] == ["1.010 ± 0.010", "1.040 ± 0.020"]
+    # Nothing in the file for this one.
+    assert row(text["By task"], "code")[6:8] == ["1.010 ± 0.010", "–"]
+
+
+def test_a_document_without_unseen_phrasings_does_not_speak_of_them(record: dict[str, Any]) -> None:
+    assert "unseen" not in document(Results(record), "figures")
+    assert "unseen" not in document(Results(unfinished(record)), "figures")
+
+
 def test_tasks_metrics_and_ablations_have_their_numbers(record: dict[str, Any]) -> None:
     found = parts(document(Results(record), "figures"))
     assert row(found["By task"], "code")[1:7] == ["20", "2.000", "1.500", "0.500", "0.505 ± 0.005", "1.010 ± 0.010"]
