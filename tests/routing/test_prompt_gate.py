@@ -103,6 +103,16 @@ def test_later_turns_change_nothing_of_the_first() -> None:
     )
 
 
+def test_of_two_choices_a_half_is_a_toss_up() -> None:
+    """A pool of two would else leave nothing to the router."""
+    scores = torch.tensor([[0.0, 0.0], [0.7, 0.3], [0.9, 0.1]]).clamp_min(1e-9).log()
+    scores[0] = 0.0
+    gate = PromptGate(scores, FRAME, PromptGateSettings(confidence=0.5))
+    assert [gate.decide([token], scores.unbind(dim=1)) for token in (0, 1, 2)] == [[None], [None], [0]]
+    sure = PromptGate(scores, FRAME, PromptGateSettings(confidence=0.95))
+    assert sure.decide([2], scores.unbind(dim=1)) == [None]
+
+
 def test_what_speaks_for_the_base_model_gets_no_adapter() -> None:
     assert choices([BASE, BASE, BASE]) == ["base"] * 8
 
