@@ -158,5 +158,6 @@ def judge_column(
 def shares(gate: PromptGate, column: Tensor | None, questions: Sequence[Sequence[int]]) -> list[float]:
     """Of the questions' tokens, what the gate gives to each of its choices, and last to `column` if there is one."""
     columns = [*gate.scores.unbind(dim=1), *([] if column is None else [column])]
-    given = [index for question in questions for index in gate.decide(question, columns)]
+    is_new = column is not None
+    given = [index for question in questions for index in gate.decide(question, columns, with_newcomers=is_new)]
     return [given.count(index) / len(given) for index in range(len(columns))]

@@ -8,7 +8,7 @@ looks both ways, and tells where in a prompt the task changes. Where it is unsur
 A pure function of (prompt tokens, router, allowed choices). Letters: T tokens of the question, C choices, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
@@ -26,6 +26,8 @@ Floats = npt.NDArray[np.float64]
 
 TIMES_CHANCE = 1.5
 """A posterior must also be so many times what it is where nothing is known. Matters in pools of two."""
+NEWCOMER_CONFIDENCE = 0.7
+"""Least posterior in a pool with choices that the gate was not trained with: scores from a few examples are rougher."""
 
 
 @dataclass(frozen=True)
@@ -91,18 +93,22 @@ class PromptGate:
         emissions = torch.stack([column[ids] for column in columns], dim=1).double() * known[:, None]
         return smoothed(emissions.numpy(), self.settings.switch)
 
-    def decide(self, question: Sequence[int], columns: Sequence[Tensor]) -> list[int | None]:
+    def decide(
+        self, question: Sequence[int], columns: Sequence[Tensor], *, with_newcomers: bool = False
+    ) -> list[int | None]:
         """Which of the columns' choices each token of a question is given to; None where the router decides.
 
-        Only so many tokens of it as the settings say.
+        Only so many tokens of it as the settings say. `with_newcomers`: whether there are columns of choices that the
+        gate was not trained with.
         """
         posterior = self.posterior(question[: self.settings.max_question_tokens], columns)
-        best, is_sure = posterior.argmax(axis=1), posterior.max(axis=1) >= self._needed(len(columns))
+        best, is_sure = posterior.argmax(axis=1), posterior.max(axis=1) >= self._needed(len(columns), with_newcomers)
         return [index if sure else None for index, sure in zip(best.tolist(), is_sure.tolist(), strict=True)]
 
-    def _needed(self, num_choices: int) -> float:
+    def _needed(self, num_choices: int, with_newcomers: bool) -> float:
         """Posterior from which a token is given to one of so many choices: of two, a half is a toss-up."""
-        return min(1.0, max(self.settings.confidence, TIMES_CHANCE / num_choices))
+        least = NEWCOMER_CONFIDENCE if with_newcomers else 0.0
+        return min(1.0, max(self.settings.confidence, TIMES_CHANCE / num_choices, least))
 
     def columns(self, index_of_slot: Mapping[int, int]) -> dict[int, Tensor]:
         """slot -> scores (V,) of the slots of trained choices; shares their memory."""
@@ -169,17 +175,20 @@ def prompt_spans(
     column_of_slot: Mapping[int, Tensor],
     digest_of_slot: Mapping[int, str],
     token_ids: Sequence[int],
+    *,
+    newcomers: Set[int] = frozenset(),
 ) -> tuple[PlanSpan, ...]:
     """Which plan the tokens of a prompt's beginning follow; behind the last span all follow `plan`.
 
     `column_of_slot` (V,) each. None at all where an allowed choice has no scores: the gate would give that one's
-    prompts to others.
+    prompts to others. `newcomers`: slots that the gate was not trained with.
     """
     slots = plan.allowed_slots
     if any(slot not in column_of_slot for slot in slots) or (found := gate.frame.question(token_ids)) is None:
         return ()
     start, stop = found
-    given = gate.decide(token_ids[start:stop], [column_of_slot[slot] for slot in slots])
+    columns = [column_of_slot[slot] for slot in slots]
+    given = gate.decide(token_ids[start:stop], columns, with_newcomers=not newcomers.isdisjoint(slots))
     choices = [None if index is None else slots[index] for index in given]
     opening = choices[0] if start <= gate.settings.max_opening_tokens else None
     spans: list[PlanSpan] = []

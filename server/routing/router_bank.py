@@ -38,6 +38,8 @@ class RouterGeneration:
     """Slot -> digest of the adapter in it, of every slot with a gate row."""
     column_of_slot: Mapping[int, Tensor] = field(default_factory=dict)
     """Slot -> scores (V,) of the prompt gate, if the router has one: of trained adapters and of hot ones."""
+    newcomers: frozenset[int] = frozenset()
+    """Slots of the hot ones."""
     packed: object | None = None
     """What `RouterBank.pack` made of it."""
 
@@ -46,7 +48,8 @@ class RouterGeneration:
         gate = self.artefact.prompt_gate
         if gate is None:
             return ()
-        return prompt_spans(gate, plan, self.column_of_slot, self.digest_of_slot, token_ids)
+        columns, digests = self.column_of_slot, self.digest_of_slot
+        return prompt_spans(gate, plan, columns, digests, token_ids, newcomers=self.newcomers)
 
     def key(self, info: ProjectionInfo) -> str:
         """Which gate decides for this projection; where `rows` lacks it, routed tokens stay on the base."""
@@ -117,6 +120,7 @@ class RouterBank:
             biases=self._biases(hot_rows),
             digest_of_slot={**{slot: hot.digest for slot, hot in hot_rows.items()}, **digest_of_slot},
             column_of_slot=_prompt_columns(artefact.prompt_gate, placed, hot_rows),
+            newcomers=frozenset(hot_rows),
         )
         return generation if self.pack is None else replace(generation, packed=self.pack(generation))
 

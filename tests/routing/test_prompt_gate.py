@@ -113,6 +113,19 @@ def test_of_two_choices_a_half_is_a_toss_up() -> None:
     assert sure.decide([2], scores.unbind(dim=1)) == [None]
 
 
+def test_rough_scores_of_newcomers_must_be_surer() -> None:
+    columns = torch.tensor([[0.6, 0.2, 0.2], [0.8, 0.1, 0.1]]).log().unbind(dim=1)
+    gate = PromptGate(torch.zeros(2, 3), FRAME, PromptGateSettings(confidence=0.5))
+    assert [gate.decide([token], columns) for token in (0, 1)] == [[0], [0]]
+    assert [gate.decide([token], columns, with_newcomers=True) for token in (0, 1)] == [[None], [0]]
+    tokens, plan = prompt([A] * 4), make_plan()
+    for newcomers, changes in ((frozenset({99}), False), (frozenset(plan.allowed_slots[-1:]), True)):
+        weak = make_gate()
+        columns_of = {slot: column * 0.07 for slot, column in weak.columns(INDICES).items()}
+        usual = prompt_spans(weak, plan, columns_of, DIGESTS, tokens)
+        assert (prompt_spans(weak, plan, columns_of, DIGESTS, tokens, newcomers=newcomers) != usual) == changes
+
+
 def test_what_speaks_for_the_base_model_gets_no_adapter() -> None:
     assert choices([BASE, BASE, BASE]) == ["base"] * 8
 
