@@ -51,16 +51,9 @@ def draw_question_mix(chats: Mapping[str, Sequence[Chat]], config: TrainingConfi
     return draw_mix(chats, config.model_copy(update={"samples": min(config.prompt_gate_samples, most)}))
 
 
-def encode_questions(
-    mix: Mix,
-    label_of_task: Mapping[str, int],
-    tokenizer: ChatRenderer,
-    eos_token_ids: Collection[int],
-    config: TrainingConfig,
-) -> list[TokenSequence]:
-    """As `encode_mix`, of a `draw_question_mix`: sequences as long as a prompt gate reads."""
-    whole = config.model_copy(update={"max_length": QUESTION_TOKENS, "too_long": "cut"})
-    return encode_mix(mix, label_of_task, tokenizer, eos_token_ids, whole)
+def question_settings(config: TrainingConfig) -> TrainingConfig:
+    """What `encode_mix` takes for a `draw_question_mix`: sequences as long as a prompt gate reads."""
+    return config.model_copy(update={"max_length": QUESTION_TOKENS, "too_long": "cut"})
 
 
 def encode_mix(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from router_training.composites import common_length
 from router_training.encoding import ChatRenderer, TokenSequence
-from router_training.mixing import Mix, encode_questions
+from router_training.mixing import Mix, encode_mix, question_settings
 from router_training.progress import Progress
 from router_training.roster import BASE_TASK, FIRST_SLOT, Roster
 from router_training.settings import TrainingConfig
@@ -228,7 +228,8 @@ def train_prompt_gate(
         return None
     model: Any = loaded.model
     num_adapters = len(label_of_task) - (BASE_TASK in label_of_task)
-    sequences = encode_questions(mix, label_of_task, loaded.tokenizer, loaded.eos_token_ids, settings)
+    whole = question_settings(settings)
+    sequences = encode_mix(mix, label_of_task, loaded.tokenizer, loaded.eos_token_ids, whole)
     with Progress("prompt gate", total=num_steps(len(sequences)), unit="step") as progress:
         return fit_prompt_gate(
             model.get_input_embeddings().weight,

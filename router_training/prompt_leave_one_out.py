@@ -21,7 +21,7 @@ from router_training.data import Chat, read_splits
 from router_training.encoding import TokenSequence, encode_chats
 from router_training.flags import add_settings, add_sources, settings_from
 from router_training.leave_one_out import replace_table
-from router_training.mixing import draw_question_mix, encode_questions
+from router_training.mixing import draw_question_mix, encode_mix, question_settings
 from router_training.prompt_fit import chat_frame, fit_prompt_gate
 from router_training.report import markdown_table
 from router_training.roster import BASE_TASK
@@ -90,7 +90,7 @@ def gather(config: ServerConfig, data: Sequence[Path], settings: TrainingConfig,
         embeddings=model.get_input_embeddings().weight.detach(),
         frame=frame,
         tasks=tuple(tasks),
-        sequences=encode_questions(mix, labels, loaded.tokenizer, loaded.eos_token_ids, settings),
+        sequences=encode_mix(mix, labels, loaded.tokenizer, loaded.eos_token_ids, question_settings(settings)),
         examples={name: _examples(splits["train"][name], loaded) for name in names},
         validation={
             task: _questions(encode_chats(chats[:rows], labels, loaded.tokenizer, loaded.eos_token_ids), frame)

@@ -190,6 +190,9 @@ def test_a_newcomer_takes_part_in_the_prompt_gate(start: Start, tmp_path: Path) 
     assert spans_of(registry, "zzyx xyzzy xxyz") == []
     info = add(registry, "c", OWN)
     assert info.routed, info.reason
+    router = registry.roster.router
+    assert router is not None
+    assert router.newcomers == {slot_of(registry, "c")}, "rougher scores must be surer"
     verdict = info.to_dict()["calibration"]["prompt_gate"]
     assert (verdict["state"], verdict["reason"]) == ("passed", None)
     assert verdict["own_share"] > 0.5

@@ -1,5 +1,6 @@
 """Adapters and the router over HTTP: statuses, what may be named, vLLM's payloads."""
 
+import asyncio
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,24 @@ def rooted(_rooted: tuple[Harness, httpx.Client]) -> tuple[Harness, httpx.Client
 
 def failed(code: str, **fields: Any) -> AdapterInfo:
     return AdapterInfo("bad", AdapterState.FAILED, "org/bad", reason="why it failed", code=code, **fields)
+
+
+@pytest.mark.parametrize("path", ["/v1/adapters", "/v1/models"])
+def test_long_lists_are_not_made_on_the_event_loop(
+    rooted: tuple[Harness, httpx.Client], monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """Streams would stand still while a thousand adapters are listed."""
+    harness, client = rooted
+    has_loop = []
+    usual = harness.registry.list
+
+    def listing() -> list[AdapterInfo]:
+        has_loop.append(asyncio._get_running_loop() is not None)
+        return usual()
+
+    monkeypatch.setattr(harness.registry, "list", listing)
+    assert client.get(path).status_code == 200
+    assert has_loop == [False]
 
 
 def test_list_and_get_show_adapter_objects(client: httpx.Client) -> None:

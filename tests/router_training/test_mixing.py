@@ -15,8 +15,8 @@ from router_training.mixing import (
     draw_mix,
     draw_question_mix,
     encode_mix,
-    encode_questions,
     interleave,
+    question_settings,
 )
 from router_training.rephrasing import rephrase_some
 from router_training.settings import TrainingConfig
@@ -113,7 +113,7 @@ def test_questions_are_read_beyond_what_the_router_is_trained_on() -> None:
     config = TrainingConfig(prompt_gate=True, max_length=50, too_long="refuse")
     mix = draw_question_mix(rows, config)
     assert mix is not None
-    lengths = sorted(map(len, encode_questions(mix, LABELS, ByteRenderer(), {END}, config)))
+    lengths = sorted(map(len, encode_mix(mix, LABELS, ByteRenderer(), {END}, question_settings(config))))
     assert 100 < lengths[0] < lengths[1] == QUESTION_TOKENS
 
 

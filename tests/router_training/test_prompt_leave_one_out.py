@@ -7,7 +7,7 @@ import pytest
 
 from router_training import prompt_leave_one_out
 from router_training.data import read_splits
-from router_training.mixing import draw_question_mix, encode_questions
+from router_training.mixing import draw_question_mix, encode_mix, question_settings
 from router_training.prompt_leave_one_out import TABLE_END, TABLE_START, gather
 from router_training.settings import TrainingConfig
 from server.config import load_config
@@ -38,7 +38,8 @@ def test_gates_are_fitted_on_the_mix_that_training_fits_them_on(filled: Path) ->
     assert mix is not None
     loaded = load_base_model(config.base_model, device="cpu", cache_folder=filled, root=config.root)
     labels = {task: label for label, task in enumerate(material.tasks)}
-    assert material.sequences == encode_questions(mix, labels, loaded.tokenizer, loaded.eos_token_ids, settings)
+    whole = question_settings(settings)
+    assert material.sequences == encode_mix(mix, labels, loaded.tokenizer, loaded.eos_token_ids, whole)
     assert len(material.sequences) == 180
 
 
