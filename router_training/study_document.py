@@ -6,15 +6,15 @@ from typing import Any
 from router_training.report import markdown_table
 from router_training.settings import BASE_NAME
 from router_training.study_figures import Draw, figures
-from router_training.study_results import ORACLE, Results, over_seeds, single
+from router_training.study_results import Results, over_seeds, single
 from router_training.study_tables import (
     ablation_table,
+    baselines_of,
     cost_table,
     curve_points,
     curve_table,
     main_table,
     metrics_table,
-    policies_of,
     settings_table,
     short_tasks,
     task_table,
@@ -80,13 +80,12 @@ def _aims(evaluations: Sequence[Mapping[str, Any]], comparisons: Sequence[Mappin
 
 
 def _best_other(evaluations: Sequence[Mapping[str, Any]]) -> str:
-    """One sentence: the best policy that neither knows the task nor is this router."""
-    others = [policy for policy in policies_of(evaluations) if policy != ORACLE]
-    others = [policy for policy in others if not policy.startswith(("routed", "per_request"))]
+    """One sentence: the best baseline beside the router."""
+    others = baselines_of(evaluations)
     best = over_seeds(evaluations, others[0], single(others[0], "of_means"))
     router = over_seeds(evaluations, "routed", single("routed", "of_means"))
     return (
-        f"On single tasks the best of the {len(others)} other policies measured is {title(others[0])}, "
+        f"On single tasks the best of the {len(others)} other policies measured is '{title(others[0])}', "
         f"{best} times the oracle's mean NLL; the router's is {router}."
     )
 

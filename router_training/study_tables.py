@@ -119,12 +119,18 @@ def verdicts(evaluations: Evaluations, comparisons: Evaluations) -> str:
     return markdown_table(["aim", "target", "measured", "met"], rows)
 
 
+def baselines_of(evaluations: Evaluations) -> list[str]:
+    """Policies that the router has to be better than, best first: all but the oracle and variants of the router that
+    decide per token too. One adapter per request is a baseline, though it is the router that reads the prompt."""
+    policies = policies_of(evaluations)
+    return [p for p in policies if p not in (ORACLE, "per_request_opening") and not p.startswith("routed")]
+
+
 def _below(text: str, evaluations: Evaluations, *, in_composites: bool) -> list[str]:
     """Whether the router's mean is below every baseline's, or on composites every single adapter's; who is lower."""
     measure = composite if in_composites else single
     router = over_seeds(evaluations, "routed", measure("routed", "mean_nll"))
-    others = [policy for policy in policies_of(evaluations) if policy not in (ORACLE, "routed")]
-    others = [policy for policy in others if not policy.startswith(("routed_k", "per_request"))]
+    others = baselines_of(evaluations)
     if in_composites:
         others = [policy for policy in others if policy.startswith("only_")]
     found = {policy: over_seeds(evaluations, policy, measure(policy, "mean_nll")) for policy in others}
