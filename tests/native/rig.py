@@ -75,12 +75,19 @@ def torch_side(model: Any, num_blocks: int = 64) -> Side:
     return Side(routed, TorchGraph(routed, attention, block_size=BLOCK_SIZE, device=cpu))
 
 
-def native_side(model: Any, num_blocks: int = 64, *, num_threads: int = 2, library: ctypes.CDLL | None = None) -> Side:
+def native_side(
+    model: Any,
+    num_blocks: int = 64,
+    *,
+    num_threads: int = 2,
+    library: ctypes.CDLL | None = None,
+    block_size: int = BLOCK_SIZE,
+) -> Side:
     """The native step; the model must pass `why_not`."""
     routed = attach_routing(copy.deepcopy(model), num_slots=NUM_SLOTS)
     native = NativeModel(
         routed,
-        block_size=BLOCK_SIZE,
+        block_size=block_size,
         num_blocks=num_blocks,
         max_positions=256,
         num_threads=num_threads,

@@ -99,9 +99,28 @@ def test_bfloat16_is_nearer_to_float32_than_the_torch_graph() -> None:
         assert (native - exact).square().mean() < (graph - exact).square().mean()
 
 
+@pytest.mark.parametrize(("head_dim", "block_size"), [(16, 16), (64, 32), (96, 16)])
+def test_bfloat16_with_adapters_is_nearer_to_float32_than_the_torch_graph(head_dim: int, block_size: int) -> None:
+    """Heads that the matrix unit can and cannot take whole, and ranks below, at and above its tiles."""
+    model = ready(llama(head_dim=head_dim)).bfloat16()
+    exact, graph = rig.torch_side(copy.deepcopy(model).float()), rig.torch_side(model)
+    digests = {slot: f"d{slot}" for slot in rig.RANKS}
+    plans = [fixed_plan(Policy.PINNED, {slot: 1.0}, digests) for slot in rig.RANKS]
+    plans.append(fixed_plan(Policy.WEIGHTED, {1: 0.4, 2: 1.0, 4: 0.7}, digests))
+    rig.equip(exact, {})
+    rig.equip(graph, {})
+    for library in libraries():
+        native = rig.native_side(model, library=library, block_size=block_size)
+        rig.equip(native, {})
+        for plan in plans:
+            expected, theirs, ours = (rig.prefill(side, PROMPT, [61, 9], plan) for side in (exact, graph, native))
+            assert (ours - expected).square().mean() < (theirs - expected).square().mean()
+
+
+@pytest.mark.parametrize("head_dim", [16, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_chunks_batches_and_threads_change_no_bit(dtype: torch.dtype) -> None:
-    model = ready(llama()).to(dtype)
+def test_chunks_batches_and_threads_change_no_bit(dtype: torch.dtype, head_dim: int) -> None:
+    model = ready(llama(head_dim=head_dim)).to(dtype)
     artefact = rig.random_artefact(attach_routing(copy.deepcopy(model), num_slots=rig.NUM_SLOTS), "layer")
     plans = plans_over({slot: f"r{slot}" for slot in range(5)})
     for library in libraries():

@@ -8,19 +8,9 @@
 #include <vector>
 
 #include "model.h"
+#include "tile_attention.h"
 
 namespace lm {
-
-constexpr int kChunk = 64;  // keys
-
-// Up to kTileRows query rows (tokens x heads of one K/V head) of one sequence.
-template <class T>
-struct AttentionTile {
-    alignas(64) float scores[kTileRows * kChunk];
-    alignas(64) T weights[kTileRows * kChunk];
-    float greatest[kTileRows], sum[kTileRows];
-    std::vector<float> output;  // (kTileRows, head_dim)
-};
 
 template <class T>
 class Attention {
@@ -31,11 +21,18 @@ class Attention {
         constexpr int KP = Lane<T>::KP;
         const int size = shape.block_size, dim = shape.head_dim;
         const int64_t wide = dim;  // a multiple of 16
-        tile.output.assign(kTileRows * wide, 0.0f);
+        const bool is_tiled = kHasTiles<T> && dim % (2 * kTile) == 0;
+        tile.output.resize(kQueryRows<T> * wide);
+        std::fill_n(tile.output.get(), rows * wide, 0.0f);
+        if (is_tiled) {
+            tile.queries.resize(kQueryRows<T> * wide);
+            for (int r = 0; r < rows; ++r)
+                std::memcpy(static_cast<void*>(tile.queries.get() + r * wide), queries[r], wide * sizeof(T));
+        }
         int32_t last = 0;
         for (int r = 0; r < rows; ++r) {
             tile.greatest[r] = kMinusInf;
-            tile.sum[r] = 0.0f;
+            _mm512_store_ps(tile.sum + r * kVec, _mm512_setzero_ps());
             last = std::max(last, positions[r]);
         }
         for (int32_t start = 0; start <= last; start += kChunk) {
@@ -46,20 +43,35 @@ class Attention {
                 lanes[group / kVec] = reinterpret_cast<const char*>(
                     cache.keys(layer, blocks[key / size], kv_head) + key % size * KP);
             }
-            switch (keys / kVec) {
-                case 1: score_rows<1>(queries, rows, lanes, int64_t{size} * 4, dim / KP, tile.scores); break;
-                case 2: score_rows<2>(queries, rows, lanes, int64_t{size} * 4, dim / KP, tile.scores); break;
-                case 3: score_rows<3>(queries, rows, lanes, int64_t{size} * 4, dim / KP, tile.scores); break;
-                default: score_rows<4>(queries, rows, lanes, int64_t{size} * 4, dim / KP, tile.scores); break;
+            if constexpr (kHasTiles<T>)
+                if (is_tiled) score_tiles(tile, rows, dim, lanes, keys, int64_t{size} * 4);
+            if (!is_tiled) {
+                switch (keys / kVec) {
+                    case 1: score_rows<1>(queries, rows, lanes, int64_t{size} * 4, dim / KP, tile.scores); break;
+                    case 2: score_rows<2>(queries, rows, lanes, int64_t{size} * 4, dim / KP, tile.scores); break;
+                    case 3: score_rows<3>(queries, rows, lanes, int64_t{size} * 4, dim / KP, tile.scores); break;
+                    default: score_rows<4>(queries, rows, lanes, int64_t{size} * 4, dim / KP, tile.scores); break;
+                }
             }
             softmax(shape, tile, positions, rows, start, keys, wide);
-            for (int64_t column = 0; column < wide; column += 2 * kVec)
-                mix_values(cache, layer, kv_head, blocks, size, dim, start, keys, rows, column, wide, tile);
+            if constexpr (kHasTiles<T>) {
+                const T* values[kChunk / kVec];
+                for (int group = 0; is_tiled && group < keys; group += kVec) {
+                    const int32_t key = start + group;
+                    values[group / kVec] =
+                        cache.values(layer, blocks[key / size], kv_head) + int64_t{key % size} * dim;
+                }
+                if (is_tiled) mix_tiles(tile, rows, dim, values, keys);
+            }
+            if (!is_tiled) {
+                for (int64_t column = 0; column < wide; column += 2 * kVec)
+                    mix_values(cache, layer, kv_head, blocks, size, dim, start, keys, rows, column, wide, tile);
+            }
         }
         for (int r = 0; r < rows; ++r) {
-            const __m512 scale = _mm512_set1_ps(1.0f / tile.sum[r]);
+            const __m512 scale = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(_mm512_load_ps(tile.sum + r * kVec)));
             for (int64_t c = 0; c < wide; c += kVec)
-                store16(out[r] + c, _mm512_mul_ps(_mm512_loadu_ps(&tile.output[r * wide + c]), scale));
+                store16(out[r] + c, _mm512_mul_ps(_mm512_loadu_ps(tile.output.get() + r * wide + c), scale));
         }
     }
 
@@ -95,18 +107,21 @@ class Attention {
             for (int g = 0; g < G; ++g) _mm512_store_ps(scores + r * kChunk + g * kVec, sums[r][g]);
     }
 
-    // Scores of one chunk to unnormalised weights; rescales what the earlier chunks gave.
+    // Scores of one chunk to unnormalised weights, with powers of two; rescales what the earlier chunks gave.
     static void softmax(const Shape& shape, AttentionTile<T>& tile, const int32_t* positions, int rows, int32_t start,
                         int keys, int64_t wide) {
-        const __m512 scale = _mm512_set1_ps(shape.attention_scale);
+        const __m512 scale = _mm512_set1_ps(shape.attention_scale * kLog2E);
         const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         for (int r = 0; r < rows; ++r) {
             float* scores = tile.scores + r * kChunk;
             __m512 greatest = _mm512_set1_ps(tile.greatest[r]);
+            const int32_t last = positions[r] - start;  // the last visible key of the chunk, if >= 0
             for (int key = 0; key < keys; key += kVec) {
-                const __mmask16 visible = _mm512_cmple_epi32_mask(
-                    _mm512_add_epi32(lane, _mm512_set1_epi32(start + key)), _mm512_set1_epi32(positions[r]));
-                const __m512 s = _mm512_mask_mul_ps(_mm512_set1_ps(kMinusInf), visible, _mm512_load_ps(scores + key), scale);
+                __m512 s = _mm512_mul_ps(_mm512_load_ps(scores + key), scale);
+                if (last < key + kVec - 1) {
+                    const __mmask16 visible = _mm512_cmple_epi32_mask(lane, _mm512_set1_epi32(last - key));
+                    s = _mm512_mask_mov_ps(_mm512_set1_ps(kMinusInf), visible, s);
+                }
                 _mm512_store_ps(scores + key, s);
                 greatest = _mm512_max_ps(s, greatest);
             }
@@ -116,27 +131,23 @@ class Attention {
                 std::memset(static_cast<void*>(weights), 0, kChunk * sizeof(T));
                 continue;
             }
-            const __m512 shift = _mm512_set1_ps(top);
-            __m512 sum = _mm512_setzero_ps();
-            for (int key = 0; key < keys; key += kVec) {
-                const __m512 s = _mm512_load_ps(scores + key);
-                const __m512 w = exp16(_mm512_sub_ps(s, shift));
-                // A score that is not a number must show, not vanish in the mask of small exponents.
-                const __mmask16 is_nan = _mm512_cmp_ps_mask(s, s, _CMP_UNORD_Q);
-                const __m512 kept = _mm512_mask_mov_ps(w, is_nan, s);
-                sum = _mm512_add_ps(sum, kept);
-                store16(weights + key, kept);
-            }
+            __m512 sum = _mm512_load_ps(tile.sum + r * kVec);
             if (top > tile.greatest[r]) {
-                const float shrink = tile.greatest[r] == kMinusInf ? 0.0f : std::exp(tile.greatest[r] - top);
-                tile.sum[r] *= shrink;
+                const __m512 shrink = exp2_16(_mm512_set1_ps(tile.greatest[r] - top));  // 0 the first time
+                sum = _mm512_mul_ps(sum, shrink);
                 for (int64_t c = 0; c < wide; c += kVec) {
-                    float* o = &tile.output[r * wide + c];
-                    _mm512_storeu_ps(o, _mm512_mul_ps(_mm512_loadu_ps(o), _mm512_set1_ps(shrink)));
+                    float* o = tile.output.get() + r * wide + c;
+                    _mm512_storeu_ps(o, _mm512_mul_ps(_mm512_loadu_ps(o), shrink));
                 }
                 tile.greatest[r] = top;
             }
-            tile.sum[r] += _mm512_reduce_add_ps(sum);
+            const __m512 shift = _mm512_set1_ps(top);
+            for (int key = 0; key < keys; key += kVec) {
+                const __m512 weight = exp2_16(_mm512_sub_ps(_mm512_load_ps(scores + key), shift));
+                sum = _mm512_add_ps(sum, weight);
+                store16(weights + key, weight);
+            }
+            _mm512_store_ps(tile.sum + r * kVec, sum);
         }
     }
 
@@ -159,7 +170,7 @@ class Attention {
         const int64_t second = has_second ? kVec : 0;
         __m512 sums[R][2];
         for (int r = 0; r < R; ++r)
-            for (int v = 0; v < 2; ++v) sums[r][v] = _mm512_loadu_ps(&tile.output[(first + r) * wide + column + v * second]);
+            for (int v = 0; v < 2; ++v) sums[r][v] = _mm512_loadu_ps(tile.output.get() + (first + r) * wide + column + v * second);
         for (int group = 0; group < keys; group += kVec) {
             const int32_t key = start + group;
             const T* lanes = cache.values(layer, blocks[key / size], kv_head) + (int64_t{key % size} * dim + column * KP);
@@ -175,7 +186,7 @@ class Attention {
         }
         for (int r = 0; r < R; ++r)
             for (int v = has_second ? 1 : 0; v >= 0; --v)
-                _mm512_storeu_ps(&tile.output[(first + r) * wide + column + v * second], sums[r][v]);
+                _mm512_storeu_ps(tile.output.get() + (first + r) * wide + column + v * second, sums[r][v]);
     }
 };
 

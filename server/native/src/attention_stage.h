@@ -35,8 +35,8 @@ class AttentionStage : public LoraStage<T> {
         tasks_.clear();
         sequence_of_.resize(step_->num_tokens);
         const int32_t group = shape_.heads / shape_.kv_heads;
-        const int32_t heads_at_once = std::min<int32_t>(group, kTileRows);
-        const int32_t tokens_at_once = kTileRows / heads_at_once;
+        const int32_t heads_at_once = std::min<int32_t>(group, kQueryRows<T>);
+        const int32_t tokens_at_once = kQueryRows<T> / heads_at_once;
         for (int32_t s = 0; s < step_->num_sequences; ++s) {
             const int32_t stop = step_->first_token[s + 1];
             for (int32_t t = step_->first_token[s]; t < stop; ++t) sequence_of_[t] = s;
@@ -60,7 +60,13 @@ class AttentionStage : public LoraStage<T> {
         float* row = qkv_.get() + t * shape_.qkv_width();
         for (int64_t head = 0; head < shape_.heads + shape_.kv_heads; ++head) {
             float* x = row + head * dim;
-            for (int64_t d = 0; d < half; ++d) {
+            int64_t d = 0;
+            for (; d + kVec <= half; d += kVec) {
+                const __m512 low = load16(x + d), high = load16(x + half + d), c = load16(cosine + d), s = load16(sine + d);
+                store16(x + d, _mm512_fmsub_ps(low, c, _mm512_mul_ps(high, s)));
+                store16(x + half + d, _mm512_fmadd_ps(high, c, _mm512_mul_ps(low, s)));
+            }
+            for (; d < half; ++d) {
                 const float low = x[d], high = x[d + half];
                 x[d] = low * cosine[d] - high * sine[d];
                 x[d + half] = high * cosine[d] + low * sine[d];
@@ -68,25 +74,19 @@ class AttentionStage : public LoraStage<T> {
         }
         T* query = query_.get() + t * shape_.d_out(kQ);
         for (int64_t d = 0; d < shape_.d_out(kQ); d += kVec) store16(query + d, load16(row + d));
-        constexpr int KP = Lane<T>::KP;
         const int64_t size = shape_.block_size, offset = position % size;
         const int64_t block = blocks_of(sequence_of_[t])[position / size];
         for (int head = 0; head < shape_.kv_heads; ++head) {
-            const float* key = row + shape_.column(kK) + head * dim;
-            const float* value = row + shape_.column(kV) + head * dim;
-            T* keys = cache_.keys(layer, block, head);
-            T* values = cache_.values(layer, block, head) + offset / KP * dim * KP;
-            for (int64_t d = 0; d < dim; ++d) {
-                from_float(key[d], keys + (d / KP * size + offset) * KP + d % KP);
-                from_float(value[d], values + d * KP + offset % KP);
-            }
+            cache_.store_key(row + shape_.column(kK) + head * dim, dim, size, offset, cache_.keys(layer, block, head));
+            cache_.store_value(row + shape_.column(kV) + head * dim, dim, offset, cache_.values(layer, block, head));
         }
     }
 
     void attend(Own& own, int layer, const AttentionTask& task) {
-        const T* queries[kTileRows];
-        T* out[kTileRows];
-        int32_t positions[kTileRows];
+        const MixedTiles tiles(int64_t{task.num_tokens} * task.num_heads);
+        const T* queries[kQueryRows<T>];
+        T* out[kQueryRows<T>];
+        int32_t positions[kQueryRows<T>];
         int count = 0;
         for (int32_t t = task.first_token; t < task.first_token + task.num_tokens; ++t)
             for (int32_t h = task.first_head; h < task.first_head + task.num_heads; ++h) {

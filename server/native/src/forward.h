@@ -110,10 +110,16 @@ class Forward : public AttentionStage<T> {
         for (int64_t begin = 0; begin < step_->num_tokens; begin += kRowsAtOnce) {
             const int64_t now = std::min<int64_t>(kRowsAtOnce, step_->num_tokens - begin);
             float* results = own.columns.get();
-            multiply_weight(input + begin * lda, lda, now, weight, first, count, results, ldc);
+            multiply_weight(input + begin * lda, lda, now, weight, first, count, results, ldc, after(weight, first, count));
             if (has_gates_ && own.hidden_size > 0) update(own, group, first, count, begin, now, results, ldc);
             finish(begin, now, results, ldc);
         }
+    }
+
+    // What a thread that took panels [first, first + count) will most likely take next, or null.
+    const T* after(const Packed<T>& weight, int64_t first, int64_t count) const {
+        const int64_t panel = first + count * team_.size();
+        return panel < weight.num_panels() ? weight.panel(panel) : nullptr;
     }
 
     // q, k and v stand side by side in one matrix whose panels may straddle them; B has panels of its own.
@@ -176,8 +182,9 @@ class Forward : public AttentionStage<T> {
             for (int64_t begin = 0; begin < step_->num_tokens; begin += kRowsAtOnce) {
                 const int64_t now = std::min<int64_t>(kRowsAtOnce, step_->num_tokens - begin);
                 float* gate = own.columns.get();
-                multiply_weight(input + begin * lda, lda, now, weights.gate, panel, 1, gate, 2 * kPanel);
-                multiply_weight(input + begin * lda, lda, now, weights.up, panel, 1, gate + kPanel, 2 * kPanel);
+                multiply_weight(input + begin * lda, lda, now, weights.gate, panel, 1, gate, 2 * kPanel, weights.up.panel(panel));
+                multiply_weight(input + begin * lda, lda, now, weights.up, panel, 1, gate + kPanel, 2 * kPanel,
+                                after(weights.gate, panel, 1));
                 if (has_gates_ && own.hidden_size > 0)
                     for (int i = 0; i < 2; ++i)
                         lora_up(own, i, begin_column, columns, begin, now, gate + i * kPanel, 2 * kPanel);
@@ -196,7 +203,7 @@ class Forward : public AttentionStage<T> {
         for (int v = 0; v < kPanel; v += kVec) {
             const __m512 x = load16(gate_up + v);
             // x * sigmoid(x) with an exponential that cannot overflow; NaN goes through.
-            const __m512 e = exp16(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(x)));
+            const __m512 e = exp2_16(_mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(-kLog2E)));
             const __m512 one = _mm512_set1_ps(1.0f);
             const __mmask16 is_negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
             const __m512 numerator = _mm512_mask_mov_ps(one, is_negative, e);

@@ -57,12 +57,13 @@ struct Packed {
     int width = kPanel;
     Buffer<T> data;
 
-    void allocate(int64_t n, int64_t k, int panel_width, int64_t depth_unit) {
+    // `tail` steps of zeros follow the last panel, for readers that go beyond it.
+    void allocate(int64_t n, int64_t k, int panel_width, int64_t depth_unit, int64_t tail = 0) {
         num_columns = n;
         depth = k;
         width = panel_width;
         steps = round_up(k, depth_unit) / Lane<T>::KP;
-        data.resize(round_up(n, width) * steps * Lane<T>::KP);
+        data.resize((round_up(n, width) * steps + tail * width) * Lane<T>::KP);
     }
 
     int64_t num_panels() const { return (num_columns + width - 1) / width; }

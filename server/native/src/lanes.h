@@ -51,8 +51,11 @@ inline __m512 load16(const Bf16* x) {
 
 inline void store16(float* out, __m512 x) { _mm512_storeu_ps(out, x); }
 inline void store16(Bf16* out, __m512 x) {
-    // The integer form of `from_float`: unlike vcvtneps2bf16 it does not flush subnormal numbers, so that vector and
-    // scalar code round alike.
+#ifdef __AVX512BF16__
+    // Rounds as `from_float` does, but for subnormal numbers, which it takes for zero.
+    const __m256bh narrow = _mm512_cvtneps_pbh(x);
+    std::memcpy(static_cast<void*>(out), &narrow, sizeof narrow);
+#else
     const __m512i wide = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(wide, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(wide, odd), _mm512_set1_epi32(0x7fff));
@@ -60,6 +63,7 @@ inline void store16(Bf16* out, __m512 x) {
     const __m512i quiet = _mm512_or_si512(wide, _mm512_set1_epi32(0x400000));
     const __m512i bits = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, is_nan, quiet), 16);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(bits));
+#endif
 }
 
 // One lane of type T, its arithmetic, and how many values it holds.
@@ -95,20 +99,21 @@ struct Lane<Bf16> {
     }
 };
 
-// exp(x) for x <= 0 to about 1e-7 relative; 0 below -87.3. Cephes' polynomial (Moshier 1984).
-inline __m512 exp16(__m512 x) {
-    const __mmask16 is_zero = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.3f), _CMP_LT_OQ);
-    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)),
-                                          _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+constexpr float kLog2E = 1.44269504088896341f;
+
+// 2 to the x for x <= 0, to about 1e-7 relative; 0 below -126, and not a number stays so. The polynomial interpolates
+// at Chebyshev's nodes over [-0.5, 0.5].
+inline __m512 exp2_16(__m512 x) {
+    const __mmask16 is_zero = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_LT_OQ);
+    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 r = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_set1_ps(1.546973198e-04f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.340043217e-03f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.618025603e-03f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.550327214e-02f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402265121e-01f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931472067e-01f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
     return _mm512_maskz_scalef_ps(_mm512_knot(is_zero), p, n);
 }
 

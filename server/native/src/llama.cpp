@@ -77,7 +77,7 @@ class TypedEngine : public Engine {
             pair.rank = ranks[i];
             pair.a.allocate(pair.rank, d_in, kVec, kDepthUnit);
             pair.a.fill(0, pair.rank, a[i], d_in);
-            pair.b.allocate(d_out, pair.rank, kPanel, Lane<T>::KP);
+            pair.b.allocate(d_out, pair.rank, kPanel, Lane<T>::KP, kRankUnit<T>);
             pair.b.fill(0, d_out, b[i], pair.rank);
         }
         return adapter.release();

@@ -109,6 +109,8 @@ class LoraStage : public Stage<T> {
     // [begin, begin + num_rows): adapters in the order of their slots.
     void lora_up(Own& own, int index, int64_t from, int64_t columns, int64_t begin, int64_t num_rows, float* out,
                  int64_t ldc) {
+        if (own.updates[index].empty()) return;
+        const MixedTiles tiles(own.most_rows);
         for (const Update<T>& update : own.updates[index]) {
             const int32_t* tokens = update.tokens;
             int64_t entry = 0, stop = update.count;
@@ -117,8 +119,8 @@ class LoraStage : public Stage<T> {
                 stop = std::lower_bound(tokens + entry, tokens + update.count, begin + num_rows) - tokens;
             }
             const int64_t width = update.pair->width();
-            for (; entry < stop; entry += kTileRows) {
-                const int64_t now = std::min<int64_t>(kTileRows, stop - entry);
+            for (; entry < stop; entry += kUpdateRows<T>) {
+                const int64_t now = std::min<int64_t>(kUpdateRows<T>, stop - entry);
                 add_update(own, *update.pair, hidden_.get() + update.hidden + entry * width, tokens + entry, now, from,
                            columns, begin, out, ldc);
             }
@@ -182,6 +184,8 @@ class LoraStage : public Stage<T> {
         const Step& step = *step_;
         own.hidden_size = 0;
         own.units.clear();
+        own.most_rows = 0;
+        int64_t widest = 0;
         for (int i = 0; i < group.count; ++i) {
             if (has_projection_router_)
                 own.groupings[i].build(gates_[i], step.num_tokens, step.num_slots, step.adapters);
@@ -195,16 +199,19 @@ class LoraStage : public Stage<T> {
                 const int32_t first = grouping.first[g], count = grouping.first[g + 1] - first;
                 own.updates[i].push_back({&lora, &grouping.token[first], &grouping.weight[first], count, own.hidden_size});
                 own.hidden_size += count * lora.width();
+                own.most_rows = std::max<int64_t>(own.most_rows, count);
+                widest = std::max(widest, lora.width());
                 const int32_t index = static_cast<int32_t>(own.updates[i].size()) - 1;
-                for (int32_t entry = 0; entry < count; entry += kTileRows) own.units.push_back({i, index, entry});
+                for (int32_t entry = 0; entry < count; entry += kUnitRows<T>) own.units.push_back({i, index, entry});
             }
         }
+        own.hidden_size += kUpdateRows<T> * widest;  // whole tiles are read
     }
 
     void lora_down_unit(Own& own, const Unit& unit, const T* input, int64_t lda) {
         const Update<T>& update = own.updates[unit.projection][unit.update];
         const LoraPair<T>& lora = *update.pair;
-        const int64_t count = std::min<int64_t>(kTileRows, update.count - unit.entry), width = lora.width();
+        const int64_t count = std::min<int64_t>(kUnitRows<T>, update.count - unit.entry), width = lora.width();
         const int32_t* tokens = update.tokens + unit.entry;
         const T* left = input + tokens[0] * lda;
         if (tokens[count - 1] - tokens[0] != count - 1) {  // not neighbours
@@ -214,37 +221,67 @@ class LoraStage : public Stage<T> {
         }
         T* out = hidden_.get() + update.hidden + unit.entry * width;
         float* narrow = own.narrow.get();
+        const MixedTiles tiles(count);
         constexpr int64_t kAtOnce = 4;  // panels of 16
         for (int64_t panel = 0; panel < lora.a.num_panels(); panel += kAtOnce) {
             const int64_t now = std::min(kAtOnce, lora.a.num_panels() - panel), ldc = now * kVec;
-            multiply_panels(left, lda, count, lora.a, panel, now, narrow, ldc);
+            if constexpr (kHasTiles<T>)
+                multiply_narrow_tiles(left, lda, count, lora.a, panel, now, narrow, ldc);
+            else
+                multiply_panels(left, lda, count, lora.a, panel, now, narrow, ldc);
             const int64_t first = panel * kVec, stop = std::min<int64_t>(width, first + ldc);
             for (int64_t r = 0; r < count; ++r) {
                 const float gate = update.weights[unit.entry + r];
-                for (int64_t k = first; k < stop; ++k) from_float(gate * narrow[r * ldc + k - first], out + r * width + k);
+                const float* from = narrow + r * ldc - first;
+                T* to = out + r * width;
+                int64_t k = first;
+                for (; k + kVec <= stop; k += kVec) store16(to + k, _mm512_mul_ps(load16(from + k), _mm512_set1_ps(gate)));
+                for (; k < stop; ++k) from_float(gate * from[k], to + k);
             }
         }
     }
 
-    // out += B hidden for up to kTileRows tokens. Sums go on from what `out` holds, in any arrangement of the tokens.
+    // out += B hidden for up to kUpdateRows tokens. Sums go on from what `out` holds, in any arrangement of the tokens.
     void add_update(Own& own, const LoraPair<T>& lora, const T* hidden, const int32_t* tokens, int64_t count,
                     int64_t from, int64_t columns, int64_t begin, float* out, int64_t ldc) {
         const int64_t width = lora.width(), first = from / kPanel, stop = (from + columns + kPanel - 1) / kPanel;
-        const bool is_whole = from % kPanel == 0 && columns % kPanel == 0;
-        if (is_whole && tokens[count - 1] - tokens[0] == count - 1) {
-            multiply_panels(hidden, width, count, lora.b, first, stop - first, out + (tokens[0] - begin) * ldc, ldc, true);
+        // Whole panels of neighbours need no copy; the matrix unit writes all rows of a tile, so there must be as many.
+        if (from % kPanel == 0 && columns % kPanel == 0 && tokens[count - 1] - tokens[0] == count - 1 &&
+            (!kHasTiles<T> || count == kUpdateRows<T>)) {
+            add_panels(hidden, width, count, lora.b, first, stop - first, out + (tokens[0] - begin) * ldc, ldc);
             return;
         }
         float* narrow = own.narrow.get();
         for (int64_t panel = first; panel < stop; ++panel) {
             const int64_t low = std::max(panel * kPanel, from), high = std::min((panel + 1) * kPanel, from + columns);
-            for (int64_t r = 0; r < count; ++r)
-                std::memcpy(narrow + r * kPanel + low % kPanel, out + (tokens[r] - begin) * ldc + low - from,
-                            (high - low) * sizeof(float));
-            multiply_panels(hidden, width, count, lora.b, panel, 1, narrow, kPanel, true);
-            for (int64_t r = 0; r < count; ++r)
-                std::memcpy(out + (tokens[r] - begin) * ldc + low - from, narrow + r * kPanel + low % kPanel,
-                            (high - low) * sizeof(float));
+            float* place = out + low - from;
+            copy_columns(place, ldc, tokens, begin, count, narrow + low % kPanel, high - low, true);
+            add_panels(hidden, width, count, lora.b, panel, 1, narrow, kPanel);
+            copy_columns(place, ldc, tokens, begin, count, narrow + low % kPanel, high - low, false);
+        }
+    }
+
+    static void add_panels(const T* hidden, int64_t width, int64_t count, const Packed<T>& b, int64_t first,
+                           int64_t num_panels, float* out, int64_t ldc) {
+        if constexpr (kHasTiles<T>)
+            for (int64_t i = 0; i < num_panels; ++i) add_mixed_tiles(hidden, width, b, first + i, out + i * kPanel, ldc);
+        else
+            multiply_panels(hidden, width, count, b, first, num_panels, out, ldc, true);
+    }
+
+    // Columns of the tokens' rows of `out` into rows of a panel, or back.
+    static void copy_columns(float* out, int64_t ldc, const int32_t* tokens, int64_t begin, int64_t count, float* narrow,
+                             int64_t columns, bool is_load) {
+        for (int64_t r = 0; r < count; ++r) {
+            float* row = out + (tokens[r] - begin) * ldc;
+            float* to = is_load ? narrow + r * kPanel : row;
+            const float* from = is_load ? row : narrow + r * kPanel;
+            if (columns == kPanel) {
+                store16(to, load16(from));
+                store16(to + kVec, load16(from + kVec));
+            } else {
+                std::memcpy(to, from, columns * sizeof(float));
+            }
         }
     }
 

@@ -4,7 +4,7 @@
 #include <memory>
 #include <vector>
 
-#include "gemm.h"
+#include "tiles.h"
 
 namespace lm {
 
@@ -69,8 +69,8 @@ template <class T>
 struct LoraPair {
     int64_t rank = 0;
     Packed<T> a;  // (rank, d_in), panels of 16
-    Packed<T> b;  // (d_out, rank)
-    int64_t width() const { return b.steps * Lane<T>::KP; }  // rank padded to lanes
+    Packed<T> b;  // (d_out, rank), followed by zeros: the matrix unit reads on to a multiple of kRankUnit
+    int64_t width() const { return round_up(rank, kRankUnit<T>); }  // of a row of rank space, padded with zeros
 };
 
 template <class T>
@@ -133,6 +133,33 @@ struct Cache {
         return data + layer * layer_stride + (block * kv_heads + head) * 2 * tile;
     }
     T* values(int layer, int64_t block, int head) const { return keys(layer, block, head) + tile; }
+
+    // Write one token's key or value (dim,), a multiple of 16, at its place `offset` in a block of `size`.
+    static void store_key(const float* key, int64_t dim, int64_t size, int64_t offset, T* keys) {
+        constexpr int KP = Lane<T>::KP;
+        alignas(kCacheLine) T narrow[kVec];
+        for (int64_t d = 0; d < dim; d += kVec) {
+            store16(narrow, load16(key + d));
+            for (int64_t k = 0; k < kVec / KP; ++k)
+                std::memcpy(static_cast<void*>(keys + ((d / KP + k) * size + offset) * KP), narrow + k * KP, 4);
+        }
+    }
+    static void store_value(const float* value, int64_t dim, int64_t offset, T* values) {
+        constexpr int KP = Lane<T>::KP;
+        T* row = values + offset / KP * dim * KP;
+        if constexpr (KP == 1) {
+            std::memcpy(row, value, dim * sizeof(T));
+        } else {
+            alignas(kCacheLine) T narrow[kVec];
+            for (int64_t d = 0; d < dim; d += kVec) {
+                store16(narrow, load16(value + d));
+                const __m512i wide = _mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(narrow)));
+                const bool is_odd = offset % KP;
+                _mm512_mask_storeu_epi16(row + d * KP, is_odd ? 0xaaaaaaaau : 0x55555555u,
+                                         is_odd ? _mm512_slli_epi32(wide, 16) : wide);
+            }
+        }
+    }
 };
 
 // How a group of tokens gets its gates (one per distinct plan of a batch).

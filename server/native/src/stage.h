@@ -22,7 +22,13 @@ struct Update {
     int64_t hidden;
 };
 
-// Up to kTileRows tokens of an update, from `entry` on.
+// Tokens whose way into rank space, and out of it, is computed together.
+template <class T>
+constexpr int kUnitRows = kHasTiles<T> ? 4 * kTile : kTileRows;
+template <class T>
+constexpr int kUpdateRows = kHasTiles<T> ? kTile : kTileRows;
+
+// Up to kUnitRows tokens of an update, from `entry` on.
 struct Unit {
     int32_t projection, update, entry;
 };
@@ -34,9 +40,10 @@ struct Scratch {
     std::vector<Update<T>> updates[3];  // by projection of the group at work
     std::vector<Unit> units;
     int64_t hidden_size = 0;            // values of rank space in this phase
+    int64_t most_rows = 0;              // tokens of its largest update
     Buffer<float> columns;    // results of the panels at work
-    Buffer<float> narrow;     // (kTileRows, 64): a few panels of an adapter
-    Buffer<T> gathered;       // (kTileRows, padded d_in)
+    Buffer<float> narrow;     // (kUnitRows, 64): a few panels of an adapter
+    Buffer<T> gathered;       // (kUnitRows, padded d_in)
     AttentionTile<T> tile;
     ShortlistScratch shortlist;
     std::vector<float> greatest;      // (num_logits,) over the columns this thread computed
@@ -51,8 +58,8 @@ class Stage {
         : model_(model), shape_(model.shape), cache_(cache), team_(team), scratch_(team.size()),
           counters_(model.shape.layers * kPhases + kPhases) {
         for (auto& own : scratch_) {
-            own.narrow.resize(kTileRows * 4 * kVec);
-            own.gathered.resize(kTileRows * std::max(depth(kQ), std::max(depth(kO), depth(kDown))));
+            own.narrow.resize(kUnitRows<T> * 4 * kVec);
+            own.gathered.resize(kUnitRows<T> * std::max(depth(kQ), std::max(depth(kO), depth(kDown))));
             own.columns.resize(kRowsAtOnce * kPanelsAtOnce * kPanel);
         }
     }
@@ -67,7 +74,7 @@ class Stage {
         step_ = &step;
         const int64_t tokens = step.num_tokens;
         residual_.resize(tokens * shape_.hidden);
-        const int64_t padded = round_up(tokens, kRowUnit);  // the matrix unit reads whole tiles
+        const int64_t padded = round_up(tokens, kRowUnit) + kTile;  // the matrix unit reads whole tiles
         normed_.resize(std::max(padded, round_up(step.num_logits, kRowUnit)) * depth(kQ));
         qkv_.resize(tokens * shape_.qkv_width());
         query_.resize(tokens * shape_.d_out(kQ));

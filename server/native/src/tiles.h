@@ -7,13 +7,28 @@
 #include "gemm.h"
 
 #ifdef __AMX_BF16__
-
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 
 namespace lm {
 
 constexpr int kTile = 16;  // rows of a tile, and lanes of a row
+
+// Whether products of this type run on the matrix unit.
+#ifdef __AMX_BF16__
+template <class T>
+constexpr bool kHasTiles = std::is_same_v<T, Bf16>;
+#else
+template <class T>
+constexpr bool kHasTiles = false;
+#endif
+
+// Rows of rank space are padded with zeros to a multiple of this.
+template <class T>
+constexpr int kRankUnit = kHasTiles<T> ? kTile : Lane<T>::KP;
+
+#ifdef __AMX_BF16__
 
 // Ask the kernel for the tile registers; false where it or the CPU refuses. Once per process.
 inline bool enable_tiles() {
@@ -21,27 +36,52 @@ inline bool enable_tiles() {
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-// Every thread configures its own tiles: eight of 16 rows of 64 bytes.
+// Shapes of the eight tile registers of this thread. Tiles 0 to 3 are always sums, `rows` x 16 float32.
+//   whole  4, 5: rows of 32 values on the left; 6, 7: 32 x 16 on the right
+//   mixed  4, 6: as above; 5: rows of 16 values on the left; 7: 16 x 16 on the right
+struct alignas(kCacheLine) TileShapes {
+    uint8_t bytes[64] = {1};  // palette 1; bytes of a row from 16 on, two for each tile; rows from 48 on
+    constexpr TileShapes(bool is_mixed, int rows) {
+        for (int tile = 0; tile < 8; ++tile) {
+            bytes[16 + 2 * tile] = is_mixed && tile == 5 ? 32 : 64;
+            bytes[48 + tile] = tile < 6 ? rows : is_mixed && tile == 7 ? kTile / 2 : kTile;
+        }
+    }
+};
+// Constants, not variables of a function: to the compiler _tile_loadconfig reads but the first eight bytes.
+inline constexpr TileShapes kWholeTiles{false, kTile};
+inline constexpr TileShapes kMixedTiles[] = {{true, 4}, {true, 8}, {true, kTile}};
+
+// Every thread of a step: whole tiles of 16 rows unless a MixedTiles is alive.
 class TileScope {
   public:
-    TileScope() {
-        alignas(64) uint8_t config[64] = {1};
-        for (int tile = 0; tile < 8; ++tile) {
-            config[16 + 2 * tile] = 64;
-            config[48 + tile] = kTile;
-        }
-        _tile_loadconfig(config);
-    }
+    TileScope() { _tile_loadconfig(kWholeTiles.bytes); }
     ~TileScope() { _tile_release(); }
+    TileScope(const TileScope&) = delete;
 };
 
-// As multiply_panels, for panels of 32 columns. `a` and `c` must have rows up to a multiple of 32.
+// Mixed tiles for products of up to `rows` rows at a time: as few as 4 or 8 if that is enough, which saves time and
+// changes no row's sums. Rows that a product does not fill are still read and written.
+class MixedTiles {
+  public:
+    explicit MixedTiles(int64_t rows) { _tile_loadconfig(kMixedTiles[rows <= 4 ? 0 : rows <= 8 ? 1 : 2].bytes); }
+    ~MixedTiles() { _tile_loadconfig(kWholeTiles.bytes); }
+    MixedTiles(const MixedTiles&) = delete;
+};
+
+// As multiply_panels, for panels of 32 columns. `a` and `c` must have rows up to a multiple of 32. `next` is what this
+// thread will most likely read after the last panel, or null: with many rows it is brought into the caches meanwhile.
 inline void multiply_tiles(const Bf16* a, int64_t lda, int64_t rows, const Packed<Bf16>& weight, int64_t first,
-                           int64_t count, float* c, int64_t ldc) {
+                           int64_t count, float* c, int64_t ldc, const Bf16* next) {
     const int64_t step_bytes = weight.width * 4, a_bytes = lda * 2, c_bytes = ldc * 4;
     const int64_t blocks = weight.steps / kTile;
+    const int64_t fetched_rows = 4 * kTile;  // fewer rows wait for memory anyway, and the CPU reads ahead by itself
+    const int64_t row_blocks = (rows + 2 * kTile - 1) / (2 * kTile);
+    const int64_t fetches = rows < fetched_rows ? 0 : (kTile * step_bytes / kCacheLine + row_blocks - 1) / row_blocks;
     for (int64_t panel = 0; panel < count; ++panel) {
         const char* right = reinterpret_cast<const char*>(weight.panel(first + panel));
+        const char* ahead = reinterpret_cast<const char*>(panel + 1 < count ? weight.panel(first + panel + 1) : next);
+        const int64_t fetches_now = ahead ? fetches : 0;
         for (int64_t row = 0; row < rows; row += 2 * kTile) {
             const bool has_second = rows - row > kTile;
             const Bf16* upper = a + row * lda;
@@ -52,6 +92,7 @@ inline void multiply_tiles(const Bf16* a, int64_t lda, int64_t rows, const Packe
             _tile_zero(3);
             for (int64_t k = 0; k < blocks; ++k) {
                 const char* w = right + k * kTile * step_bytes;
+                for (int64_t f = 0; f < fetches_now; ++f, ahead += kCacheLine) _mm_prefetch(ahead, _MM_HINT_T1);
                 _tile_loadd(6, w, step_bytes);
                 _tile_loadd(7, w + kCacheLine, step_bytes);
                 _tile_loadd(4, upper + k * 2 * kTile, a_bytes);
@@ -74,31 +115,85 @@ inline void multiply_tiles(const Bf16* a, int64_t lda, int64_t rows, const Packe
     }
 }
 
-}  // namespace lm
+// C (rows, 16 count) = A times panels of 16 columns. `a` and `c` must have rows up to a multiple of 16. Under
+// MixedTiles.
+inline void multiply_narrow_tiles(const Bf16* a, int64_t lda, int64_t rows, const Packed<Bf16>& weight, int64_t first,
+                                  int64_t count, float* c, int64_t ldc) {
+    const int64_t a_bytes = lda * 2, c_bytes = ldc * 4, blocks = weight.steps / kTile;
+    for (int64_t panel = 0; panel < count; ++panel) {
+        const char* right = reinterpret_cast<const char*>(weight.panel(first + panel));
+        for (int64_t row = 0; row < rows; row += 4 * kTile) {
+            const int64_t tiles = std::min<int64_t>(4, (rows - row + kTile - 1) / kTile);
+            const Bf16* left = a + row * lda;
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (int64_t k = 0; k < blocks; ++k) {
+                const Bf16* l = left + k * 2 * kTile;
+                _tile_loadd(6, right + k * kTile * kCacheLine, kCacheLine);
+                _tile_loadd(4, l, a_bytes);
+                _tile_dpbf16ps(0, 4, 6);
+                if (tiles > 1) {
+                    _tile_loadd(4, l + kTile * lda, a_bytes);
+                    _tile_dpbf16ps(1, 4, 6);
+                }
+                if (tiles > 2) {
+                    _tile_loadd(4, l + 2 * kTile * lda, a_bytes);
+                    _tile_dpbf16ps(2, 4, 6);
+                }
+                if (tiles > 3) {
+                    _tile_loadd(4, l + 3 * kTile * lda, a_bytes);
+                    _tile_dpbf16ps(3, 4, 6);
+                }
+            }
+            float* out = c + row * ldc + panel * kTile;
+            _tile_stored(0, out, c_bytes);
+            if (tiles > 1) _tile_stored(1, out + kTile * ldc, c_bytes);
+            if (tiles > 2) _tile_stored(2, out + 2 * kTile * ldc, c_bytes);
+            if (tiles > 3) _tile_stored(3, out + 3 * kTile * ldc, c_bytes);
+        }
+    }
+}
+
+// C (M, 32) += A (M, K), M the rows of the tiles, times one panel of 32 columns. Rows of A are padded with zeros to a multiple of 16 values;
+// what lies behind the panel meets them there, so it must be finite. Under MixedTiles.
+inline void add_mixed_tiles(const Bf16* a, int64_t lda, const Packed<Bf16>& weight, int64_t panel, float* c,
+                            int64_t ldc) {
+    const char* right = reinterpret_cast<const char*>(weight.panel(panel));
+    _tile_loadd(0, c, ldc * 4);
+    _tile_loadd(1, c + kTile, ldc * 4);
+    for (int64_t k = 0; k < weight.steps; k += kTile / 2) {
+        _tile_loadd(5, a + 2 * k, lda * 2);
+        _tile_loadd(7, right + k * 2 * kCacheLine, 2 * kCacheLine);
+        _tile_dpbf16ps(0, 5, 7);
+        _tile_loadd(7, right + k * 2 * kCacheLine + kCacheLine, 2 * kCacheLine);
+        _tile_dpbf16ps(1, 5, 7);
+    }
+    _tile_stored(0, c, ldc * 4);
+    _tile_stored(1, c + kTile, ldc * 4);
+}
 
 #else
-
-namespace lm {
 
 inline bool enable_tiles() { return true; }  // none to ask for
 struct TileScope {
     TileScope() {}
 };
-
-}  // namespace lm
+struct MixedTiles {
+    explicit MixedTiles(int64_t) {}
+};
 
 #endif
 
-namespace lm {
-
-// The base model's products: on the matrix unit where there is one.
+// The base model's products: on the matrix unit where there is one. `next`: see multiply_tiles.
 template <class T>
 void multiply_weight(const T* a, int64_t lda, int64_t rows, const Packed<T>& weight, int64_t first, int64_t count,
-                     float* c, int64_t ldc) {
-#ifdef __AMX_BF16__
-    if constexpr (std::is_same_v<T, Bf16>) return multiply_tiles(a, lda, rows, weight, first, count, c, ldc);
-#endif
-    multiply_panels(a, lda, rows, weight, first, count, c, ldc);
+                     float* c, int64_t ldc, const T* next = nullptr) {
+    if constexpr (kHasTiles<T>)
+        multiply_tiles(a, lda, rows, weight, first, count, c, ldc, next);
+    else
+        multiply_panels(a, lda, rows, weight, first, count, c, ldc);
 }
 
 }  // namespace lm
