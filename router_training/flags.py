@@ -71,7 +71,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-gate",
         action="store_true",
-        help="read the whole first question before it runs, and give what is clear to one adapter (default off)",
+        help="read each question whole before it runs, and give what is clear to one adapter (default off)",
     )
     add("--prompt-gate-samples", "prompt_gate_samples", int, "most chats that the prompt gate is fitted on")
     add("--routed-from-layer", "routed_from_layer", int, "first layer with a gate; the base model alone below it")

@@ -1,4 +1,4 @@
-"""The prompt gate: reads a whole first question before its tokens run, and gives confident stretches to one adapter.
+"""The prompt gate: reads each question whole before its tokens run, and gives confident stretches to one adapter.
 
 A router that decides per token knows nothing at a prompt's beginning, which is the same for every task, and little in
 its first words. But a prompt is known whole. Token scores, a linear map of the frozen token embeddings as a table
@@ -8,7 +8,7 @@ looks both ways, and tells where in a prompt the task changes. Where it is unsur
 A pure function of (prompt tokens, router, allowed choices). Letters: T tokens of the question, C choices, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
@@ -32,7 +32,7 @@ NEWCOMER_CONFIDENCE = 0.7
 
 @dataclass(frozen=True)
 class ChatFrame:
-    """Where the first question stands in a rendered chat, in token ids."""
+    """Where the questions stand in a rendered chat, in token ids."""
 
     header: tuple[int, ...]
     """What the chat template puts right before a user's words."""
@@ -41,21 +41,26 @@ class ChatFrame:
 
     def question(self, token_ids: Sequence[int]) -> tuple[int, int] | None:
         """(first token, token behind the last) of the first user message; None where there is none or it is empty."""
-        width, first = len(self.header), 0
-        while True:
-            try:
-                first = token_ids.index(self.header[0], first)
-            except ValueError:
-                return None
-            if tuple(token_ids[first : first + width]) == self.header:
-                break
-            first += 1
-        start = first + width
+        found = next(self._user_messages(token_ids), None)
+        return found if found is not None and found[0] < found[1] else None
+
+    def questions(self, token_ids: Sequence[int]) -> list[tuple[int, int]]:
+        """As `question`, of every user message that is not empty, in order."""
+        return [(start, stop) for start, stop in self._user_messages(token_ids) if start < stop]
+
+    def _user_messages(self, token_ids: Sequence[int]) -> Iterator[tuple[int, int]]:
+        width, position = len(self.header), 0
         try:
-            stop = token_ids.index(self.end, start)
-        except ValueError:
-            return None
-        return (start, stop) if start < stop else None
+            while True:
+                position = token_ids.index(self.header[0], position)
+                if tuple(token_ids[position : position + width]) != self.header:
+                    position += 1
+                    continue
+                start = position + width
+                position = token_ids.index(self.end, start)
+                yield start, position
+        except ValueError:  # no further one, or one without an end
+            return
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,10 @@ class PromptGateSettings:
     confidence: float = 0.5
     """Posterior from which a token is given to a choice, 0 to 1; below it the router decides."""
     max_opening_tokens: int = 64
-    """Tokens before the question follow its first token if they are no more than this. A longer system message is
-    left to the router, so that requests of all tasks share its cached K/V."""
+    """Tokens before the first question follow its first token if they are no more than this. A longer system message
+    is left to the router, so that requests of all tasks share its cached K/V."""
     max_question_tokens: int = 512
-    """Tokens of the question that are read; the router has seen enough by then."""
+    """Tokens of each question that are read; the router has seen enough by then."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +122,7 @@ class PromptGate:
     @cached_property
     def fingerprint(self) -> str:
         """Everything but the scores, which belong to the adapters' rows."""
-        return f"frame={self.frame.header}{self.frame.end} {self.settings}"
+        return f"every question, frame={self.frame.header}{self.frame.end} {self.settings}"
 
     def record(self) -> dict[str, Any]:
         """For the artefact's JSON."""
@@ -178,22 +183,29 @@ def prompt_spans(
     *,
     newcomers: Set[int] = frozenset(),
 ) -> tuple[PlanSpan, ...]:
-    """Which plan the tokens of a prompt's beginning follow; behind the last span all follow `plan`.
+    """Which plan the tokens of a prompt follow; behind the last span all follow `plan`.
+
+    Each question is decided by itself, so that later turns of a conversation change nothing before them.
 
     `column_of_slot` (V,) each. None at all where an allowed choice has no scores: the gate would give that one's
     prompts to others. `newcomers`: slots that the gate was not trained with.
     """
     slots = plan.allowed_slots
-    if any(slot not in column_of_slot for slot in slots) or (found := gate.frame.question(token_ids)) is None:
+    if any(slot not in column_of_slot for slot in slots) or not (found := gate.frame.questions(token_ids)):
         return ()
-    start, stop = found
     columns = [column_of_slot[slot] for slot in slots]
-    given = gate.decide(token_ids[start:stop], columns, with_newcomers=not newcomers.isdisjoint(slots))
-    choices = [None if index is None else slots[index] for index in given]
-    opening = choices[0] if start <= gate.settings.max_opening_tokens else None
+    with_newcomers = not newcomers.isdisjoint(slots)
+    choices: list[int | None] = []
+    for index, (start, stop) in enumerate(found):
+        given = gate.decide(token_ids[start:stop], columns, with_newcomers=with_newcomers)
+        leading = len(gate.frame.header) if index else start
+        follows = bool(index) or start <= gate.settings.max_opening_tokens
+        choices += [None] * (start - leading - len(choices))
+        choices += [slots[given[0]] if follows and given[0] is not None else None] * leading
+        choices += [None if choice is None else slots[choice] for choice in given]
     spans: list[PlanSpan] = []
     end = 0
-    for slot, group in groupby([opening] * start + choices):
+    for slot, group in groupby(choices):
         end += len(list(group))
         spans.append(PlanSpan(end, plan if slot is None else _only(slot, digest_of_slot)))
     while spans and spans[-1].plan is plan:

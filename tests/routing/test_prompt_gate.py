@@ -94,13 +94,40 @@ def test_a_question_may_change_its_task() -> None:
     assert choices([A] * 6 + [B] * 6) == ["d1"] * 11 + ["d2"] * 6
 
 
-def test_later_turns_change_nothing_of_the_first() -> None:
-    """So that a conversation finds its earlier turns in the prefix cache."""
+def test_later_questions_are_decided_by_themselves_and_change_nothing_before_them() -> None:
+    """So that a conversation finds its earlier turns in the prefix cache. Answers are the router's."""
+    plan, gate = make_plan(), make_gate()
     first = prompt([A] * 4 + [B] * 4)
-    longer = [*first, 5, 6, 99, *FRAME.header, *[B] * 9, 99, 61, 62]
-    assert prompt_spans(make_gate(), plan := make_plan(), make_gate().columns(INDICES), DIGESTS, first) == prompt_spans(
-        make_gate(), plan, make_gate().columns(INDICES), DIGESTS, longer
-    )
+    answered = [*first, A, A, 99, 61]
+    longer = [*answered, *FRAME.header, *[B] * 9, 99, 61, 62]
+    longest = [*longer, B, 99, *FRAME.header, DULL, DULL, 99, 61, 62, B, 99, *FRAME.header, A, A, 99, 61]
+
+    def owners(tokens: list[int]) -> list[str]:
+        spans = prompt_spans(gate, plan, gate.columns(INDICES), DIGESTS, tokens)
+        runs = plan_runs(spans, plan, 0, len(tokens))
+        return ["router" if own is plan else DIGESTS[own.slots[0]] for own, count in runs for _ in range(count)]
+
+    expected = ["d1"] * 9 + ["d2"] * 4 + ["router"] * 3
+    assert owners(first) == expected
+    expected += ["router"] * 4 + ["d2"] * 12 + ["router"] * 3
+    assert owners(longer) == expected
+    assert owners(longest) == expected + ["router"] * 12 + ["d1"] * 5 + ["router"] * 2
+
+
+def test_every_question_is_found_and_one_without_an_end_is_none() -> None:
+    tokens = [*prompt([7, 8]), *FRAME.header, 99, *FRAME.header, 5, 99, *FRAME.header, 6]
+    assert FRAME.questions(tokens) == [(5, 7), (17, 18)]
+    assert FRAME.questions(tuple(tokens[:8])) == [(5, 7)]
+    assert FRAME.questions([*prompt([]), *FRAME.header, 6, 99]) == [(11, 12)]
+
+
+def test_of_each_question_so_many_tokens_are_read() -> None:
+    gate, plan = make_gate(max_question_tokens=3), make_plan()
+    tokens = [*prompt([A] * 5), *FRAME.header, *[B] * 5, 99]
+    runs = plan_runs(prompt_spans(gate, plan, gate.columns(INDICES), DIGESTS, tokens), plan, 0, len(tokens))
+    assert [(None if own is plan else own.slots[0], count) for own, count in runs] == [
+        (1, 8), (None, 5), (2, 6), (None, 3),
+    ]  # fmt: skip
 
 
 def test_of_two_choices_a_half_is_a_toss_up() -> None:
