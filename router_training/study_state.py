@@ -18,6 +18,7 @@ from router_training.study_plan import StudyRun
 from router_training.suite import SuiteOptions
 from server.config import AdapterSpec, ServerConfig
 from server.errors import ConfigError
+from server.routing.prompt_gate import READS, TIMES_CHANCE
 
 STATE_NAME = "study.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -128,6 +129,8 @@ class StudyInputs:
         if run.has_comparison:
             options = run.comparison_options()
             parts += [*_covered(options, self.comparison(run)), self._train_digest if options.baselines else None]
+        if run.settings.prompt_gate:
+            parts += [READS, TIMES_CHANCE]
         return parts
 
     def _once(self, key: tuple[str, str], content: Callable[[], Any]) -> str:

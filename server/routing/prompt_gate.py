@@ -24,6 +24,8 @@ from server.routing.prompt_statistics import QuestionStatistics
 
 Floats = npt.NDArray[np.float64]
 
+READS = "every question"
+"""What a gate reads of a chat; belongs to whatever its decisions are kept under."""
 TIMES_CHANCE = 1.5
 """A posterior must also be so many times what it is where nothing is known. Matters in pools of two."""
 NEWCOMER_CONFIDENCE = 0.7
@@ -122,7 +124,7 @@ class PromptGate:
     @cached_property
     def fingerprint(self) -> str:
         """Everything but the scores, which belong to the adapters' rows."""
-        return f"every question, frame={self.frame.header}{self.frame.end} {self.settings}"
+        return f"{READS}, frame={self.frame.header}{self.frame.end} {self.settings}"
 
     def record(self) -> dict[str, Any]:
         """For the artefact's JSON."""

@@ -51,3 +51,18 @@ def test_an_evaluation_without_phrasings_has_the_digest_it_had_before_there_were
     inputs = StudyInputs(load_config(project / "adapters.yaml"), [project / "data"], runs)
     expected = "5fad1bdc509fdb91bd53368e2bc8fdcd5d72ff5251afb29bea1d7acbc45005f5"
     assert inputs.evaluation_digest(runs[0]) == expected
+
+
+def test_what_a_prompt_gate_reads_belongs_to_the_evaluation_of_runs_that_have_one(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_plan(project, {"name": "with", "settings": {"prompt_gate": True}}, {"name": "without"})
+    runs = read_plan(project / "study.yaml")
+
+    def digests() -> list[str]:
+        inputs = StudyInputs(load_config(project / "adapters.yaml"), [project / "data"], runs)
+        return [inputs.evaluation_digest(planned) for planned in runs]
+
+    before = digests()
+    monkeypatch.setattr("router_training.study_state.READS", "something else")
+    assert [now == then for now, then in zip(digests(), before, strict=True)] == [False, True]

@@ -102,14 +102,15 @@ class Forward : public AttentionStage<T> {
     // ---- projections -------------------------------------------------------------------------------------------
 
     // Base product plus updates of the projections whose columns lie in panels [first, first + count), in float32, for
-    // kRowsAtOnce tokens at a time; `finish(begin, rows, results, ldc)` takes them on.
+    // kRowsAtOnce tokens at a time; `finish(begin, rows, results, ldc)` takes them on. With `place` the results are left
+    // there, in rows of `ldc` values.
     template <class Finish>
     void project(Own& own, Group group, const Packed<T>& weight, const T* input, int64_t lda, int64_t first,
-                 int64_t count, Finish finish) {
-        const int64_t ldc = count * kPanel;
+                 int64_t count, Finish finish, float* place = nullptr, int64_t ldc = 0) {
+        if (!place) ldc = count * kPanel;
         for (int64_t begin = 0; begin < step_->num_tokens; begin += kRowsAtOnce) {
             const int64_t now = std::min<int64_t>(kRowsAtOnce, step_->num_tokens - begin);
-            float* results = own.columns.get();
+            float* results = place ? place + begin * ldc : own.columns.get();
             multiply_weight(input + begin * lda, lda, now, weight, first, count, results, ldc, after(weight, first, count));
             if (has_gates_ && own.hidden_size > 0) update(own, group, first, count, begin, now, results, ldc);
             finish(begin, now, results, ldc);
@@ -137,11 +138,14 @@ class Forward : public AttentionStage<T> {
     void project_qkv(Own& own, int layer, int64_t first, int64_t count) {
         const int64_t width = shape_.qkv_width();
         const int64_t begin_column = first * kPanel, columns = std::min(width - begin_column, count * kPanel);
+        float* out = qkv_.get() + begin_column;
+        const bool is_whole = columns == count * kPanel;  // else the padding of the last panel would be the next row
         project(own, kAttentionIn, model_.layers[layer].qkv, normed_.get(), depth(kQ), first, count,
                 [&](int64_t begin, int64_t now, const float* results, int64_t ldc) {
-                    for (int64_t r = 0; r < now; ++r)
-                        std::copy_n(results + r * ldc, columns, qkv_.get() + (begin + r) * width + begin_column);
-                });
+                    for (int64_t r = 0; r < now && !is_whole; ++r)
+                        std::copy_n(results + r * ldc, columns, out + (begin + r) * width);
+                },
+                is_whole ? out : nullptr, width);
         for (int projection : {kQ, kK, kV}) add_bias(layer, projection, begin_column, columns);
     }
 

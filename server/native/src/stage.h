@@ -76,7 +76,7 @@ class Stage {
         residual_.resize(tokens * shape_.hidden);
         const int64_t padded = round_up(tokens, kRowUnit) + kTile;  // the matrix unit reads whole tiles
         normed_.resize(std::max(padded, round_up(step.num_logits, kRowUnit)) * depth(kQ));
-        qkv_.resize(tokens * shape_.qkv_width());
+        qkv_.resize(padded * shape_.qkv_width());
         query_.resize(tokens * shape_.d_out(kQ));
         attended_.resize(padded * depth(kO));
         activated_.resize(padded * depth(kDown));
@@ -153,7 +153,7 @@ class Stage {
     std::vector<Scratch<T>> scratch_;
     std::vector<std::atomic<int32_t>> counters_;
     Buffer<float> residual_;  // (T, hidden)
-    Buffer<float> qkv_;       // (T, qkv_width)
+    Buffer<float> qkv_;       // (padded T, qkv_width): whole tiles are written
     Buffer<T> normed_;        // (T, padded hidden): input of q, k, v or of gate and up
     Buffer<T> query_;         // (T, heads * head_dim), rotated
     Buffer<T> attended_;      // (T, padded heads * head_dim): input of o
