@@ -59,6 +59,16 @@ def test_a_prompts_clear_stretches_go_to_one_adapter(
         assert again["choices"][0]["text"] == after["choices"][0]["text"]
         assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 16
 
+        conversation = PROMPT + "cccccccccccccc\nQ:bbbb\nA:"
+        later = complete(server.url, prompt=conversation)
+        assert later["choices"][0]["routing"]["prompt"][:2] == stretches
+        assert later["choices"][0]["routing"]["prompt"][-1] == {"tokens": 6, "adapter": "a1"}
+        assert sum(stretch["tokens"] for stretch in later["choices"][0]["routing"]["prompt"]) == 17 + 15 + 6
+        assert later["usage"]["prompt_tokens_details"]["cached_tokens"] == 16, "a later question changes nothing before"
+        alone = complete(server.url, prompt=conversation, cache_salt="another")
+        assert alone["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        assert alone["choices"][0]["text"] == later["choices"][0]["text"]
+
         narrowed = complete(server.url, adapters=["a0"])
         assert narrowed["choices"][0]["routing"]["prompt"] == [{"tokens": 14, "adapter": "a0"}]
         pinned = complete(server.url, model="a1")
