@@ -43,14 +43,11 @@ class ChatFrame:
 
     def question(self, token_ids: Sequence[int]) -> tuple[int, int] | None:
         """(first token, token behind the last) of the first user message; None where there is none or it is empty."""
-        found = next(self._user_messages(token_ids), None)
+        found = next(self.user_messages(token_ids), None)
         return found if found is not None and found[0] < found[1] else None
 
-    def questions(self, token_ids: Sequence[int]) -> list[tuple[int, int]]:
-        """As `question`, of every user message that is not empty, in order."""
-        return [(start, stop) for start, stop in self._user_messages(token_ids) if start < stop]
-
-    def _user_messages(self, token_ids: Sequence[int]) -> Iterator[tuple[int, int]]:
+    def user_messages(self, token_ids: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """(first token, token behind the last) of every user message in order, equal where it is empty."""
         width, position = len(self.header), 0
         try:
             while True:
@@ -193,12 +190,14 @@ def prompt_spans(
     prompts to others. `newcomers`: slots that the gate was not trained with.
     """
     slots = plan.allowed_slots
-    if any(slot not in column_of_slot for slot in slots) or not (found := gate.frame.questions(token_ids)):
+    if any(slot not in column_of_slot for slot in slots):
         return ()
     columns = [column_of_slot[slot] for slot in slots]
     with_newcomers = not newcomers.isdisjoint(slots)
     choices: list[int | None] = []
-    for index, (start, stop) in enumerate(found):
+    for index, (start, stop) in enumerate(gate.frame.user_messages(token_ids)):
+        if start == stop:
+            continue
         given = gate.decide(token_ids[start:stop], columns, with_newcomers=with_newcomers)
         leading = len(gate.frame.header) if index else start
         follows = bool(index) or start <= gate.settings.max_opening_tokens

@@ -116,9 +116,15 @@ def test_later_questions_are_decided_by_themselves_and_change_nothing_before_the
 
 def test_every_question_is_found_and_one_without_an_end_is_none() -> None:
     tokens = [*prompt([7, 8]), *FRAME.header, 99, *FRAME.header, 5, 99, *FRAME.header, 6]
-    assert FRAME.questions(tokens) == [(5, 7), (17, 18)]
-    assert FRAME.questions(tuple(tokens[:8])) == [(5, 7)]
-    assert FRAME.questions([*prompt([]), *FRAME.header, 6, 99]) == [(11, 12)]
+    assert list(FRAME.user_messages(tokens)) == [(5, 7), (13, 13), (17, 18)]
+    assert list(FRAME.user_messages(tuple(tokens[:8]))) == [(5, 7)]
+
+
+def test_behind_an_empty_first_question_a_later_one_leads_nothing_but_its_own_header() -> None:
+    gate, plan = make_gate(), make_plan()
+    tokens = [*prompt([]), *FRAME.header, A, A, 99]
+    runs = plan_runs(prompt_spans(gate, plan, gate.columns(INDICES), DIGESTS, tokens), plan, 0, len(tokens))
+    assert [(None if own is plan else own.slots[0], count) for own, count in runs] == [(None, 8), (1, 5), (None, 1)]
 
 
 def test_of_each_question_so_many_tokens_are_read() -> None:

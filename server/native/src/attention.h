@@ -54,15 +54,16 @@ class Attention {
                 }
             }
             softmax(shape, tile, positions, rows, start, keys, wide);
-            if constexpr (kHasTiles<T>) {
-                const T* values[kChunk / kVec];
-                for (int group = 0; is_tiled && group < keys; group += kVec) {
-                    const int32_t key = start + group;
-                    values[group / kVec] =
-                        cache.values(layer, blocks[key / size], kv_head) + int64_t{key % size} * dim;
+            if constexpr (kHasTiles<T>)
+                if (is_tiled) {
+                    const T* values[kChunk / kVec];
+                    for (int group = 0; group < keys; group += kVec) {
+                        const int32_t key = start + group;
+                        values[group / kVec] =
+                            cache.values(layer, blocks[key / size], kv_head) + int64_t{key % size} * dim;
+                    }
+                    mix_tiles(tile, rows, dim, values, keys);
                 }
-                if (is_tiled) mix_tiles(tile, rows, dim, values, keys);
-            }
             if (!is_tiled) {
                 for (int64_t column = 0; column < wide; column += 2 * kVec)
                     mix_values(cache, layer, kv_head, blocks, size, dim, start, keys, rows, column, wide, tile);

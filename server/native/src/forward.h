@@ -142,7 +142,8 @@ class Forward : public AttentionStage<T> {
         const bool is_whole = columns == count * kPanel;  // else the padding of the last panel would be the next row
         project(own, kAttentionIn, model_.layers[layer].qkv, normed_.get(), depth(kQ), first, count,
                 [&](int64_t begin, int64_t now, const float* results, int64_t ldc) {
-                    for (int64_t r = 0; r < now && !is_whole; ++r)
+                    if (is_whole) return;
+                    for (int64_t r = 0; r < now; ++r)
                         std::copy_n(results + r * ldc, columns, out + (begin + r) * width);
                 },
                 is_whole ? out : nullptr, width);

@@ -32,10 +32,7 @@ inline void score_tiles(AttentionTile<Bf16>& tile, int rows, int dim, const char
     for (int row = 0; row < rows; row += kTile) {
         const Bf16* queries = tile.queries.get() + row * int64_t{dim};
         float* scores = tile.scores + row * kChunk;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        zero_sums();
         for (int d = 0; d < dim; d += 2 * kTile) {
             const int64_t down = d / 2 * step_bytes;
             _tile_loadd(4, queries + d, dim * 2);

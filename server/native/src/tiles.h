@@ -69,6 +69,13 @@ class MixedTiles {
     MixedTiles(const MixedTiles&) = delete;
 };
 
+inline void zero_sums() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
 // As multiply_panels, for panels of 32 columns. `a` and `c` must have rows up to a multiple of 32. `next` is what this
 // thread will most likely read after the last panel, or null: with many rows it is brought into the caches meanwhile.
 inline void multiply_tiles(const Bf16* a, int64_t lda, int64_t rows, const Packed<Bf16>& weight, int64_t first,
@@ -86,10 +93,7 @@ inline void multiply_tiles(const Bf16* a, int64_t lda, int64_t rows, const Packe
             const bool has_second = rows - row > kTile;
             const Bf16* upper = a + row * lda;
             const Bf16* lower = upper + kTile * lda;
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
+            zero_sums();
             for (int64_t k = 0; k < blocks; ++k) {
                 const char* w = right + k * kTile * step_bytes;
                 for (int64_t f = 0; f < fetches_now; ++f, ahead += kCacheLine) _mm_prefetch(ahead, _MM_HINT_T1);
@@ -125,10 +129,7 @@ inline void multiply_narrow_tiles(const Bf16* a, int64_t lda, int64_t rows, cons
         for (int64_t row = 0; row < rows; row += 4 * kTile) {
             const int64_t tiles = std::min<int64_t>(4, (rows - row + kTile - 1) / kTile);
             const Bf16* left = a + row * lda;
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
+            zero_sums();
             for (int64_t k = 0; k < blocks; ++k) {
                 const Bf16* l = left + k * 2 * kTile;
                 _tile_loadd(6, right + k * kTile * kCacheLine, kCacheLine);
@@ -156,8 +157,8 @@ inline void multiply_narrow_tiles(const Bf16* a, int64_t lda, int64_t rows, cons
     }
 }
 
-// C (M, 32) += A (M, K), M the rows of the tiles, times one panel of 32 columns. Rows of A are padded with zeros to a multiple of 16 values;
-// what lies behind the panel meets them there, so it must be finite. Under MixedTiles.
+// C (M, 32) += A (M, K), M the rows of the tiles, times one panel of 32 columns. Rows of A are padded with zeros to a
+// multiple of 16 values; what lies behind the panel meets them there, so it must be finite. Under MixedTiles.
 inline void add_mixed_tiles(const Bf16* a, int64_t lda, const Packed<Bf16>& weight, int64_t panel, float* c,
                             int64_t ldc) {
     const char* right = reinterpret_cast<const char*>(weight.panel(panel));
