@@ -4,7 +4,7 @@ Each part keeps its label, so that the per-segment oracle is known. Encodes; sam
 """
 
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,6 +14,13 @@ from router_training.encoding import ChatRenderer, TokenSequence, up_to_last
 Kind = Literal["conversation", "answer"]
 KINDS: tuple[Kind, ...] = ("conversation", "answer")
 SEPARATOR = "\n\n"
+FORM = "separators are nobody's, long parts are cut, seams are in the warm start"
+"""What a composite is beside its chats; belongs to whatever is kept of training or measuring on some."""
+LEAST_PART = 12
+"""Tokens that a cut leaves of a question or an answer; a composite that would need less of them does not fit."""
+
+Part = tuple[int, int]
+"""(first token, token behind the last) of a question or an answer."""
 
 
 @dataclass(frozen=True)
@@ -49,53 +56,108 @@ def encode_composite(
     label_of_task: Mapping[str, int],
     tokenizer: ChatRenderer,
     eos_token_ids: Collection[int],
+    *,
+    max_length: int | None = None,
 ) -> TokenSequence:
     """Render as a request would be. Both answers count; separators and the second question do not.
 
-    A position belongs to the adapter whose answer it predicts; question tokens belong to their own task.
+    A position belongs to the adapter whose answer it predicts; question tokens belong to their own task. One of more
+    than `max_length` tokens is cut as `shortened` says, as far as that goes.
     """
     labels = (label_of_task[composite.first.task], label_of_task[composite.second.task])
     if composite.kind == "conversation":
-        sequence = _encode_conversation(composite, labels, tokenizer, eos_token_ids)
+        sequence, parts = _encode_conversation(composite, labels, tokenizer, eos_token_ids)
     else:
-        sequence = _encode_answer(composite, labels, tokenizer)
+        sequence, parts = _encode_answer(composite, labels, tokenizer)
     tokens = tuple(up_to_last(list(sequence.token_ids), eos_token_ids))
-    return replace(sequence, token_ids=tokens)
+    whole = replace(sequence, token_ids=tokens)
+    return whole if max_length is None else shortened(whole, parts, max_length)
+
+
+def shortened(sequence: TokenSequence, parts: Sequence[Part], max_length: int) -> TokenSequence:
+    """Of a sequence over `max_length` its longest parts cut to one length: the last part, an answer, loses its end, the
+    others their middle, so that every seam stays. What follows a cut is no answer to what stands before it and does not
+    count. Parts keep `LEAST_PART` tokens, so the result may be still too long."""
+    if len(sequence) <= max_length:
+        return sequence
+    parts = [*parts[:-1], (parts[-1][0], len(sequence))]
+    lengths = [stop - start for start, stop in parts]
+    limit = max(lengths)
+    while limit > LEAST_PART and len(sequence) - sum(max(0, length - limit) for length in lengths) > max_length:
+        limit -= 1
+    dropped, seams = set[int](), set[int]()
+    for start, stop in parts:
+        if stop - start <= limit:
+            continue
+        kept_behind = 0 if stop == len(sequence) else limit // 2
+        dropped.update(range(start + limit - kept_behind, stop - kept_behind))
+        if kept_behind and stop - kept_behind >= sequence.answer_start:
+            seams.add(stop - kept_behind)
+    kept = [position for position in range(len(sequence)) if position not in dropped]
+    moved = {position: index for index, position in enumerate(kept)}
+    return TokenSequence(
+        tuple(sequence.token_ids[position] for position in kept),
+        moved[sequence.answer_start],
+        sequence.label,
+        tuple((moved[position], label) for position, label in sequence.label_changes),
+        tuple(sorted(moved[position] for position in {*sequence.unscored, *seams} if position in moved)),
+    )
 
 
 def _encode_conversation(
     composite: CompositeChat, labels: tuple[int, int], tokenizer: ChatRenderer, eos_token_ids: Collection[int]
-) -> TokenSequence:
+) -> tuple[TokenSequence, list[Part]]:
     messages = [dict(message) for chat in (composite.first, composite.second) for message in chat.messages]
-    first_prompt = tokenizer.render_chat(messages[:1], add_generation_prompt=True)
+
+    def ask(content: str, before: int = 0) -> list[int]:
+        question = {"role": "user", "content": content}
+        return tokenizer.render_chat([*messages[:before], question], add_generation_prompt=True)
+
     first_turn = tokenizer.render_chat(messages[:2], add_generation_prompt=False)
-    second_prompt = tokenizer.render_chat(messages[:3], add_generation_prompt=True)
     whole = tokenizer.render_chat(messages, add_generation_prompt=False)
     turn = len(up_to_last(first_turn, eos_token_ids))
-    unscored = tuple(range(turn, common_length(second_prompt, whole)))
-    return TokenSequence(tuple(whole), common_length(first_prompt, whole), labels[0], ((turn, labels[1]),), unscored)
+    starts = [common_length(tokenizer.render_chat(messages[:n], add_generation_prompt=True), whole) for n in (1, 3)]
+    openings = [common_length(ask("A", before), ask("7", before)) for before in (0, 2)]
+    closing = common_length(ask("A")[::-1], ask("7")[::-1])
+    unscored = tuple(range(turn, starts[1]))
+    sequence = TokenSequence(tuple(whole), starts[0], labels[0], ((turn, labels[1]),), unscored)
+    first, second = ((opening, start - closing) for opening, start in zip(openings, starts, strict=True))
+    return sequence, [first, (starts[0], turn), second, (starts[1], len(whole))]
 
 
-def _encode_answer(composite: CompositeChat, labels: tuple[int, int], tokenizer: ChatRenderer) -> TokenSequence:
+def _encode_answer(
+    composite: CompositeChat, labels: tuple[int, int], tokenizer: ChatRenderer
+) -> tuple[TokenSequence, list[Part]]:
     questions = [composite.first.messages[0]["content"], composite.second.messages[0]["content"]]
     answers = [composite.first.messages[1]["content"], composite.second.messages[1]["content"]]
-    question = {"role": "user", "content": SEPARATOR.join(questions)}
 
-    def render(*contents: str) -> list[int]:
-        answer = {"role": "assistant", "content": "".join(contents)}
-        return tokenizer.render_chat([question, answer], add_generation_prompt=False)
+    def ask(content: str) -> list[int]:
+        return tokenizer.render_chat([{"role": "user", "content": content}], add_generation_prompt=True)
 
-    prompt = tokenizer.render_chat([question], add_generation_prompt=True)
-    whole = render(answers[0], SEPARATOR, answers[1])
-    first_only = tokenizer.render_chat([{**question, "content": questions[0] + SEPARATOR}], add_generation_prompt=True)
-    second_question = common_length(first_only, prompt)
-    question_end = common_length(
-        tokenizer.render_chat([{**question, "content": question["content"] + " "}], add_generation_prompt=True), prompt
-    )
-    first_end = common_length(render(answers[0]), whole)
-    second_start = max(first_end, common_length(render(answers[0], SEPARATOR), whole))
+    def answer(content: str) -> list[int]:
+        messages = [{"role": "user", "content": SEPARATOR.join(questions)}, {"role": "assistant", "content": content}]
+        return tokenizer.render_chat(messages, add_generation_prompt=False)
+
+    prompt, whole = ask(SEPARATOR.join(questions)), answer(SEPARATOR.join(answers))
+    opening = common_length(ask("A"), ask("7"))
+    second_question = _start_of_last(ask, questions[1], prompt)
+    question_end = len(prompt) - common_length(ask("A")[::-1], ask("7")[::-1])
+    first_end = common_length(answer(answers[0]), whole)
+    second_start = max(first_end, _start_of_last(answer, answers[1], whole))
     changes = ((second_question, labels[1]), (question_end, labels[0]), (second_start - 1, labels[1]))
-    return TokenSequence(tuple(whole), len(prompt), labels[0], changes, tuple(range(first_end, second_start)))
+    unscored = tuple(range(first_end, second_start))
+    sequence = TokenSequence(tuple(whole), len(prompt), labels[0], changes, unscored)
+    parts = [(opening, second_question), (second_question, question_end), (len(prompt), first_end)]
+    return sequence, [*parts, (second_start, len(whole))]
+
+
+def _start_of_last(render: Callable[[str], list[int]], text: str, whole: Sequence[int]) -> int:
+    """Where `text`, the last in a message, begins in the tokens of `whole`: what stands there as where it stands alone.
+    Found from behind, since a separator may be other tokens at the end of a message than before words, and before words
+    than before digits (two line ends are one or two tokens in SmolLM2)."""
+    alone = render(text)
+    opening = common_length(render("A"), render("7"))
+    return len(whole) - min(common_length(alone[::-1], whole[::-1]), len(alone) - opening)
 
 
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:

@@ -65,13 +65,17 @@ def encode_mix(
 ) -> list[TokenSequence]:
     """Token sequences in order of training, composites spread evenly among the single chats.
 
-    Raises TrainingDataError as `encode_chats` does. A composite longer than `max_length` is left out where chats may be
-    cut, because cutting would lose its seam; the chats themselves have been checked.
+    Raises TrainingDataError as `encode_chats` does. A composite longer than `max_length` is cut where chats may be, and
+    left out where that cannot make it fit or chats may not; the chats themselves have been checked.
     """
     single = encode_chats(
         mix.chats, label_of_task, tokenizer, eos_token_ids, max_length=config.max_length, too_long=config.too_long
     )
-    joined = [encode_composite(composite, label_of_task, tokenizer, eos_token_ids) for composite in mix.composites]
+    longest = config.max_length if config.too_long == "cut" else None
+    joined = [
+        encode_composite(composite, label_of_task, tokenizer, eos_token_ids, max_length=longest)
+        for composite in mix.composites
+    ]
     return interleave(single, [sequence for sequence in joined if len(sequence) <= config.max_length])
 
 

@@ -24,7 +24,7 @@ from router_training.trainer import Guide
 from server.errors import ConfigError, InvalidRequestError
 from server.model.loader import LoadedModel
 from server.routing.policy import BASE_SLOT, GatePlan, PlanSpan, Policy
-from server.routing.prompt_gate import ChatFrame, PromptGate, PromptGateSettings, prompt_spans
+from server.routing.prompt_gate import READS, ChatFrame, PromptGate, PromptGateSettings, prompt_spans
 from server.routing.prompt_statistics import QuestionStatistics, summarise_questions
 
 EPOCHS = 7
@@ -41,6 +41,11 @@ SHRINK = 0.6
 All these and the chain's settings: best of a few tried, see docs/prompt-gate.md."""
 UNGUIDED_EVERY = 4
 """One chat in so many is trained without the gate, so that the router also learns to find its way alone."""
+
+RECIPE = " ".join(
+    map(str, (EPOCHS, BATCH_SIZE, LONGEST, LEARNING_RATE, PENALTY, SHRINK, UNGUIDED_EVERY, PromptGateSettings(), READS))
+)
+"""All that a fit depends on beside questions and seed; belongs to whatever is kept of training with a prompt gate."""
 
 Question = tuple[Tensor, Tensor]
 """Token ids and labels, both (L,) int64, of a first question."""
@@ -61,7 +66,8 @@ def chat_frame(tokenizer: ChatRenderer) -> ChatFrame:
         header = header[len(header) - common_length(header[::-1], opening[::-1]) :]
     if not header or not closings[0]:
         raise ConfigError("no prompt gate for this base model: its chat template puts no tokens around a user's words")
-    return ChatFrame(tuple(header), closings[0][0])
+    same = len(set(map(tuple, closings))) == 1
+    return ChatFrame(tuple(header), closings[0][0], tuple(closings[0]) if same else ())
 
 
 def around_words(tokenizer: ChatRenderer, system: str | None = None) -> tuple[list[int], list[int]]:

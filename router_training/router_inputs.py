@@ -73,7 +73,7 @@ def cache_inputs(
     for group in batches_by_length(sequences, MAX_BATCH_TOKENS):
         members = [sequences[index] for index in group]
         batch = collate(members)
-        positions = _chosen_positions(members, batch, max_prompt_tokens, max_answer_tokens)
+        positions = chosen_positions(members, batch, max_prompt_tokens, max_answer_tokens)
         inner = gate_batch(routed, batch, plan_of_label)
         recording = RecordingBatch(inner, routed.bank.snapshot, granularity, positions, from_layer)
         last_hidden_states(routed, batch, recording)
@@ -95,15 +95,16 @@ def concatenate(parts: Sequence[CachedInputs]) -> CachedInputs:
     )
 
 
-def _chosen_positions(
+def chosen_positions(
     members: Sequence[TokenSequence], batch: TokenBatch, max_prompt_tokens: int, max_answer_tokens: int
 ) -> Tensor:
-    """(T,) bool: the last prompt token and evenly spread others before and after it, never padding."""
+    """(T,) bool: the last prompt token, those from which on tokens belong to another adapter, and evenly spread others
+    before and after, never padding."""
     chosen = torch.zeros(batch.token_ids.shape, dtype=torch.bool)
     for row, sequence in enumerate(members):
         last_prompt = sequence.answer_start - 1
         chosen[row, _spread(0, last_prompt, max_prompt_tokens)] = True
-        chosen[row, last_prompt] = True
+        chosen[row, [last_prompt, *(position for position, _ in sequence.label_changes)]] = True
         chosen[row, _spread(last_prompt, len(sequence) - 1, max_answer_tokens)] = True
     return chosen.flatten()
 

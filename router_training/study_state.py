@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from router_training import composites, prompt_fit
 from router_training.data import Chat, data_digest, has_task, read_splits
 from router_training.mixing import Mix, draw_mix, draw_question_mix
 from router_training.phrased import ask_anew, phrasings_digest
@@ -116,7 +117,9 @@ class StudyInputs:
 
         def parts() -> list[Any]:
             questions = self.questions(run)
-            return [self.mix(run).digest, None if questions is None else questions.digest, self._frozen]
+            made = [self.mix(run).digest, None if questions is None else questions.digest, self._frozen]
+            made += [composites.FORM] if run.settings.composite_fraction else []
+            return [*made, prompt_fit.RECIPE] if run.settings.prompt_gate else made
 
         return self._once(("training", run.title), parts)
 
@@ -181,6 +184,8 @@ def stage_of(state: RunState | None, run: StudyRun, inputs: StudyInputs) -> Stag
 def _covered(options: SuiteOptions, chats: Mapping[str, Sequence[Chat]]) -> list[Any]:
     facts = asdict(replace(options, phrasings=None))
     del facts["cache"], facts["phrasings"]
+    if options.composites:
+        facts["form"] = composites.FORM
     if options.phrasings is not None:
         facts["phrasings"] = phrasings_digest(options.phrasings)
     return [facts, data_digest([chat for rows in chats.values() for chat in rows])]

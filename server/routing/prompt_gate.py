@@ -8,7 +8,7 @@ looks both ways, and tells where in a prompt the task changes. Where it is unsur
 A pure function of (prompt tokens, router, allowed choices). Letters: T tokens of the question, C choices, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
@@ -24,8 +24,8 @@ from server.routing.prompt_statistics import QuestionStatistics
 
 Floats = npt.NDArray[np.float64]
 
-READS = "every question"
-"""What a gate reads of a chat; belongs to whatever its decisions are kept under."""
+READS = "every question, the answer's header, nobody's questions to the base model"
+"""What a gate reads of a chat and decides; belongs to whatever its decisions are kept under."""
 TIMES_CHANCE = 1.5
 """A posterior must also be so many times what it is where nothing is known. Matters in pools of two."""
 NEWCOMER_CONFIDENCE = 0.7
@@ -40,11 +40,17 @@ class ChatFrame:
     """What the chat template puts right before a user's words."""
     end: int
     """The first token after them."""
+    answer: tuple[int, ...] = ()
+    """What the template puts between them and the answer, `end` included; none in artefacts of earlier trainers."""
 
     def question(self, token_ids: Sequence[int]) -> tuple[int, int] | None:
         """(first token, token behind the last) of the first user message; None where there is none or it is empty."""
         found = next(self.user_messages(token_ids), None)
         return found if found is not None and found[0] < found[1] else None
+
+    def is_answered(self, token_ids: Sequence[int], stop: int) -> bool:
+        """Whether the answer's header is what follows the user message that ends at `stop`."""
+        return bool(self.answer) and tuple(token_ids[stop : stop + len(self.answer)]) == self.answer
 
     def user_messages(self, token_ids: Sequence[int]) -> Iterator[tuple[int, int]]:
         """(first token, token behind the last) of every user message in order, equal where it is empty."""
@@ -121,19 +127,23 @@ class PromptGate:
     @cached_property
     def fingerprint(self) -> str:
         """Everything but the scores, which belong to the adapters' rows."""
-        return f"{READS}, frame={self.frame.header}{self.frame.end} {self.settings}"
+        return f"{READS}, frame={self.frame.header}{self.frame.answer or self.frame.end} {self.settings}"
 
     def record(self) -> dict[str, Any]:
         """For the artefact's JSON."""
-        return {"header": list(self.frame.header), "end": self.frame.end, **asdict(self.settings)}
+        frame = {"header": list(self.frame.header), "end": self.frame.end, "answer": list(self.frame.answer)}
+        return {**frame, **asdict(self.settings)}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], scores: Tensor) -> "PromptGate":
         """Inverse of `record`. Raises KeyError, TypeError or ValueError for what no `record` wrote."""
         settings = dict(record)
-        frame = ChatFrame(tuple(map(int, settings.pop("header"))), int(settings.pop("end")))
+        answer = tuple(map(int, settings.pop("answer", ())))
+        frame = ChatFrame(tuple(map(int, settings.pop("header"))), int(settings.pop("end")), answer)
         if not frame.header:
             raise ValueError("the prompt gate's header has no tokens")
+        if answer and answer[0] != frame.end:
+            raise ValueError("the prompt gate's answer header does not begin with the end of a question")
         read = PromptGateSettings(**settings)
         if not (0 < read.switch < 1 and 0 < read.confidence <= 1):
             raise ValueError("the prompt gate's switch and confidence must lie between 0 and 1")
@@ -184,7 +194,10 @@ def prompt_spans(
 ) -> tuple[PlanSpan, ...]:
     """Which plan the tokens of a prompt follow; behind the last span all follow `plan`.
 
-    Each question is decided by itself, so that later turns of a conversation change nothing before them.
+    Each question is decided by itself, so that later turns of a conversation change nothing before them. A first one
+    that no choice is sure of is the base model's if it may be chosen: most such are nobody's, and an adapter finds its
+    way back in the answer, which the router decides. (A later one may mean something in its conversation, and be a
+    newcomer's.) The answer's header follows the first stretch with an adapter: the first task is answered first.
 
     `column_of_slot` (V,) each. None at all where an allowed choice has no scores: the gate would give that one's
     prompts to others. `newcomers`: slots that the gate was not trained with.
@@ -199,11 +212,16 @@ def prompt_spans(
         if start == stop:
             continue
         given = gate.decide(token_ids[start:stop], columns, with_newcomers=with_newcomers)
+        owners = [None if choice is None else slots[choice] for choice in given]
+        if not index and not with_newcomers and BASE_SLOT in slots and set(owners) == {None}:
+            owners = [BASE_SLOT] * len(owners)
         leading = len(gate.frame.header) if index else start
         follows = bool(index) or start <= gate.settings.max_opening_tokens
         choices += [None] * (start - leading - len(choices))
-        choices += [slots[given[0]] if follows and given[0] is not None else None] * leading
-        choices += [None if choice is None else slots[choice] for choice in given]
+        choices += [owners[0] if follows else None] * leading
+        choices += owners
+        if (first := _first_adapter(owners)) is not None and gate.frame.is_answered(token_ids, stop):
+            choices += [None] * (stop - len(choices)) + [first] * len(gate.frame.answer)
     spans: list[PlanSpan] = []
     end = 0
     for slot, group in groupby(choices):
@@ -212,6 +230,11 @@ def prompt_spans(
     while spans and spans[-1].plan is plan:
         spans.pop()
     return tuple(spans)
+
+
+def _first_adapter(owners: Iterable[int | None]) -> int | None:
+    """Whose answer comes first: that of the first stretch that has an adapter. The base model's may be a greeting."""
+    return next((owner for owner in owners if owner is not None and owner != BASE_SLOT), None)
 
 
 def _only(slot: int, digest_of_slot: Mapping[int, str]) -> GatePlan:

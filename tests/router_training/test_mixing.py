@@ -1,6 +1,8 @@
 """The training mix: shares, composites with their seams, new framings."""
 
 from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,6 +13,7 @@ from router_training.data import Chat, TrainingDataError
 from router_training.encoding import TokenSequence, collate
 from router_training.mixing import (
     QUESTION_TOKENS,
+    Mix,
     check_longest,
     draw_mix,
     draw_question_mix,
@@ -19,8 +22,9 @@ from router_training.mixing import (
     question_settings,
 )
 from router_training.rephrasing import rephrase_some
+from router_training.router_inputs import chosen_positions
 from router_training.settings import TrainingConfig
-from tests.router_training.test_encoding import END, ByteRenderer
+from tests.router_training.test_encoding import END, START, ByteRenderer
 
 
 def chat(task: str, question: str, answer: str, origin: str = "data:1") -> Chat:
@@ -83,6 +87,17 @@ def test_a_mix_has_the_shares_it_was_asked_for_and_one_digest_per_content() -> N
         mix, LABELS, ByteRenderer(), {END}, config.model_copy(update={"max_length": 8, "too_long": "cut"})
     )
     assert len(short) == 30  # no composite fits
+    longest = max(len(s) for s in encode_mix(plain, LABELS, ByteRenderer(), {END}, config) if not s.label_changes)
+    lengths = [len(encode_composite(pair, LABELS, ByteRenderer(), {END})) for pair in plain.composites]
+    assert min(lengths) > longest
+    strict = config.model_copy(update={"max_length": longest})
+    assert len(encode_mix(plain, LABELS, ByteRenderer(), {END}, strict)) == 30, "none may be cut"
+    wide = [replace(pair, first=chat("a", "A" * 90, "B" * 90)) for pair in plain.composites]
+    cut = config.model_copy(update={"max_length": 100, "too_long": "cut"})
+    joined = [
+        s for s in encode_mix(Mix(plain.chats, tuple(wide)), LABELS, ByteRenderer(), {END}, cut) if s.label_changes
+    ]
+    assert [len(sequence) <= 100 for sequence in joined] == [True] * 10
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 40))
@@ -167,3 +182,79 @@ def test_the_separator_of_two_answers_is_nobodys() -> None:
     composite = CompositeChat("answer", chat("a", "AAAA", "xx"), chat("b", "BBBB", "yyy"))
     sequence = encode_composite(composite, LABELS, ByteRenderer(), {END})
     assert bytes(sequence.token_ids[position] for position in sequence.unscored) == SEPARATOR.encode()
+
+
+PAIR = 310
+
+
+class PairingRenderer(ByteRenderer):
+    """Two line ends are one token at the end of a message or before a digit, as in SmolLM2, and two elsewhere."""
+
+    def render_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+        tokens = super().render_chat(messages, add_generation_prompt=add_generation_prompt)
+        for position in reversed(range(len(tokens) - 2)):
+            behind = tokens[position + 2]
+            if tokens[position : position + 2] == [10, 10] and (behind == END or chr(behind).isdigit()):
+                tokens[position : position + 2] = [PAIR]
+        return tokens
+
+
+@pytest.mark.parametrize("second", ["yyy", "7", "A", "7A"])
+def test_a_separator_is_nobodys_whatever_tokens_it_becomes(second: str) -> None:
+    composite = CompositeChat("answer", chat("a", "AAAA", "xx"), chat("b", second * 2, second))
+    sequence = encode_composite(composite, LABELS, PairingRenderer(), {END})
+    separator = [PAIR] if second[0] == "7" else [10, 10]
+    assert [sequence.token_ids[position] for position in sequence.unscored] == separator
+    batch = collate([sequence])
+    scored = batch.answer_positions
+    assert batch.targets.flatten()[scored].tolist() == [*b"xx", *second.encode(), END]
+    assert batch.token_labels[scored].tolist() == [1, 1] + [2] * (len(second) + 1)
+    labels = batch.token_labels.tolist()
+    start = 1 + 4 + len(separator)
+    assert labels[:start] == [1] * start, "the first question, and what joins it to the second"
+    assert labels[start : start + 2 * len(second)] == [2] * 2 * len(second)
+    assert labels[start + 2 * len(second)] == 1, "the answer's header"
+
+
+@pytest.mark.parametrize("kind", ["conversation", "answer"])
+@pytest.mark.parametrize("max_length", [70, 80, 100, 129])
+def test_a_cut_composite_keeps_its_seams(kind: Kind, max_length: int) -> None:
+    first, second = chat("a", "A" * 40, "<" + "x" * 30 + ">"), chat("b", "[" + "B" * 6 + "]", "(" + "y" * 40)
+    composite = CompositeChat(kind, first, second)
+    whole = encode_composite(composite, LABELS, ByteRenderer(), {END})
+    cut = encode_composite(composite, LABELS, ByteRenderer(), {END}, max_length=max_length)
+    assert max_length - 3 <= len(cut) <= max_length < len(whole)
+    batch = collate([cut])
+    owners = [
+        (chr(target), label)
+        for target, label, is_scored in zip(
+            batch.targets.flatten().tolist(), batch.token_labels.tolist(), batch.answer_positions.tolist(), strict=True
+        )
+        if is_scored and target < END
+    ]
+    counted = Counter(owners)
+    num_x, num_y = counted["x", 1], counted["y", 2]
+    assert owners == [("<", 1), *[("x", 1)] * num_x, (">", 1), ("(", 2), *[("y", 2)] * num_y]
+    text = "".join(chr(token) if token < END else " " for token in cut.token_ids)
+    assert "[BBBBBB]" in text, "short parts stay whole"
+    assert text.index("A") < text.index("[") < text.index("(")
+    kept_x = text.count("x")
+    assert num_x == kept_x - (kept_x < 30), "what follows a cut counts for nobody"
+    assert abs(text.count("A") - num_y) <= 2, "long parts are cut to one length"
+
+
+def test_what_need_not_be_cut_or_cannot_is_told_by_its_length() -> None:
+    composite = CompositeChat("answer", chat("a", "A" * 5, "x"), chat("b", "B", "y" * 5))
+    whole = encode_composite(composite, LABELS, ByteRenderer(), {END})
+    assert encode_composite(composite, LABELS, ByteRenderer(), {END}, max_length=len(whole)) == whole
+    assert len(encode_composite(composite, LABELS, ByteRenderer(), {END}, max_length=8)) == len(whole)
+    assert whole.token_ids[0] == START
+
+
+def test_the_warm_start_sees_the_seams_of_composites() -> None:
+    composite = CompositeChat("answer", chat("a", "A" * 40, "x" * 40), chat("b", "B" * 40, "y" * 40))
+    sequence = encode_composite(composite, LABELS, ByteRenderer(), {END})
+    chosen = chosen_positions([sequence], collate([sequence]), 3, 3)
+    seams = [position for position, _ in sequence.label_changes]
+    assert chosen[[*seams, sequence.answer_start - 1]].all()
+    assert int(chosen.sum()) <= 3 + 3 + 4

@@ -130,6 +130,7 @@ def test_the_frame_is_what_the_template_puts_around_a_question() -> None:
     frame = chat_frame(tokenizer)
     assert tokenizer.decode(frame.header, skip_special_tokens=False) == "<|im_start|>user\n"
     assert tokenizer.decode([frame.end], skip_special_tokens=False) == "<|im_end|>"
+    assert tokenizer.decode(frame.answer, skip_special_tokens=False) == "<|im_end|>\n<|im_start|>assistant\n"
     for messages in (
         [{"role": "user", "content": "what now?"}],
         [{"role": "system", "content": "be brief"}, {"role": "user", "content": "what now?"}],

@@ -94,6 +94,36 @@ def test_chats_that_only_a_prompt_gate_sees_concern_runs_that_have_one(study: Pa
     assert before.training_digest(gated) != before.training_digest(plain)
 
 
+@pytest.mark.parametrize(
+    ("constant", "outdated"),
+    [("composites.FORM", [("composites", "both"), ("measured",)]), ("prompt_fit.RECIPE", [("gated",), ()])],
+)
+def test_a_new_way_to_make_what_a_run_uses_outdates_that_run(
+    study: Path, monkeypatch: pytest.MonkeyPatch, constant: str, outdated: list[tuple[str, ...]]
+) -> None:
+    config, samples = load_config(study / "adapters.yaml"), 8
+    runs = {
+        "plain": (TrainingConfig(samples=samples), EvaluationPlan()),
+        "gated": (TrainingConfig(samples=samples, prompt_gate=True), EvaluationPlan()),
+        "composites": (TrainingConfig(samples=samples, composite_fraction=0.5), EvaluationPlan()),
+        "both": (TrainingConfig(samples=samples, composite_fraction=0.5), EvaluationPlan()),
+        "measured": (TrainingConfig(samples=samples), EvaluationPlan(composites=4)),
+    }
+    planned = {name: StudyRun(name, "ablation", "", *parts, True) for name, parts in runs.items()}
+
+    def digests() -> list[dict[str, str]]:
+        inputs = StudyInputs(config, [study / "data"], [])
+        return [
+            {name: digest_of(run) for name, run in planned.items()}
+            for digest_of in (inputs.training_digest, inputs.evaluation_digest)
+        ]
+
+    before = digests()
+    monkeypatch.setattr(f"router_training.{constant}", "another")
+    for old, new, names in zip(before, digests(), outdated, strict=True):
+        assert {name for name in old if old[name] != new[name]} == set(names)
+
+
 def test_changed_data_or_adapters_rerun_everything(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_plan(study, {"name": "only"}, steps=0)
     assert run(study) == 0

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from server.routing.policy import BASE_PLAN, GatePlan, PlanSpan, Policy, plan_runs, routed_plan
+from server.routing.policy import BASE_PLAN, BASE_SLOT, GatePlan, PlanSpan, Policy, plan_runs, routed_plan
 from server.routing.prompt_gate import ChatFrame, PromptGate, PromptGateSettings, prompt_spans, smoothed
 
-FRAME = ChatFrame(header=(90, 91, 90), end=99)
+FRAME = ChatFrame(header=(90, 91, 90), end=99, answer=(99, 61, 62))
 DIGESTS = {1: "d1", 2: "d2"}
 INDICES = {0: 0, 1: 1, 2: 2}
 A, B, BASE, DULL = 10, 20, 0, 50
@@ -95,7 +95,7 @@ def test_a_question_may_change_its_task() -> None:
 
 
 def test_later_questions_are_decided_by_themselves_and_change_nothing_before_them() -> None:
-    """So that a conversation finds its earlier turns in the prefix cache. Answers are the router's."""
+    """So that a conversation finds its earlier turns in the prefix cache. Answers themselves are the router's."""
     plan, gate = make_plan(), make_gate()
     first = prompt([A] * 4 + [B] * 4)
     answered = [*first, A, A, 99, 61]
@@ -107,9 +107,9 @@ def test_later_questions_are_decided_by_themselves_and_change_nothing_before_the
         runs = plan_runs(spans, plan, 0, len(tokens))
         return ["router" if own is plan else DIGESTS[own.slots[0]] for own, count in runs for _ in range(count)]
 
-    expected = ["d1"] * 9 + ["d2"] * 4 + ["router"] * 3
+    expected = ["d1"] * 9 + ["d2"] * 4 + ["d1"] * 3
     assert owners(first) == expected
-    expected += ["router"] * 4 + ["d2"] * 12 + ["router"] * 3
+    expected += ["router"] * 4 + ["d2"] * 15
     assert owners(longer) == expected
     assert owners(longest) == expected + ["router"] * 12 + ["d1"] * 5 + ["router"] * 2
 
@@ -132,7 +132,7 @@ def test_of_each_question_so_many_tokens_are_read() -> None:
     tokens = [*prompt([A] * 5), *FRAME.header, *[B] * 5, 99]
     runs = plan_runs(prompt_spans(gate, plan, gate.columns(INDICES), DIGESTS, tokens), plan, 0, len(tokens))
     assert [(None if own is plan else own.slots[0], count) for own, count in runs] == [
-        (1, 8), (None, 5), (2, 6), (None, 3),
+        (1, 8), (None, 2), (1, 3), (2, 6), (None, 3),
     ]  # fmt: skip
 
 
@@ -163,9 +163,54 @@ def test_what_speaks_for_the_base_model_gets_no_adapter() -> None:
     assert choices([BASE, BASE, BASE]) == ["base"] * 8
 
 
-def test_what_says_nothing_is_left_to_the_router() -> None:
-    assert choices([DULL] * 4) == ["router"] * 9
-    assert prompt_spans(make_gate(), make_plan(), make_gate().columns(INDICES), DIGESTS, prompt([DULL] * 4)) == ()
+def owners(tokens: list[int], allowed: tuple[int, ...] = (0, 1, 2), **options: Any) -> list[int | None]:
+    """The slot that each token of a prompt goes to; None where it is the router's."""
+    gate = make_gate()
+    plan = make_plan({slot: f"d{slot}" for slot in allowed})
+    spans = prompt_spans(gate, plan, gate.columns(INDICES), DIGESTS, tokens, **options)
+    runs = plan_runs(spans, plan, 0, len(tokens))
+    return [
+        None if own is plan else own.slots[0] if own.slots else BASE_SLOT for own, count in runs for _ in range(count)
+    ]
+
+
+def test_a_first_question_that_says_nothing_is_the_base_models() -> None:
+    """Nobody's, most likely; the answer, its header included, stays the router's."""
+    dull = prompt([DULL] * 4)
+    assert owners(dull) == [BASE_SLOT] * 9 + [None] * 3
+    assert owners(dull, newcomers=frozenset({2})) == [None] * 12, "it may be a newcomer's"
+    assert owners(dull, (1, 2)) == [None] * 12, "the base model is no choice"
+    assert owners([*prompt([A] * 4), *FRAME.header, DULL, DULL, 99]) == [1] * 12 + [None] * 6, "it has a conversation"
+    assert owners([*prompt([]), *FRAME.header, DULL, DULL, 99]) == [None] * 14
+
+
+def test_beside_clear_stretches_what_says_nothing_is_left_to_the_router() -> None:
+    found = choices([A] * 4 + [DULL] * 9 + [B] * 4, gate=make_gate(switch=0.2))
+    assert found[:9] == ["d1"] * 9
+    assert found[13] == "router"
+    assert found[-4:] == ["d2"] * 4
+
+
+def test_the_answers_header_follows_the_first_adapter() -> None:
+    """Of two tasks in one question the first is answered first, and the base model's stretch may be a greeting."""
+    assert owners(prompt([A] * 6 + [B] * 6)) == [1] * 11 + [2] * 6 + [1] * 3
+    assert owners(prompt([BASE] * 6 + [B] * 6)) == [BASE_SLOT] * 11 + [2] * 9
+    assert owners(prompt([B] * 6 + [BASE] * 6)) == [2] * 11 + [BASE_SLOT] * 6 + [2] * 3
+    assert owners(prompt([BASE] * 6)) == [BASE_SLOT] * 11 + [None] * 3
+    assert owners([*prompt([A] * 4)[:-1], 63]) == [1] * 9 + [None] * 3, "another header"
+    assert owners(prompt([A] * 4)[:-1]) == [1] * 9 + [None] * 2, "half a header"
+    gate = make_gate(max_question_tokens=2)
+    spans = prompt_spans(gate, make_plan(), gate.columns(INDICES), DIGESTS, prompt([A] * 4))
+    assert [(span.stop, span.plan.slots) for span in spans] == [(7, (1,)), (9, (0, 1, 2)), (12, (1,))]
+
+
+def test_a_gate_that_knows_no_header_leaves_answers_to_the_router() -> None:
+    record = make_gate().record()
+    del record["answer"]
+    earlier = PromptGate.from_record(record, make_gate().scores)
+    spans = prompt_spans(earlier, make_plan(), earlier.columns(INDICES), DIGESTS, prompt([A] * 4))
+    assert [(span.stop, span.plan.slots) for span in spans] == [(9, (1,))]
+    assert earlier.fingerprint != make_gate().fingerprint
 
 
 def test_a_long_opening_is_left_to_the_router() -> None:
@@ -213,6 +258,7 @@ def test_runs_cover_every_token_once() -> None:
 def test_a_gate_without_a_header_is_refused() -> None:
     record = make_gate().record()
     changes: list[dict[str, Any]] = [{"header": []}, {"switch": 0.0}, {"confidence": 1.5}, {"unknown": 1}]
+    changes += [{"answer": [61, 99]}, {"answer": 3}]
     changes += [{"max_question_tokens": 0}, {"max_question_tokens": 2.5}, {"max_opening_tokens": -1}]
     for broken in changes:
         with pytest.raises((ValueError, TypeError)):
