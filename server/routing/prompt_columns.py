@@ -24,8 +24,8 @@ UNIFORM_SHARE = 0.4
 not pass for all words that others use. The best of what was tried, as the two above: see docs/hot-routing.md."""
 MAX_LOG_RATIO = 4.0
 """Nats; no single token may say more, before the gain."""
-MIN_QUESTIONS = 2
-"""Fewer cannot judge each other."""
+MIN_EXAMPLES = 2
+"""Fewer with a question cannot judge each other."""
 MAX_OWN_LOST = 0.2
 """Canary: of its questions' tokens the gate may give at most so many to others, by columns from half of its examples,
 which know less than the column in use (docs/hot-routing.md has what that one loses). What it leaves to the router is
@@ -88,7 +88,8 @@ def make_column(
 ) -> tuple[Tensor | None, PromptVerdict]:
     """The column of an adapter whose examples are these rendered chats, if the canary lets it take part.
 
-    `names` of the gate's choices. A chat without a user message says nothing of questions and is left out.
+    `names` of the gate's choices. Of a conversation every question counts, as the gate reads every one; a chat without
+    a user message says nothing of questions and is left out.
     """
     if gate.statistics is None:
         problem = (
@@ -96,12 +97,14 @@ def make_column(
             "--router DIR --data DIR`, then load the artefact again"
         )
         return None, PromptVerdict((problem,))
-    found = [(prompt, gate.frame.question(prompt)) for prompt in prompts]
-    questions = [prompt[span[0] : span[1]] for prompt, span in found if span is not None]
-    if len(questions) < MIN_QUESTIONS:
-        return None, PromptVerdict((f"{len(questions)} of its examples have a question; {MIN_QUESTIONS} are needed",))
-    column = column_from_questions(questions, gate, gate.statistics)
-    report = judge_column(column, questions, gate, gate.statistics, names)
+    asked = [
+        [prompt[start:stop] for start, stop in gate.frame.user_messages(prompt) if start < stop] for prompt in prompts
+    ]
+    examples = [questions for questions in asked if questions]
+    if len(examples) < MIN_EXAMPLES:
+        return None, PromptVerdict((f"{len(examples)} of its examples have a question; {MIN_EXAMPLES} are needed",))
+    column = column_from_questions(_joined(examples), gate, gate.statistics)
+    report = judge_column(column, examples, gate, gate.statistics, names)
     return (None if report.problems else column), PromptVerdict(report.problems, report)
 
 
@@ -127,16 +130,16 @@ def column_from_questions(
 
 def judge_column(
     column: Tensor,
-    questions: Sequence[Sequence[int]],
+    examples: Sequence[Sequence[Sequence[int]]],
     gate: PromptGate,
     statistics: QuestionStatistics,
     names: Sequence[str],
 ) -> PromptReport:
-    """The canary: the column on retained questions, and columns from either half of its questions on the other.
+    """The canary: the column on retained questions, and columns from either half of its examples on the other.
 
-    `names` of the gate's choices. There must be at least `MIN_QUESTIONS` questions.
+    `examples` have a question or more each, and there must be at least `MIN_EXAMPLES`. `names` of the gate's choices.
     """
-    halves = (questions[0::2], questions[1::2])
+    halves = (_joined(examples[0::2]), _joined(examples[1::2]))
     own = [
         shares(gate, column_from_questions(halves[fitted], gate, statistics), halves[1 - fitted]) for fitted in (0, 1)
     ]
@@ -153,6 +156,10 @@ def judge_column(
     }
     most = max(sorted(taken), key=lambda choice: taken[choice])
     return PromptReport(own_share, lost, names[most], taken[most])
+
+
+def _joined(examples: Sequence[Sequence[Sequence[int]]]) -> list[Sequence[int]]:
+    return [question for questions in examples for question in questions]
 
 
 def shares(gate: PromptGate, column: Tensor | None, questions: Sequence[Sequence[int]]) -> list[float]:

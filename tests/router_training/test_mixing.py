@@ -21,7 +21,7 @@ from router_training.mixing import (
     interleave,
     question_settings,
 )
-from router_training.rephrasing import rephrase_some
+from router_training.rephrasing import REASONS, rephrase_some
 from router_training.router_inputs import chosen_positions
 from router_training.settings import TrainingConfig
 from tests.router_training.test_encoding import END, START, ByteRenderer
@@ -158,6 +158,18 @@ def test_rephrasing_keeps_the_question_its_answer_and_its_label() -> None:
     assert len({message["content"] for chat in rephrased for message in chat.messages}) > 250
     assert rephrased == rephrase_some(originals, 1.0, seed=4)
     assert rephrased != rephrase_some(originals, 1.0, seed=5)
+
+
+def test_frames_are_many_and_leave_braces_alone() -> None:
+    """A gate that has seen few frames takes a story before a question for the question."""
+    originals = [chat("a", "fill {0} and {} in {x}", "answer")] * 400
+    framed = [message["content"] for c in rephrase_some(originals, 1.0, seed=1) for message in c.messages[-2:-1]]
+    assert all("fill {0} and {} in {x}" in content for content in framed)
+    assert len(set(framed)) > 200
+    stories = sum(any(reason in content for reason in REASONS) for content in framed)
+    wrapped = sum(any(content.count(mark) for mark in ("```", "<", "###", "INPUT", "***")) for content in framed)
+    assert 50 < stories < 150
+    assert 25 < wrapped < 150
 
 
 def test_questions_of_many_lines_keep_their_order() -> None:

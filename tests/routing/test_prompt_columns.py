@@ -120,11 +120,25 @@ def test_a_sound_newcomer_passes() -> None:
     assert json.loads(json.dumps(facts)) == facts
 
 
+def test_every_question_of_a_conversation_is_an_example() -> None:
+    """And halves are of conversations: later questions may be unlike first ones."""
+    gate, first, later = trained(), questions(200, 4), questions(150, 4, seed=2)
+    prompts = [[*a, 3, *b] for a, b in zip(rendered(first), rendered(later), strict=True)]
+    own, verdict = make_column(prompts, gate, NAMES)
+    assert own is not None
+    assert torch.equal(own, column(gate, [question for pair in zip(first, later, strict=True) for question in pair]))
+    assert verdict.report is not None
+    assert verdict.report.own_share > 0.5
+    alone, verdict = make_column(prompts[:1], gate, NAMES)
+    assert alone is None
+    assert verdict.problems == ("1 of its examples have a question; 2 are needed",)
+
+
 def test_halves_of_the_examples_judge_each_other() -> None:
     """Every example of a kind of its own: a column knows its own examples, and tells nothing of others."""
     gate, own = trained(), [question for first in (150, 200) for question in questions(first, 1, length=40)]
     assert shares(gate, column(gate, own), own)[3] > 0.9
-    report = judge_column(column(gate, own), own, gate, statistics_of(gate), NAMES)
+    report = judge_column(column(gate, own), [[question] for question in own], gate, statistics_of(gate), NAMES)
     assert report.own_share < 0.1
 
 
