@@ -10,11 +10,12 @@ from typing import Literal
 
 from router_training.data import Chat
 from router_training.encoding import ChatRenderer, TokenSequence, up_to_last
+from router_training.settings import BASE_NAME
 
 Kind = Literal["conversation", "answer"]
 KINDS: tuple[Kind, ...] = ("conversation", "answer")
 SEPARATOR = "\n\n"
-FORM = "separators are nobody's, long parts are cut, seams are in the warm start"
+FORM = "separators are nobody's, long parts are cut, seams are in the warm start, no base model in one answer"
 """What a composite is beside its chats; belongs to whatever is kept of training or measuring on some."""
 LEAST_PART = 12
 """Tokens that a cut leaves of a question or an answer; a composite that would need less of them does not fit."""
@@ -35,7 +36,8 @@ class CompositeChat:
 def pair_up(chats: Mapping[str, Sequence[Chat]], count: int, seed: int) -> list[CompositeChat]:
     """`count` composites of two chats of different tasks, kinds and tasks in turn, drawn with `seed`.
 
-    Only chats of one question and one answer take part. Raises ValueError where fewer than two tasks have some.
+    Only chats of one question and one answer take part, and the base model's in conversations alone: in one question
+    with a task they would be taken for what is said before it. Raises ValueError where fewer than two tasks have some.
     """
     usable = {task: [chat for chat in rows if len(chat.messages) == 2] for task, rows in chats.items()}
     tasks = sorted(task for task, rows in usable.items() if rows)
@@ -45,8 +47,11 @@ def pair_up(chats: Mapping[str, Sequence[Chat]], count: int, seed: int) -> list[
     composites = []
     for index in range(count):
         first = tasks[index % len(tasks)]
-        second = generator.choice([task for task in tasks if task != first])
         kind = KINDS[index // len(tasks) % len(KINDS)]
+        others = [task for task in tasks if task != first and not (kind == "answer" and task == BASE_NAME)]
+        if not others or (kind == "answer" and first == BASE_NAME):
+            kind, others = "conversation", [task for task in tasks if task != first]
+        second = generator.choice(others)
         composites.append(CompositeChat(kind, generator.choice(usable[first]), generator.choice(usable[second])))
     return composites
 

@@ -66,6 +66,17 @@ def test_pairs_join_two_tasks_and_follow_from_the_seed() -> None:
     assert pairs != pair_up(chats(5), 12, seed=2)
 
 
+def test_the_base_models_chats_are_joined_in_conversations_alone() -> None:
+    rows = {**chats(5), "base": chats(5)["a"]}
+    pairs = pair_up({task: [replace(c, task=task) for c in own] for task, own in rows.items()}, 64, seed=1)
+    with_base = Counter(pair.kind for pair in pairs if "base" in (pair.first.task, pair.second.task))
+    assert with_base["conversation"] > 16
+    assert with_base["answer"] == 0
+    assert sum(pair.kind == "answer" for pair in pairs) == 24
+    few = {task: [replace(c, task=task) for c in rows[task]] for task in ("a", "base")}
+    assert {pair.kind for pair in pair_up(few, 4, seed=1)} == {"conversation"}
+
+
 def test_pairs_need_two_tasks_with_single_questions() -> None:
     with pytest.raises(ValueError, match="at least two tasks"):
         pair_up({"a": chats(2)["a"], "b": []}, 3, seed=0)
