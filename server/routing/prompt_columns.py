@@ -165,6 +165,6 @@ def _joined(examples: Sequence[Sequence[Sequence[int]]]) -> list[Sequence[int]]:
 def shares(gate: PromptGate, column: Tensor | None, questions: Sequence[Sequence[int]]) -> list[float]:
     """Of the questions' tokens, what the gate gives to each of its choices, and last to `column` if there is one."""
     columns = [*gate.scores.unbind(dim=1), *([] if column is None else [column])]
-    is_new = column is not None
-    given = [index for question in questions for index in gate.decide(question, columns, with_newcomers=is_new)]
+    newcomers = [] if column is None else [len(columns) - 1]
+    given = [index for question in questions for index in gate.decide(question, columns, newcomers=newcomers)]
     return [given.count(index) / len(given) for index in range(len(columns))]

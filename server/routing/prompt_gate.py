@@ -8,7 +8,7 @@ looks both ways, and tells where in a prompt the task changes. Where it is unsur
 A pure function of (prompt tokens, router, allowed choices). Letters: T tokens of the question, C choices, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
@@ -30,6 +30,9 @@ TIMES_CHANCE = 1.5
 """A posterior must also be so many times what it is where nothing is known. Matters in pools of two."""
 NEWCOMER_CONFIDENCE = 0.7
 """Least posterior in a pool with choices that the gate was not trained with: scores from a few examples are rougher."""
+
+MAX_NEWCOMER_SHARE = 0.1
+"""Mean posterior of all newcomers up to which a question that no choice is sure of is none of theirs."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +107,23 @@ class PromptGate:
         return smoothed(emissions.numpy(), self.settings.switch)
 
     def decide(
-        self, question: Sequence[int], columns: Sequence[Tensor], *, with_newcomers: bool = False
+        self,
+        question: Sequence[int],
+        columns: Sequence[Tensor],
+        *,
+        newcomers: Collection[int] = (),
+        otherwise: int | None = None,
     ) -> list[int | None]:
         """Which of the columns' choices each token of a question is given to; None where the router decides.
 
-        Only so many tokens of it as the settings say. `with_newcomers`: whether there are columns of choices that the
-        gate was not trained with.
+        Only so many tokens of it as the settings say. `newcomers` are columns of choices that the gate was not trained
+        with. A question of which nothing is sure goes to the column `otherwise`, unless it may be a newcomer's.
         """
         posterior = self.posterior(question[: self.settings.max_question_tokens], columns)
-        best, is_sure = posterior.argmax(axis=1), posterior.max(axis=1) >= self._needed(len(columns), with_newcomers)
+        best, is_sure = posterior.argmax(axis=1), posterior.max(axis=1) >= self._needed(len(columns), bool(newcomers))
+        if otherwise is not None and not is_sure.any():
+            may_be_new = posterior[:, list(newcomers)].sum(axis=1).mean() > MAX_NEWCOMER_SHARE
+            return [None if may_be_new else otherwise] * len(posterior)
         return [index if sure else None for index, sure in zip(best.tolist(), is_sure.tolist(), strict=True)]
 
     def _needed(self, num_choices: int, with_newcomers: bool) -> float:
@@ -196,8 +207,8 @@ def prompt_spans(
 
     Each question is decided by itself, so that later turns of a conversation change nothing before them. A first one
     that no choice is sure of is the base model's if it may be chosen: most such are nobody's, and an adapter finds its
-    way back in the answer, which the router decides. (A later one may mean something in its conversation, and be a
-    newcomer's.) The answer's header follows the first stretch with an adapter: the first task is answered first.
+    way back in the answer, which the router decides. (A later one may mean something in its conversation.) The answer's
+    header follows the first stretch with an adapter: the first task is answered first.
 
     `column_of_slot` (V,) each. None at all where an allowed choice has no scores: the gate would give that one's
     prompts to others. `newcomers`: slots that the gate was not trained with.
@@ -206,15 +217,15 @@ def prompt_spans(
     if any(slot not in column_of_slot for slot in slots):
         return ()
     columns = [column_of_slot[slot] for slot in slots]
-    with_newcomers = not newcomers.isdisjoint(slots)
+    new_columns = [index for index, slot in enumerate(slots) if slot in newcomers]
+    base_column = slots.index(BASE_SLOT) if BASE_SLOT in slots else None
     choices: list[int | None] = []
     for index, (start, stop) in enumerate(gate.frame.user_messages(token_ids)):
         if start == stop:
             continue
-        given = gate.decide(token_ids[start:stop], columns, with_newcomers=with_newcomers)
+        otherwise = None if index else base_column
+        given = gate.decide(token_ids[start:stop], columns, newcomers=new_columns, otherwise=otherwise)
         owners = [None if choice is None else slots[choice] for choice in given]
-        if not index and not with_newcomers and BASE_SLOT in slots and set(owners) == {None}:
-            owners = [BASE_SLOT] * len(owners)
         leading = len(gate.frame.header) if index else start
         follows = bool(index) or start <= gate.settings.max_opening_tokens
         choices += [None] * (start - leading - len(choices))

@@ -150,13 +150,28 @@ def test_rough_scores_of_newcomers_must_be_surer() -> None:
     columns = torch.tensor([[0.6, 0.2, 0.2], [0.8, 0.1, 0.1]]).log().unbind(dim=1)
     gate = PromptGate(torch.zeros(2, 3), FRAME, PromptGateSettings(confidence=0.5))
     assert [gate.decide([token], columns) for token in (0, 1)] == [[0], [0]]
-    assert [gate.decide([token], columns, with_newcomers=True) for token in (0, 1)] == [[None], [0]]
+    assert [gate.decide([token], columns, newcomers=[2]) for token in (0, 1)] == [[None], [0]]
     tokens, plan = prompt([A] * 4), make_plan()
     for newcomers, changes in ((frozenset({99}), False), (frozenset(plan.allowed_slots[-1:]), True)):
         weak = make_gate()
         columns_of = {slot: column * 0.07 for slot, column in weak.columns(INDICES).items()}
         usual = prompt_spans(weak, plan, columns_of, DIGESTS, tokens)
         assert (prompt_spans(weak, plan, columns_of, DIGESTS, tokens, newcomers=newcomers) != usual) == changes
+
+
+def test_what_no_choice_is_sure_of_is_left_to_newcomers_it_may_be_of() -> None:
+    columns = torch.tensor([[0.4, 0.4, 0.09, 0.11], [0.45, 0.46, 0.03, 0.06], [0.3, 0.0, 0.0, 0.7]]).clamp_min(1e-9)
+    gate, scores = PromptGate(torch.zeros(3, 4), FRAME), columns.log().unbind(dim=1)
+
+    def given(token: int, **options: Any) -> list[int | None]:
+        return gate.decide([token], scores, otherwise=1, **options)
+
+    gate = replace(gate, settings=replace(gate.settings, confidence=0.9))
+    assert given(0) == given(1) == [1]
+    assert given(0, newcomers=[3]) == [None]
+    assert given(1, newcomers=[3]) == [1]
+    assert given(0, newcomers=[2, 3]) == given(2, newcomers=[3]) == [None]
+    assert gate.decide([1], scores, newcomers=[3]) == [None]
 
 
 def test_what_speaks_for_the_base_model_gets_no_adapter() -> None:
@@ -179,6 +194,7 @@ def test_a_first_question_that_says_nothing_is_the_base_models() -> None:
     dull = prompt([DULL] * 4)
     assert owners(dull) == [BASE_SLOT] * 9 + [None] * 3
     assert owners(dull, newcomers=frozenset({2})) == [None] * 12, "it may be a newcomer's"
+    assert owners(dull, newcomers=frozenset({99})) == [BASE_SLOT] * 9 + [None] * 3, "who is not in the pool"
     assert owners(dull, (1, 2)) == [None] * 12, "the base model is no choice"
     assert owners([*prompt([A] * 4), *FRAME.header, DULL, DULL, 99]) == [1] * 12 + [None] * 6, "it has a conversation"
     assert owners([*prompt([]), *FRAME.header, DULL, DULL, 99]) == [None] * 14
