@@ -6,7 +6,7 @@ from typing import Any
 from router_training.report import markdown_table
 from router_training.settings import BASE_NAME
 from router_training.study_figures import Draw, figures
-from router_training.study_results import Results, over_seeds, single
+from router_training.study_results import Results, losses_to, over_seeds, single
 from router_training.study_tables import (
     ablation_table,
     baselines_of,
@@ -65,7 +65,8 @@ def document(results: Results, figure_folder: str) -> str:
     parts += [_metrics(results, main), _ablations(results), _usage(comparisons)]
     parts += [_data_size(results, drawn, figure_folder), _gates(results, main, drawn, figure_folder)]
     parts += [_training(drawn, figure_folder), _cost(results, drawn, figure_folder), _missing(results)]
-    return "\n\n".join(parts) + "\n"
+    parts.append(_outdated(results))
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def section(heading: str, *paragraphs: str) -> str:
@@ -93,10 +94,12 @@ def _best_other(evaluations: Sequence[Mapping[str, Any]]) -> str:
 def _what_was_run(results: Results) -> str:
     record = results.record
     base, runs = record["base_model"], results.runs
-    finished = sum("evaluation" in run for run in runs)
+    before = len(results.outdated())
+    finished = sum("evaluation" in run for run in runs) - before
     counts = [f"{counts['train']} / {counts['validation']} {task}" for task, counts in record["data"].items()]
     lines = [
-        f"{finished} of {len(runs)} runs (a run under one seed each) of the plan are measured.",
+        f"{finished} of {len(runs)} runs (a run under one seed each) of the plan are measured"
+        + (f", {before} more (†) on other data or by another evaluation than the plan's now." if before else "."),
         f"Base model {base['name']} in {base['dtype']}; adapters {', '.join(results.adapters)}; both frozen.",
         f"Chats, training / validation: {', '.join(counts)}.",
         *_machines(results),
@@ -172,6 +175,8 @@ def _ablations(results: Results) -> str:
         f"All with the settings of `{names[0]}` above but for what is named. They compare with one another, not with "
         "the studied router, whose recipe is another."
     )
+    if any(results.titled(name) != name for name in names):
+        text += " † Measured before data or evaluation changed: compare them with one another only."
     paragraphs = [text, ablation_table(results, names)]
     if changes := _changes(results, names):
         paragraphs.append(changes)
@@ -189,15 +194,11 @@ def _ablations(results: Results) -> str:
 
 def _changes(results: Results, names: Sequence[str]) -> str:
     """Which changes made single tasks better or worse than the reference, from the largest loss."""
-    values = {name: over_seeds(results.evaluations(name), "routed", single("routed", "of_means")) for name in names}
-    reference = values.pop(names[0])
-    if reference is None:
+    if not results.finished(names[0]):
         return f"`{names[0]}`, which the others are compared with, is not measured yet."
-    deltas = {name: value.mean - reference.mean for name, value in values.items() if value is not None}
-    if not deltas:
-        return ""
-    listed = [f"`{name}` {deltas[name]:+.3f}" for name in sorted(deltas, key=lambda name: -deltas[name])]
-    return f"Ratio of means less that of `{names[0]}`, worst first: {', '.join(listed)}."
+    found = losses_to(results, names[0], names[1:])
+    listed = [f"`{name}` {found[name]:+.3f}" for name in sorted(found, key=lambda name: -found[name])]
+    return f"Ratio of means less that of `{names[0]}`, worst first: {', '.join(listed)}." if listed else ""
 
 
 def _usage(evaluations: Sequence[Mapping[str, Any]]) -> str:
@@ -278,6 +279,18 @@ def _missing(results: Results) -> str:
         return section(heading, "Nothing: every run of the plan is measured.")
     rows = [[run["name"], str(run["seed"]), run["stage"], run.get("error", "").split("\n")[0]] for run in missing]
     return section(heading, markdown_table(["run", "seed", "stage", "error"], rows, text_columns=4))
+
+
+def _outdated(results: Results) -> str:
+    """Which measurements are not the plan's; nothing where all are."""
+    if not (found := results.outdated()):
+        return ""
+    listed = ", ".join(f"{run['name']} (seed {run['seed']})" for run in found)
+    text = (
+        "Their training data, adapters or evaluation differ from the plan's now, and `make routing-study` measures "
+        f"them again. Shown with † where there is nothing newer: {listed}."
+    )
+    return section("Measured before", text)
 
 
 def figure(name: str, folder: str) -> str:

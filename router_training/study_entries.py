@@ -15,6 +15,8 @@ from router_training.study_state import StudyInputs, same_settings
 from server.errors import ConfigError
 
 FORMAT_VERSION = 1
+OUTDATED = "outdated"
+"""Stage of an entry whose measurement is of data, adapters or an evaluation that the plan no longer has."""
 MEASURED = ("digests", "facts", "training", "evaluation")
 """Keys of an entry that come from training and measuring a run; the others say what the plan wants."""
 
@@ -70,13 +72,16 @@ class Entries:
 
         Without digests nobody can say what it was made of.
         """
+        before = self.measured_before(run)
+        return before if before is not None and before["digests"] == digests(run, inputs) else None
+
+    def measured_before(self, run: StudyRun) -> dict[str, Any] | None:
+        """As `measured`, of the same settings but perhaps of other data, adapters or evaluation."""
         entry = self._runs.get((run.name, run.seed), {})
         if not all(key in entry for key in MEASURED):
             return None
         settings = {**self._defaults, **entry["settings"], "seed": run.seed}
-        if not same_settings(settings, run.settings) or entry["digests"] != digests(run, inputs):
-            return None
-        return {key: entry[key] for key in MEASURED}
+        return {key: entry[key] for key in MEASURED} if same_settings(settings, run.settings) else None
 
 
 def digests(run: StudyRun, inputs: StudyInputs) -> dict[str, str]:

@@ -16,7 +16,7 @@ from router_training.run import EVALUATION_NAME, write_json
 from router_training.settings import TrainingConfig
 from router_training.step_log import METRICS_NAME
 from router_training.study import Study
-from router_training.study_entries import FORMAT_VERSION, Entries
+from router_training.study_entries import FORMAT_VERSION, OUTDATED, Entries
 from router_training.study_plan import StudyRun
 from router_training.study_state import RunState, Stage, StudyInputs
 
@@ -33,7 +33,8 @@ SILENT_WAIT_S = 2.0
 
 def collect(study: Study, inputs: StudyInputs, entries: Entries) -> dict[str, Any]:
     """The record of all runs of the study, finished or not. What `entries` have measured as it is planned now stays as
-    it is, machine included; for all else the study's folder has the word."""
+    it is, machine included; for all else the study's folder has the word. A measurement of the same settings but of
+    other data, adapters or evaluation stays, marked as outdated, until there is a new one."""
     base = inputs.config.base_model
     return {
         "format_version": FORMAT_VERSION,
@@ -76,6 +77,8 @@ def _entry(study: Study, inputs: StudyInputs, run: StudyRun, entries: Entries) -
     if (measured := entries.measured(run, inputs)) is not None:
         return {**planned, "stage": "finished", "settings": settings, **measured}
     stage = study.stage(run)
+    if stage != "finished" and (before := entries.measured_before(run)) is not None:
+        return {**planned, "stage": OUTDATED, "settings": settings, **before}
     return {**planned, "stage": stage, "settings": settings, **_in_folder(study.folder(run), stage)}
 
 

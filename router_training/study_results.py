@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from router_training.settings import BASE_NAME
-from router_training.study_entries import read_record
+from router_training.study_entries import OUTDATED, read_record
 
 ORACLE = "own_adapter"
 NLL, OWN_SHARE = 0, 1
@@ -57,8 +57,17 @@ class Results:
         return [run for run in self.runs if run["name"] == name]
 
     def finished(self, name: str) -> list[Mapping[str, Any]]:
-        """The seeds of a run that have been measured."""
-        return [run for run in self.seeds(name) if "evaluation" in run]
+        """The seeds of a run that have been measured: as planned now, or where none has, before."""
+        found = [run for run in self.seeds(name) if "evaluation" in run]
+        return [run for run in found if not is_outdated(run)] or found
+
+    def titled(self, name: str) -> str:
+        """The name of a run, marked where its measurements are outdated."""
+        return f"{name} †" if any(map(is_outdated, self.finished(name))) else name
+
+    def outdated(self) -> list[Mapping[str, Any]]:
+        """Runs whose measurement is of other data, adapters or evaluation than the plan's."""
+        return [run for run in self.runs if "evaluation" in run and is_outdated(run)]
 
     def evaluations(self, name: str) -> list[Mapping[str, Any]]:
         """Of the finished seeds."""
@@ -87,6 +96,11 @@ class Results:
     def missing(self) -> list[Mapping[str, Any]]:
         """Runs that have not been measured."""
         return [run for run in self.runs if "evaluation" not in run]
+
+
+def is_outdated(run: Mapping[str, Any]) -> bool:
+    """Whether an entry's measurement is not of the plan any more."""
+    return bool(run["stage"] == OUTDATED)
 
 
 def read_results(path: Path) -> Results:
@@ -163,3 +177,14 @@ def _of_set(name: str, policy: str, part: str) -> Callable[[Mapping[str, Any]], 
 def off(policy: str) -> Callable[[Mapping[str, Any]], float | None]:
     """Measure on off-domain chats."""
     return lambda evaluation: off_domain(evaluation["policies"], policy)
+
+
+def losses_to(results: Results, reference: str, names: Sequence[str]) -> dict[str, float]:
+    """Ratio of means on single tasks less the reference's, of the runs that were measured on the same data as it."""
+    means = {
+        name: found.mean
+        for name in [reference, *names]
+        if (results.titled(name) != name) == (results.titled(reference) != reference)
+        and (found := over_seeds(results.evaluations(name), "routed", single("routed", "of_means"))) is not None
+    }
+    return {name: value - means[reference] for name, value in means.items() if name != reference}

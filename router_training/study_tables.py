@@ -206,7 +206,7 @@ def ablation_table(results: Results, names: Sequence[str]) -> str:
         values = [cell(over_seeds(evaluations, "routed", measure)) for measure in measures]
         if not evaluations:
             values = [results.seeds(name)[0]["stage"], *([ABSENT] * 4)]
-        rows.append([name, difference(results, name, names[0]), *values])
+        rows.append([results.titled(name), difference(results, name, names[0]), *values])
     return markdown_table(header, rows, text_columns=2)
 
 
@@ -264,7 +264,7 @@ def cost_table(results: Results, names: Sequence[str]) -> str:
             found = ratios(run["evaluation"]["policies"], "routed")
             rows.append(
                 [
-                    f"{name}, seed {run['seed']}",
+                    f"{results.titled(name)}, seed {run['seed']}",
                     ABSENT if start is None else f"{start:.0f}",
                     ABSENT if steps is None else f"{steps:.0f}",
                     shown(results.settings(name)["top_k"]),

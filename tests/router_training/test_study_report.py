@@ -287,6 +287,26 @@ def test_figures_have_equal_bytes_for_equal_records(record: dict[str, Any], tmp_
     assert all(f"](figures/{name})" in text for name in drawn)
 
 
+def test_what_was_measured_before_is_shown_marked_where_there_is_nothing_newer(record: dict[str, Any]) -> None:
+    assert "Measured before" not in parts(document(Results(record), "figures"))
+    for run in record["runs"]:
+        if run["name"] == "no-entropy" or (run["name"] == "winner" and run["seed"]):
+            run["stage"] = "outdated"
+    text = parts(document(Results(record), "figures"))
+    assert "6 of 9 runs (a run under one seed each) of the plan are measured, 3 more (†)" in text["What was run"]
+    assert row(text["Every policy"], "**the router**")[2] == "1.000", "the seed that is of the plan alone"
+    assert row(text["Ablations"], "no-entropy †")[2] == "1.300"
+    assert row(text["Ablations"], "short")[2] == "1.200"
+    assert "† Measured before data or evaluation changed" in text["Ablations"]
+    assert "Ratio of means less that of `short`" not in text["Ablations"], "they do not compare"
+    assert "no-entropy (seed 0), winner (seed 1), winner (seed 2)." in text["Measured before"]
+    for run in record["runs"]:
+        run["stage"] = "outdated"
+    text = parts(document(Results(record), "figures"))
+    assert row(text["Every policy"], "**the router**")[2] == "1.010 ± 0.010"
+    assert "Ratio of means less that of `short`" in text["Ablations"]
+
+
 def test_stretches_cover_the_values_in_order() -> None:
     assert stretches(["a", "a", "b"]) == [("a", 0, 2), ("b", 2, 3)]
     assert stretches([]) == []
