@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from router_training.trainable import TrainableAdapter
 from server.routing.bank import ProjectionInfo
@@ -24,7 +24,7 @@ def export_adapter(
     for name in adapter.a:
         tensors[f"base_model.model.{name}.lora_A.weight"] = adapter.a[name].detach().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = adapter.b[name].detach().contiguous()
-    save_file(dict(sorted(tensors.items())), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    (folder / WEIGHTS_NAME).write_bytes(save(dict(sorted(tensors.items())), metadata={"format": "pt"}))
     config = _config(adapter, base_model, projections)
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from server.errors import RouterArtefactError
@@ -105,7 +105,8 @@ def save_artefact(artefact: RouterArtefact, folder: Path) -> None:
         tensors[PROMPT_SCORES] = artefact.prompt_gate.scores
         if (statistics := artefact.prompt_gate.statistics) is not None:
             tensors |= {PROMPT_STATISTICS + key: value for key, value in statistics.tensors().items()}
-    save_file({key: tensors[key].contiguous() for key in sorted(tensors)}, folder / TENSORS_NAME)
+    # Not save_file, whose files only their owner may read: who trains is not always who serves.
+    (folder / TENSORS_NAME).write_bytes(save({key: tensors[key].contiguous() for key in sorted(tensors)}))
     record: dict[str, Any] = {
         "format_version": 2 if artefact.prompt_gate is None else 3,
         "base_model": {

@@ -17,7 +17,7 @@ from server.errors import ConfigError
 from tests.router_training.test_mixing import chat
 
 ROOT = Path(__file__).resolve().parents[2]
-DEMO = ("phrasings.yaml", "test_phrasings.yaml")
+DEMO = ("phrasings.yaml", "test_phrasings.yaml", "dev_phrasings.yaml", "test_phrasings_2.yaml")
 READ, WRITE = (
     r"Sum: (?P<left>\d+) and (?P<right>\d+)",
     ("{left} + {right} =", "Add {right} to {left}.", "{left}+{right}"),
@@ -190,8 +190,8 @@ def test_the_demos_phrasings_load_and_cover_its_adapters(name: str) -> None:
 
 
 def test_nothing_is_trained_on_the_phrasings_that_measure() -> None:
-    train, test = (read_phrasings(ROOT / "examples/demo" / name) for name in DEMO)
-    assert not [task for task in train if set(train[task].write) & set(test[task].write)]
+    train, *tests = (read_phrasings(ROOT / "examples/demo" / name) for name in DEMO)
+    assert not [task for test in tests for task in train if set(train[task].write) & set(test[task].write)]
 
 
 def test_the_documents_example_is_one(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_the_documents_example_is_one(tmp_path: Path) -> None:
         ("cola", "Who did he see?\nWould a linguist call this acceptable?", ["Who did he see?"]),
         ("wikisql", "Columns: Year, Team\nWho won in 1999?\nSQL:", ["Year, Team", "Who won in 1999?"]),
         ("snips", "play jazz\nReturn the intent with its slots.", ["play jazz"]),
-        ("arc", "Science quiz: What melts?\nA. ice\nB. fire", ["What melts?\nA. ice\nB. fire"]),
+        ("arc", "Science quiz: What melts?\nA. ice\nB. fire", ["What melts?", "A. ice\nB. fire"]),
         ("gsm8k", "Math question: 3 apples and 4?\nShow your reasoning.", ["3 apples and 4?"]),
         (
             "mbpp",

@@ -52,9 +52,15 @@ def test_save_and_load_is_exact(tmp_path: Path) -> None:
     assert loaded.row_digests() == artefact.row_digests()
 
 
+def test_whoever_may_read_the_record_may_read_the_rows(tmp_path: Path) -> None:
+    """A server often runs as somebody else than the trainer."""
+    save_artefact(make_artefact(), tmp_path)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 def make_prompt_gate(num_choices: int = 3) -> PromptGate:
     scores = torch.randn(12, num_choices, generator=torch.Generator().manual_seed(2)).half()
-    return PromptGate(scores, ChatFrame((7, 8), 9), PromptGateSettings(switch=0.01, max_question_tokens=5))
+    return PromptGate(scores, ChatFrame((7, 8), 9, (9, 6)), PromptGateSettings(switch=0.01, max_question_tokens=5))
 
 
 def test_a_prompt_gate_is_saved_and_loaded_exactly(tmp_path: Path) -> None:
