@@ -20,7 +20,7 @@ from server.engine.async_engine import GenerationHandle, GenerationRequest
 from server.engine.sequence import FinishReason, SamplingParams, TokenEvent
 from server.errors import EngineError, NotReadyError
 from server.model.detokenizer import IncrementalDetokenizer
-from server.routing.policy import BASE_SLOT, GatePlan, PlanSpan
+from server.routing.policy import BASE_SLOT, GatePlan, PlanSpan, clipped
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,9 @@ class Generation:
         return self.leases[choice_index // self.body.n]
 
     def spans_of(self, choice_index: int) -> tuple[PlanSpan, ...]:
-        """What the prompt gate has decided for the choice's prompt."""
-        return self.prompts[choice_index // self.body.n].spans
+        """What the prompt gate has decided for the choice's prompt, as far as that goes."""
+        prompt = self.prompts[choice_index // self.body.n]
+        return clipped(prompt.spans, len(prompt.token_ids))
 
     def _adapter_names(self, choice: Choice) -> list[str]:
         lease = self.lease_of(choice.index)

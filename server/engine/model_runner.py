@@ -104,13 +104,15 @@ class ModelRunner:
         level = row.sequence.params.trace_routing
         if level is None:
             return None
+        # A prompt gate may have decided about the last token of a prompt, or about all that is generated.
+        plan, _ = row.sequence.plan_runs(row.num_tokens)[-1]
         layers: list[tuple[tuple[int, float], ...]] = []
-        if gates is None or not row.sequence.plan.slots:
+        if gates is None or not plan.slots:
             share: tuple[tuple[int, float], ...] = ((BASE_SLOT, 1.0),)
         else:
             token = layout.starts[index] + row.num_tokens - 1
             share = _pairs(gates.share[token])
-            layers = [_pairs(layer[token]) for layer in gates.layer_gates(row.sequence.plan.router_generation)]
+            layers = [_pairs(layer[token]) for layer in gates.layer_gates(plan.router_generation)]
         if level is not TraceLevel.LAYERS:
             return TokenRouting(share)
         return TokenRouting(share, tuple(layers) or (share,) * self._graph.num_layers)

@@ -50,11 +50,25 @@ BASE_PLAN = GatePlan(policy=Policy.BASE, fingerprint=hashlib.sha256(b"base").dig
 """The plan of every `base` request."""
 
 
+ENDLESS = 2**31 - 1
+"""Stop of a span that holds for whatever is generated."""
+
+
 class PlanSpan(NamedTuple):
     """Tokens of a sequence, from the end of the span before it to `stop` (exclusive), that follow `plan`."""
 
     stop: int
     plan: GatePlan
+
+
+def clipped(spans: Sequence[PlanSpan], length: int) -> tuple[PlanSpan, ...]:
+    """The spans as far as they concern the first `length` tokens."""
+    starts = (0, *(span.stop for span in spans))
+    return tuple(
+        PlanSpan(min(span.stop, length), span.plan)
+        for start, span in zip(starts, spans, strict=False)
+        if start < length
+    )
 
 
 def plan_runs(spans: Sequence[PlanSpan], plan: GatePlan, start: int, stop: int) -> list[tuple[GatePlan, int]]:

@@ -166,5 +166,5 @@ def shares(gate: PromptGate, column: Tensor | None, questions: Sequence[Sequence
     """Of the questions' tokens, what the gate gives to each of its choices, and last to `column` if there is one."""
     columns = [*gate.scores.unbind(dim=1), *([] if column is None else [column])]
     newcomers = [] if column is None else [len(columns) - 1]
-    given = [index for question in questions for index in gate.decide(question, columns, newcomers=newcomers)]
+    given = [index for question in questions for index in gate.decide(question, columns, newcomers=newcomers).choices]
     return [given.count(index) / len(given) for index in range(len(columns))]

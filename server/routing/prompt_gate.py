@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from server.routing.policy import BASE_PLAN, BASE_SLOT, GatePlan, PlanSpan, Policy, fixed_plan
+from server.routing.policy import BASE_PLAN, BASE_SLOT, ENDLESS, GatePlan, PlanSpan, Policy, fixed_plan
 from server.routing.prompt_statistics import QuestionStatistics
 
 Floats = npt.NDArray[np.float64]
@@ -31,6 +31,9 @@ TIMES_CHANCE = 1.5
 NEWCOMER_CONFIDENCE = 0.7
 """Least posterior in a pool with choices that the gate was not trained with: scores from a few examples are rougher."""
 
+NEWCOMER_ANSWERS = 0.9
+"""Posterior of all tokens of a question from which a newcomer answers it alone: a gate row from a few examples is far
+rougher in answers than the gate is in questions."""
 MAX_NEWCOMER_SHARE = 0.1
 """Mean posterior of all newcomers up to which a question that no choice is sure of is none of theirs."""
 
@@ -86,6 +89,17 @@ class PromptGateSettings:
     """Tokens of each question that are read; the router has seen enough by then."""
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a gate makes of one question."""
+
+    choices: list[int | None]
+    """Which of the columns' choices each token is given to; None where the router decides. Only so many tokens as the
+    settings say."""
+    answers: int | None
+    """The newcomer that gets the answer too; None where the router decides."""
+
+
 @dataclass(frozen=True, eq=False)
 class PromptGate:
     """Scores per token id and choice, in the order of the artefact's adapters."""
@@ -113,18 +127,18 @@ class PromptGate:
         *,
         newcomers: Collection[int] = (),
         otherwise: int | None = None,
-    ) -> list[int | None]:
-        """Which of the columns' choices each token of a question is given to; None where the router decides.
-
-        Only so many tokens of it as the settings say. `newcomers` are columns of choices that the gate was not trained
-        with. A question of which nothing is sure goes to the column `otherwise`, unless it may be a newcomer's.
+    ) -> Reading:
+        """What becomes of a question. `newcomers` are columns of choices that the gate was not trained with. One of
+        which nothing is sure goes to the column `otherwise`, unless it may be a newcomer's.
         """
         posterior = self.posterior(question[: self.settings.max_question_tokens], columns)
         best, is_sure = posterior.argmax(axis=1), posterior.max(axis=1) >= self._needed(len(columns), bool(newcomers))
         if otherwise is not None and not is_sure.any():
             may_be_new = posterior[:, list(newcomers)].sum(axis=1).mean() > MAX_NEWCOMER_SHARE
-            return [None if may_be_new else otherwise] * len(posterior)
-        return [index if sure else None for index, sure in zip(best.tolist(), is_sure.tolist(), strict=True)]
+            return Reading([None if may_be_new else otherwise] * len(posterior), None)
+        choices = [index if sure else None for index, sure in zip(best.tolist(), is_sure.tolist(), strict=True)]
+        answers = next((new for new in newcomers if posterior[:, new].min() >= NEWCOMER_ANSWERS), None)
+        return Reading(choices, answers)
 
     def _needed(self, num_choices: int, with_newcomers: bool) -> float:
         """Posterior from which a token is given to one of so many choices: of two, a half is a toss-up."""
@@ -208,7 +222,8 @@ def prompt_spans(
     Each question is decided by itself, so that later turns of a conversation change nothing before them. A first one
     that no choice is sure of is the base model's if it may be chosen: most such are nobody's, and an adapter finds its
     way back in the answer, which the router decides. (A later one may mean something in its conversation.) The answer's
-    header follows the first stretch with an adapter: the first task is answered first.
+    header follows the first stretch with an adapter: the first task is answered first. A newcomer that has a question
+    for certain answers it alone, up to the next one.
 
     `column_of_slot` (V,) each. None at all where an allowed choice has no scores: the gate would give that one's
     prompts to others. `newcomers`: slots that the gate was not trained with.
@@ -219,25 +234,36 @@ def prompt_spans(
     columns = [column_of_slot[slot] for slot in slots]
     new_columns = [index for index, slot in enumerate(slots) if slot in newcomers]
     base_column = slots.index(BASE_SLOT) if BASE_SLOT in slots else None
-    choices: list[int | None] = []
+    owners: list[int | None] = []
+    """Slot of each token so far; None where the router decides."""
+    answering: int | None = None
+
+    def fill(stop: int, owner: int | None) -> None:
+        owners.extend([owner] * (stop - len(owners)))
+
     for index, (start, stop) in enumerate(gate.frame.user_messages(token_ids)):
+        leading = len(gate.frame.header) if index else start
+        fill(start - leading, answering)
+        answering = None
         if start == stop:
             continue
         otherwise = None if index else base_column
-        given = gate.decide(token_ids[start:stop], columns, newcomers=new_columns, otherwise=otherwise)
-        owners = [None if choice is None else slots[choice] for choice in given]
-        leading = len(gate.frame.header) if index else start
+        reading = gate.decide(token_ids[start:stop], columns, newcomers=new_columns, otherwise=otherwise)
+        own = [None if choice is None else slots[choice] for choice in reading.choices]
         follows = bool(index) or start <= gate.settings.max_opening_tokens
-        choices += [None] * (start - leading - len(choices))
-        choices += [owners[0] if follows else None] * leading
-        choices += owners
-        if (first := _first_adapter(owners)) is not None and gate.frame.is_answered(token_ids, stop):
-            choices += [None] * (stop - len(choices)) + [first] * len(gate.frame.answer)
+        fill(start, own[0] if follows else None)
+        owners += own
+        if (first := _first_adapter(own)) is not None and gate.frame.is_answered(token_ids, stop):
+            fill(stop, None)
+            fill(stop + len(gate.frame.answer), first)
+        answering = None if reading.answers is None else slots[reading.answers]
     spans: list[PlanSpan] = []
     end = 0
-    for slot, group in groupby(choices):
+    for slot, group in groupby([*owners, answering]):
         end += len(list(group))
         spans.append(PlanSpan(end, plan if slot is None else _only(slot, digest_of_slot)))
+    if answering is not None:
+        spans[-1] = spans[-1]._replace(stop=ENDLESS)
     while spans and spans[-1].plan is plan:
         spans.pop()
     return tuple(spans)

@@ -16,7 +16,7 @@ from server.errors import ModelLoadError
 from server.model.attention import PagedAttention, attach_paged_attention
 from server.routing.attach import RoutedModel, attach_routing
 from server.routing.bank import LoraWeights
-from server.routing.policy import BASE_PLAN, GatePlan, PlanSpan, Policy, fixed_plan, routed_plan
+from server.routing.policy import BASE_PLAN, ENDLESS, GatePlan, PlanSpan, Policy, fixed_plan, routed_plan
 from tests.adapters.harness import artefact_for
 
 BLOCK_SIZE = 4
@@ -213,6 +213,31 @@ def test_traces_and_stats_report_fixed_weights(tiny_llama: Callable[..., Any]) -
     assert result.outputs[1].routing.share == ((0, 1.0),)
     assert dict(result.routing.gate_mass) == weights
     assert result.routing.entropies == (), "only routed tokens have an entropy"
+
+
+def test_a_trace_shows_what_a_prompt_gate_decided_about_a_token(tiny_llama: Callable[..., Any]) -> None:
+    """The first token comes from the prompt's last position, which the gate may have given to one adapter."""
+    runner, routed, _ = make_setup(tiny_llama())
+    digests = {slot: f"adapter-{slot}" for slot in (1, 2)}
+    artefact = artefact_for(routed, [(digest, digest) for digest in digests.values()])
+    routed.routers.publish(routed.routers.stage(1, artefact, {digest: slot for slot, digest in digests.items()}))
+    plan = routed_plan(digests, digests, 1, "layer", 2)
+    alone = fixed_plan(Policy.PINNED, {2: 1.0}, digests)
+
+    def traces(*spans: PlanSpan) -> list[Any]:
+        sequence = make_sequence(1, plan=plan, trace_routing=TraceLevel.LAYERS, max_tokens=2)
+        sequence.spans = spans
+        return [output.routing for output in generate(runner, sequence)]
+
+    first, second = traces(PlanSpan(len(PROMPT), alone))
+    assert first.share == ((2, 1.0),)
+    assert set(first.layers) == {((2, 1.0),)}
+    assert len(second.share) == 2
+    assert all(len(layer) == 2 for layer in second.layers)
+    assert [trace.share for trace in traces(PlanSpan(ENDLESS, alone))] == [((2, 1.0),)] * 2
+    first, second = traces(PlanSpan(len(PROMPT), BASE_PLAN))
+    assert first.share == ((0, 1.0),)
+    assert set(first.layers) == {((0, 1.0),)}
 
 
 def test_mass_is_routed_where_the_router_had_a_choice(tiny_llama: Callable[..., Any]) -> None:

@@ -67,8 +67,8 @@ def test_a_constant_per_token_in_the_trained_scores_changes_no_decision() -> Non
     gate, own = trained(), questions(200, 8)
     shifted = replace(gate, scores=(gate.scores.float() + torch.linspace(-2, 2, V)[:, None]).half())
     for question in questions(200, 4, seed=1) + questions(50, 4, seed=1):
-        before = gate.decide(question, [*gate.scores.unbind(dim=1), column(gate, own)])
-        assert shifted.decide(question, [*shifted.scores.unbind(dim=1), column(shifted, own)]) == before
+        before = gate.decide(question, [*gate.scores.unbind(dim=1), column(gate, own)]).choices
+        assert shifted.decide(question, [*shifted.scores.unbind(dim=1), column(shifted, own)]).choices == before
 
 
 def test_the_newcomers_questions_go_to_it_and_nobody_elses() -> None:

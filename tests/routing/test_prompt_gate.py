@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from server.routing.policy import BASE_PLAN, BASE_SLOT, GatePlan, PlanSpan, Policy, plan_runs, routed_plan
+from server.routing.policy import (
+    BASE_PLAN,
+    BASE_SLOT,
+    ENDLESS,
+    GatePlan,
+    PlanSpan,
+    Policy,
+    clipped,
+    plan_runs,
+    routed_plan,
+)
 from server.routing.prompt_gate import ChatFrame, PromptGate, PromptGateSettings, prompt_spans, smoothed
 
 FRAME = ChatFrame(header=(90, 91, 90), end=99, answer=(99, 61, 62))
@@ -141,16 +151,16 @@ def test_of_two_choices_a_half_is_a_toss_up() -> None:
     scores = torch.tensor([[0.0, 0.0], [0.7, 0.3], [0.9, 0.1]]).clamp_min(1e-9).log()
     scores[0] = 0.0
     gate = PromptGate(scores, FRAME, PromptGateSettings(confidence=0.5))
-    assert [gate.decide([token], scores.unbind(dim=1)) for token in (0, 1, 2)] == [[None], [None], [0]]
+    assert [gate.decide([token], scores.unbind(dim=1)).choices for token in (0, 1, 2)] == [[None], [None], [0]]
     sure = PromptGate(scores, FRAME, PromptGateSettings(confidence=0.95))
-    assert sure.decide([2], scores.unbind(dim=1)) == [None]
+    assert sure.decide([2], scores.unbind(dim=1)).choices == [None]
 
 
 def test_rough_scores_of_newcomers_must_be_surer() -> None:
     columns = torch.tensor([[0.6, 0.2, 0.2], [0.8, 0.1, 0.1]]).log().unbind(dim=1)
     gate = PromptGate(torch.zeros(2, 3), FRAME, PromptGateSettings(confidence=0.5))
-    assert [gate.decide([token], columns) for token in (0, 1)] == [[0], [0]]
-    assert [gate.decide([token], columns, newcomers=[2]) for token in (0, 1)] == [[None], [0]]
+    assert [gate.decide([token], columns).choices for token in (0, 1)] == [[0], [0]]
+    assert [gate.decide([token], columns, newcomers=[2]).choices for token in (0, 1)] == [[None], [0]]
     tokens, plan = prompt([A] * 4), make_plan()
     for newcomers, changes in ((frozenset({99}), False), (frozenset(plan.allowed_slots[-1:]), True)):
         weak = make_gate()
@@ -159,19 +169,48 @@ def test_rough_scores_of_newcomers_must_be_surer() -> None:
         assert (prompt_spans(weak, plan, columns_of, DIGESTS, tokens, newcomers=newcomers) != usual) == changes
 
 
+def test_a_newcomer_that_has_a_question_for_certain_answers_it_alone() -> None:
+    """Up to the next question; whatever is generated behind the last one too."""
+    new, tokens = frozenset({2}), prompt([B] * 8)
+    assert owners(tokens) == [2] * 16
+    gate, plan = make_gate(), make_plan()
+
+    def spans(tokens: list[int], newcomers: frozenset[int] = new) -> tuple[PlanSpan, ...]:
+        return prompt_spans(gate, plan, gate.columns(INDICES), DIGESTS, tokens, newcomers=newcomers)
+
+    assert [(span.stop, span.plan.slots) for span in spans(tokens)] == [(ENDLESS, (2,))]
+    assert spans(tokens, frozenset()) == (PlanSpan(16, spans(tokens)[0].plan),), "a trained choice does not"
+    later = [*tokens, DULL, DULL, 99, 63, *FRAME.header, A, A, A, A, 99, 61, 62]
+    assert owners(later, newcomers=new) == [2] * 20 + [1] * 10, "what it answered is as it was generated"
+    again = [*later, *FRAME.header, *[B] * 8, 99, 61, 62]
+    assert [(span.stop, span.plan.slots) for span in spans(again)] == [(20, (2,)), (30, (1,)), (ENDLESS, (2,))]
+    assert owners([*tokens, DULL, *FRAME.header, 99, 61, 62, DULL], newcomers=new) == [2] * 17 + [None] * 7
+    assert [span.stop for span in spans(prompt([B, B, B, DULL, A, A]))][-1] < ENDLESS, "it has not all of it"
+    assert gate.decide([B] * 8, list(gate.columns(INDICES).values()), newcomers=[2]).answers == 2
+    weak = [column * 0.3 for column in gate.columns(INDICES).values()]
+    assert gate.decide([B] * 2, weak, newcomers=[2]).answers is None
+
+
+def test_spans_are_clipped_to_what_they_concern() -> None:
+    spans = (PlanSpan(3, BASE_PLAN), PlanSpan(ENDLESS, make_plan()))
+    assert clipped(spans, 5) == (PlanSpan(3, BASE_PLAN), PlanSpan(5, make_plan()))
+    assert clipped(spans, 3) == clipped(spans[:1], 9) == (PlanSpan(3, BASE_PLAN),)
+    assert clipped(spans, 2) == (PlanSpan(2, BASE_PLAN),)
+
+
 def test_what_no_choice_is_sure_of_is_left_to_newcomers_it_may_be_of() -> None:
     columns = torch.tensor([[0.4, 0.4, 0.09, 0.11], [0.45, 0.46, 0.03, 0.06], [0.3, 0.0, 0.0, 0.7]]).clamp_min(1e-9)
     gate, scores = PromptGate(torch.zeros(3, 4), FRAME), columns.log().unbind(dim=1)
 
     def given(token: int, **options: Any) -> list[int | None]:
-        return gate.decide([token], scores, otherwise=1, **options)
+        return gate.decide([token], scores, otherwise=1, **options).choices
 
     gate = replace(gate, settings=replace(gate.settings, confidence=0.9))
     assert given(0) == given(1) == [1]
     assert given(0, newcomers=[3]) == [None]
     assert given(1, newcomers=[3]) == [1]
     assert given(0, newcomers=[2, 3]) == given(2, newcomers=[3]) == [None]
-    assert gate.decide([1], scores, newcomers=[3]) == [None]
+    assert gate.decide([1], scores, newcomers=[3]).choices == [None]
 
 
 def test_what_speaks_for_the_base_model_gets_no_adapter() -> None:

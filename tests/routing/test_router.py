@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from server.errors import RouterArtefactError
 from server.routing.bank import ProjectionInfo
-from server.routing.policy import routed_plan
+from server.routing.policy import ENDLESS, routed_plan
 from server.routing.prompt_gate import ChatFrame, PromptGate, PromptGateSettings
 from server.routing.prompt_statistics import summarise_questions
 from server.routing.prototypes import GateColumn, HotRow
@@ -280,7 +280,7 @@ def spans_of(hot: dict[int, HotRow], slots: dict[str, int], question: list[int],
 
 def test_a_newcomers_column_takes_part_in_the_prompt_gate() -> None:
     slots = {"d1": 1, "d2": 2, "new": 3}
-    assert [found[:2] for found in spans_of({3: prompted(0, 6)}, slots, [6, 6, 6])] == [(5, (3,))]
+    assert [found[:2] for found in spans_of({3: prompted(0, 6)}, slots, [6, 6, 6])] == [(ENDLESS, (3,))]
     assert spans_of({3: hot_row(0, 0.0)}, slots, [6, 6, 6]) == [], "without a column it silences the gate"
     trained = [4] * 5
     assert spans_of({3: prompted(0, 6)}, slots, trained, without={3}) == spans_of({}, slots, trained) != []
