@@ -36,6 +36,8 @@ NEWCOMER_ANSWERS = 0.9
 rougher in answers than the gate is in questions."""
 MAX_NEWCOMER_SHARE = 0.1
 """Mean posterior of all newcomers up to which a question that no choice is sure of is none of theirs."""
+FAINT_NEWCOMER_SHARE = 0.01
+"""The same for a question that trained choices have for certain, up to which they may begin its answer."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ class Reading:
     choices: list[int | None]
     """Which of the columns' choices each token is given to; None where the router decides. Only so many tokens as the
     settings say."""
+    newcomer_share: float
+    """Mean posterior of all newcomers together, whoever the question is given to."""
     answers: int | None
     """The newcomer that gets the answer too; None where the router decides."""
 
@@ -133,12 +137,12 @@ class PromptGate:
         """
         posterior = self.posterior(question[: self.settings.max_question_tokens], columns)
         best, is_sure = posterior.argmax(axis=1), posterior.max(axis=1) >= self._needed(len(columns), bool(newcomers))
-        if otherwise is not None and not is_sure.any():
-            may_be_new = posterior[:, list(newcomers)].sum(axis=1).mean() > MAX_NEWCOMER_SHARE
-            return Reading([None if may_be_new else otherwise] * len(posterior), None)
+        newcomer_share = float(posterior[:, list(newcomers)].sum(axis=1).mean())
         choices = [index if sure else None for index, sure in zip(best.tolist(), is_sure.tolist(), strict=True)]
+        if otherwise is not None and not is_sure.any() and newcomer_share <= MAX_NEWCOMER_SHARE:
+            choices = [otherwise] * len(choices)
         answers = next((new for new in newcomers if posterior[:, new].min() >= NEWCOMER_ANSWERS), None)
-        return Reading(choices, answers)
+        return Reading(choices, newcomer_share, answers)
 
     def _needed(self, num_choices: int, with_newcomers: bool) -> float:
         """Posterior from which a token is given to one of so many choices: of two, a half is a toss-up."""
@@ -222,8 +226,8 @@ def prompt_spans(
     Each question is decided by itself, so that later turns of a conversation change nothing before them. A first one
     that no choice is sure of is the base model's if it may be chosen: most such are nobody's, and an adapter finds its
     way back in the answer, which the router decides. (A later one may mean something in its conversation.) The answer's
-    header follows the first stretch with an adapter: the first task is answered first. A newcomer that has a question
-    for certain answers it alone, up to the next one.
+    header follows the first stretch with an adapter: the first task is answered first; but no trained one where the
+    question may be a newcomer's. A newcomer that has a question for certain answers it alone, up to the next one.
 
     `column_of_slot` (V,) each. None at all where an allowed choice has no scores: the gate would give that one's
     prompts to others. `newcomers`: slots that the gate was not trained with.
@@ -253,7 +257,9 @@ def prompt_spans(
         follows = bool(index) or start <= gate.settings.max_opening_tokens
         fill(start, own[0] if follows else None)
         owners += own
-        if (first := _first_adapter(own)) is not None and gate.frame.is_answered(token_ids, stop):
+        first = _first_adapter(own)
+        is_safe = first in newcomers or reading.newcomer_share <= FAINT_NEWCOMER_SHARE
+        if first is not None and is_safe and gate.frame.is_answered(token_ids, stop):
             fill(stop, None)
             fill(stop + len(gate.frame.answer), first)
         answering = None if reading.answers is None else slots[reading.answers]

@@ -191,6 +191,21 @@ def test_a_newcomer_that_has_a_question_for_certain_answers_it_alone() -> None:
     assert gate.decide([B] * 2, weak, newcomers=[2]).answers is None
 
 
+def test_where_a_question_may_be_a_newcomers_a_trained_choice_does_not_begin_the_answer() -> None:
+    """A newcomer's questions that the gate gives to others are made good in the answer, which its row can still win."""
+    gate, plan = make_gate(), make_plan()
+    columns = gate.columns(INDICES)
+
+    def header_of(new_score: float) -> tuple[int, ...]:
+        columns[2] = columns[2].clone()
+        columns[2][A] = new_score
+        spans = prompt_spans(gate, plan, columns, DIGESTS, prompt([A] * 2), newcomers=frozenset({2}))
+        return next(span.plan.slots for span in spans if span.stop >= 8) if spans[-1].stop > 7 else ()
+
+    assert header_of(0.0) == (1,)
+    assert header_of(2.0) == (), "the newcomer has some hundredths of the posterior"
+
+
 def test_spans_are_clipped_to_what_they_concern() -> None:
     spans = (PlanSpan(3, BASE_PLAN), PlanSpan(ENDLESS, make_plan()))
     assert clipped(spans, 5) == (PlanSpan(3, BASE_PLAN), PlanSpan(5, make_plan()))
