@@ -94,7 +94,7 @@ def _study(options: argparse.Namespace) -> int:
     if not options.list:
         study = Study(inputs, chosen, options.out, cache=options.cache, reuse=options.reuse, record=options.json)
         failed = study.run(lambda: write_record(whole, inputs, options.json) if options.json else None)
-    # Before collecting, which drops what is outdated.
+    # Before collecting, which marks what is outdated.
     lines = [f"{run.title}: {whole.described(run)}" for run in chosen]
     if options.json:
         write_record(whole, inputs, options.json)
