@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from router_training.data import Chat
-from router_training.encoding import ChatRenderer, TokenSequence, up_to_last
+from router_training.encoding import ChatRenderer, TokenSequence, around_words, common_length, up_to_last
 from router_training.settings import BASE_NAME
 
 Kind = Literal["conversation", "answer"]
@@ -114,20 +114,19 @@ def _encode_conversation(
 ) -> tuple[TokenSequence, list[Part]]:
     messages = [dict(message) for chat in (composite.first, composite.second) for message in chat.messages]
 
-    def ask(content: str, before: int = 0) -> list[int]:
+    def ask_again(content: str) -> list[int]:
         question = {"role": "user", "content": content}
-        return tokenizer.render_chat([*messages[:before], question], add_generation_prompt=True)
+        return tokenizer.render_chat([*messages[:2], question], add_generation_prompt=True)
 
     first_turn = tokenizer.render_chat(messages[:2], add_generation_prompt=False)
     whole = tokenizer.render_chat(messages, add_generation_prompt=False)
     turn = len(up_to_last(first_turn, eos_token_ids))
     starts = [common_length(tokenizer.render_chat(messages[:n], add_generation_prompt=True), whole) for n in (1, 3)]
-    openings = [common_length(ask("A", before), ask("7", before)) for before in (0, 2)]
-    closing = common_length(ask("A")[::-1], ask("7")[::-1])
+    opening, closing = map(len, around_words(tokenizer))
     unscored = tuple(range(turn, starts[1]))
     sequence = TokenSequence(tuple(whole), starts[0], labels[0], ((turn, labels[1]),), unscored)
-    first, second = ((opening, start - closing) for opening, start in zip(openings, starts, strict=True))
-    return sequence, [first, (starts[0], turn), second, (starts[1], len(whole))]
+    second = (common_length(ask_again("A"), ask_again("7")), starts[1] - closing)
+    return sequence, [(opening, starts[0] - closing), (starts[0], turn), second, (starts[1], len(whole))]
 
 
 def _encode_answer(
@@ -144,9 +143,9 @@ def _encode_answer(
         return tokenizer.render_chat(messages, add_generation_prompt=False)
 
     prompt, whole = ask(SEPARATOR.join(questions)), answer(SEPARATOR.join(answers))
-    opening = common_length(ask("A"), ask("7"))
+    opening, closing = map(len, around_words(tokenizer))
     second_question = _start_of_last(ask, questions[1], prompt)
-    question_end = len(prompt) - common_length(ask("A")[::-1], ask("7")[::-1])
+    question_end = len(prompt) - closing
     first_end = common_length(answer(answers[0]), whole)
     second_start = max(first_end, _start_of_last(answer, answers[1], whole))
     changes = ((second_question, labels[1]), (question_end, labels[0]), (second_start - 1, labels[1]))
@@ -163,11 +162,3 @@ def _start_of_last(render: Callable[[str], list[int]], text: str, whole: Sequenc
     alone = render(text)
     opening = common_length(render("A"), render("7"))
     return len(whole) - min(common_length(alone[::-1], whole[::-1]), len(alone) - opening)
-
-
-def common_length(first: Sequence[int], second: Sequence[int]) -> int:
-    """Number of leading tokens that both share."""
-    for position, (left, right) in enumerate(zip(first, second, strict=False)):
-        if left != right:
-            return position
-    return min(len(first), len(second))

@@ -158,3 +158,27 @@ def up_to_last(tokens: list[int], ends: Collection[int]) -> list[int]:
     """Drop what the template prints behind the last end-of-turn token."""
     last = max((index for index, token in enumerate(tokens) if token in ends), default=len(tokens) - 1)
     return tokens[: last + 1]
+
+
+def around_words(tokenizer: ChatRenderer, system: str | None = None) -> tuple[list[int], list[int]]:
+    """Tokens that the chat template puts before and behind a user's first words; either may be none.
+
+    `system` None leaves the system message to the template. Raises InvalidRequestError where it refuses the messages.
+    """
+
+    def render(text: str) -> list[int]:
+        messages = [{"role": "user", "content": text}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        return tokenizer.render_chat(messages, add_generation_prompt=True)
+
+    first, second = render("A"), render("7")
+    return first[: common_length(first, second)], first[::-1][: common_length(first[::-1], second[::-1])][::-1]
+
+
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of leading tokens that both share."""
+    for position, (left, right) in enumerate(zip(first, second, strict=False)):
+        if left != right:
+            return position
+    return min(len(first), len(second))

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from router_training.data import Chat, TrainingDataError, read_chats
-from router_training.encoding import TokenSequence
+from router_training.encoding import TokenSequence, around_words
 from router_training.generation import generate_answers, nucleus
-from router_training.prompt_fit import around_words
 from router_training.roster import BASE_TASK, Roster
 from server.errors import ConfigError, InvalidRequestError, LoraMixerError
 from server.model.loader import LoadedModel

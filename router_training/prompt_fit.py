@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from router_training.composites import common_length
-from router_training.encoding import ChatRenderer, TokenSequence
+from router_training.encoding import ChatRenderer, TokenSequence, around_words, common_length
 from router_training.mixing import Mix, encode_mix, question_settings
 from router_training.progress import Progress
 from router_training.roster import BASE_TASK, FIRST_SLOT, Roster
@@ -68,22 +67,6 @@ def chat_frame(tokenizer: ChatRenderer) -> ChatFrame:
         raise ConfigError("no prompt gate for this base model: its chat template puts no tokens around a user's words")
     same = len(set(map(tuple, closings))) == 1
     return ChatFrame(tuple(header), closings[0][0], tuple(closings[0]) if same else ())
-
-
-def around_words(tokenizer: ChatRenderer, system: str | None = None) -> tuple[list[int], list[int]]:
-    """Tokens that the chat template puts before and behind a user's first words; either may be none.
-
-    `system` None leaves the system message to the template. Raises InvalidRequestError where it refuses the messages.
-    """
-
-    def render(text: str) -> list[int]:
-        messages = [{"role": "user", "content": text}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        return tokenizer.render_chat(messages, add_generation_prompt=True)
-
-    first, second = render("A"), render("7")
-    return first[: common_length(first, second)], first[::-1][: common_length(first[::-1], second[::-1])][::-1]
 
 
 def fit_prompt_gate(

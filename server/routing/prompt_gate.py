@@ -30,7 +30,6 @@ TIMES_CHANCE = 1.5
 """A posterior must also be so many times what it is where nothing is known. Matters in pools of two."""
 NEWCOMER_CONFIDENCE = 0.7
 """Least posterior in a pool with choices that the gate was not trained with: scores from a few examples are rougher."""
-
 NEWCOMER_ANSWERS = 0.9
 """Posterior of all tokens of a question from which a newcomer answers it alone: a gate row from a few examples is far
 rougher in answers than the gate is in questions."""
