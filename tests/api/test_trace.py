@@ -5,6 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.routing.policy import BASE_PLAN, ENDLESS, PlanSpan, Policy, fixed_plan
 from tests.api.fakes import BASE_NAME, Harness
 from tests.api.sse import stream
 
@@ -73,6 +74,18 @@ def test_the_prompt_gates_stretches_are_told_by_name(harness: Harness, client: h
     assert [choice["routing"].get("prompt") for choice in choices] == [stretches] * 2 + [None] * 2 + [stretches] * 2
     assert harness.registry.readers
     assert all(name.startswith("tokenizer") for name in harness.registry.readers), "not the event loop"
+
+
+def test_of_a_stretch_that_goes_on_in_the_answer_the_prompts_part_is_told(
+    harness: Harness, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spans = (PlanSpan(2, BASE_PLAN), PlanSpan(ENDLESS, fixed_plan(Policy.PINNED, {2: 1.0}, {2: "mbpp"})))
+    monkeypatch.setattr(harness.registry, "prompt_spans", lambda *_: spans)
+    body = {"model": "auto", "prompt": "long enough", "max_tokens": 1, "routing": {"trace": "summary"}}
+    answer = client.post(COMPLETIONS, json=body).json()
+    first, second = answer["choices"][0]["routing"]["prompt"]
+    assert first == {"tokens": 2, "adapter": "base"}
+    assert second == {"tokens": answer["usage"]["prompt_tokens"] - 2, "adapter": "mbpp"}
 
 
 @pytest.mark.parametrize("level", ["summary", "tokens", "layers"])
