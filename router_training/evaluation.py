@@ -62,12 +62,17 @@ def plans_of_tokens(
     for row, tokens in enumerate(rows):
         first = labels.shape[1] - len(tokens) if is_padded_left else 0
         start = first
-        for stop, own in routed.routers.prompt_spans(plans[int(labels[row, first])], tokens):
-            if own not in plans:
-                plans.append(own)
-            plan_of_token[row, start : first + stop] = plans.index(own)
+        for stop, own in routed.routers.prompt_course(plans[int(labels[row, first])], tokens).spans:
+            plan_of_token[row, start : first + stop] = index_of(own, plans)
             start = first + stop
     return plans, plan_of_token
+
+
+def index_of(plan: GatePlan, plans: list[GatePlan]) -> int:
+    """Where it is in `plans`, at the end if it was not there yet."""
+    if plan not in plans:
+        plans.append(plan)
+    return plans.index(plan)
 
 
 def evaluate_policy(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from router_training.encoding import TokenSequence, batches_by_length
-from router_training.evaluation import plans_of_tokens
+from router_training.evaluation import index_of, plans_of_tokens
 from server.routing.attach import RoutedModel
 from server.routing.context import GateBatch, build_gate_batch
 from server.routing.policy import GatePlan
@@ -96,6 +96,7 @@ def _generate(
     plans, plan_of_token = plans_of_tokens(
         routed, plan_of_label, labels[:, None].expand_as(mask), token_ids, is_padded_left=True
     )
+    courses = [routed.routers.prompt_course(plan_of_label[p.label], p.token_ids) for p in prompts]
     answers: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))
     rows = [row_of_prompt[prompt] for prompt in prompts]  # of the running answers, in the batch
@@ -109,13 +110,17 @@ def _generate(
         if not running:
             break
         inputs = chosen[goes_on][:, None]
+        own = []
         for answer, token in zip(running, inputs.flatten().tolist(), strict=True):
+            position, plan = len(prompts[answer]) + len(answers[answer]), plan_of_label[prompts[answer].label]
             answers[answer].append(token)
+            courses[answer] = courses[answer].after(token, position, plan)
+            own.append(index_of(courses[answer].plan_at(position, plan), plans))
         if rows != list(range(len(mask))):  # what has ended leaves the batch; equal prompts part
             cache.batch_select_indices(torch.tensor(rows))
-            mask, positions, labels = mask[rows], positions[rows], labels[rows]
+            mask, positions = mask[rows], positions[rows]
             rows = list(range(len(rows)))
-        positions, plan_of_token = positions[:, -1:] + 1, labels[:, None]
+        positions, plan_of_token = positions[:, -1:] + 1, torch.tensor(own)[:, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     return answers
 

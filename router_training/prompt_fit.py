@@ -8,12 +8,13 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from router_training.answer_ends import answer_ends
 from router_training.encoding import ChatRenderer, TokenSequence, around_words, common_length
 from router_training.mixing import Mix, encode_mix, question_settings
 from router_training.progress import Progress
@@ -22,8 +23,11 @@ from router_training.settings import TrainingConfig
 from router_training.trainer import Guide
 from server.errors import ConfigError, InvalidRequestError
 from server.model.loader import LoadedModel
-from server.routing.policy import BASE_SLOT, GatePlan, PlanSpan, Policy
-from server.routing.prompt_gate import READS, ChatFrame, PromptGate, PromptGateSettings, prompt_spans
+from server.routing.chat_frame import ChatFrame
+from server.routing.plan_course import PlanSpan
+from server.routing.policy import BASE_SLOT, GatePlan, Policy
+from server.routing.prompt_course import prompt_course
+from server.routing.prompt_gate import READS, PromptGate, PromptGateSettings
 from server.routing.prompt_statistics import QuestionStatistics, summarise_questions
 
 EPOCHS = 7
@@ -50,8 +54,17 @@ Question = tuple[Tensor, Tensor]
 """Token ids and labels, both (L,) int64, of a first question."""
 
 
-def chat_frame(tokenizer: ChatRenderer) -> ChatFrame:
-    """What the chat template puts around a user's first words, whatever stands before them.
+class FrameTokenizer(ChatRenderer, Protocol):
+    """What a frame needs of `server.model.tokenizer.ChatTokenizer`."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+def chat_frame(tokenizer: FrameTokenizer) -> ChatFrame:
+    """What the chat template puts around a user's first words, whatever stands before them, and which tokens end lines.
 
     Raises ConfigError for a template whose user turns cannot be told apart by whole tokens.
     """
@@ -66,7 +79,9 @@ def chat_frame(tokenizer: ChatRenderer) -> ChatFrame:
     if not header or not closings[0]:
         raise ConfigError("no prompt gate for this base model: its chat template puts no tokens around a user's words")
     same = len(set(map(tuple, closings))) == 1
-    return ChatFrame(tuple(header), closings[0][0], tuple(closings[0]) if same else ())
+    spelled = ((token, tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
+    line_ends = tuple((token, text.count(b"\n")) for token, text in spelled if b"\n" in text and not text.strip())
+    return ChatFrame(tuple(header), closings[0][0], tuple(closings[0]) if same else (), line_ends)
 
 
 def fit_prompt_gate(
@@ -92,9 +107,10 @@ def fit_prompt_gate(
     rows = torch.zeros(num_choices, features.shape[1], requires_grad=True)
     optimiser = torch.optim.Adam([rows], lr=LEARNING_RATE, betas=(0.9, 0.99))
     steps = num_steps(len(questions))
+    switches = SwitchTable(frame, settings, len(features))
     for step, batch in enumerate(balanced_batches(questions, steps, seed)):
         optimiser.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps)
-        loss = question_loss(features, rows, batch, settings.switch) + PENALTY * rows.square().sum()
+        loss = question_loss(features, rows, batch, switches) + PENALTY * rows.square().sum()
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
@@ -102,7 +118,8 @@ def fit_prompt_gate(
     with torch.no_grad():
         scores = F.linear(features, rows) * SHRINK
         scores -= scores.mean(dim=1, keepdim=True)  # a constant per token changes nothing and would cost bits
-    return PromptGate(scores.half(), frame, settings, _statistics(questions, *scores.shape))
+    ends = answer_ends(frame, sequences, first_slot=first_slot, num_choices=num_choices)
+    return PromptGate(scores.half(), frame, settings, _statistics(questions, *scores.shape), ends)
 
 
 def num_steps(num_questions: int) -> int:
@@ -145,30 +162,49 @@ def normalised(embeddings: Tensor) -> Tensor:
     return values * torch.rsqrt(values.square().mean(dim=1, keepdim=True) + 1e-5)
 
 
-def question_loss(features: Tensor, rows: Tensor, batch: Sequence[Question], switch: float) -> Tensor:
+class SwitchTable:
+    """`PromptGate.switches` for batches: the same probabilities, held to them by a test."""
+
+    def __init__(self, frame: ChatFrame, settings: PromptGateSettings, vocabulary: int) -> None:
+        self._ends_line = torch.zeros(vocabulary, dtype=torch.bool)
+        self._ends_line[[token for token in frame.newlines if token < vocabulary]] = True
+        self._settings = settings
+
+    def of(self, ids: Tensor) -> Tensor:
+        """(S, L) float32 for token ids (S, L)."""
+        ends = self._ends_line[ids]
+        begins = F.pad(ends[:, :-1], (1, 0)) & ~ends
+        return torch.where(begins, self._settings.switch_at_lines, self._settings.switch)
+
+
+def question_loss(features: Tensor, rows: Tensor, batch: Sequence[Question], switches: SwitchTable) -> Tensor:
     """Mean over questions of the mean over their tokens of -log posterior of the token's own choice, a scalar."""
     longest = max(len(tokens) for tokens, _ in batch)
     ids = torch.stack([F.pad(tokens, (0, longest - len(tokens))) for tokens, _ in batch])  # (S, L)
     labels = torch.stack([F.pad(own, (0, longest - len(own))) for _, own in batch])
     lengths = torch.tensor([len(tokens) for tokens, _ in batch])
     is_real = torch.arange(longest)[None] < lengths[:, None]
-    posterior = log_posterior(F.linear(features[ids], rows) * is_real[:, :, None], switch)
+    posterior = log_posterior(F.linear(features[ids], rows) * is_real[:, :, None], switches.of(ids))
     own = posterior.gather(2, labels[:, :, None])[:, :, 0]
     return -(own * is_real / lengths[:, None]).sum() / len(batch)
 
 
-def log_posterior(emissions: Tensor, switch: float) -> Tensor:
-    """As `prompt_gate.smoothed` for a batch (S, L, C), in logarithms and differentiable: the same chain, held to it by
-    a test. Padding at the end must have zero emissions: it says nothing."""
+def log_posterior(emissions: Tensor, switches: Tensor) -> Tensor:
+    """As `prompt_gate.smoothed` for a batch (S, L, C) with `switches` (S, L), in logarithms and differentiable: the
+    same chain, held to it by a test. Padding at the end must have zero emissions: it says nothing."""
     length, count = emissions.shape[1:]
-    transition = torch.full((count, count), switch / max(1, count - 1)).fill_diagonal_(1 - switch).log()
+    stays = torch.eye(count, dtype=torch.bool)
+    keep, other = torch.log1p(-switches), torch.log(switches / max(1, count - 1))
+    transitions = [
+        torch.where(stays, keep[:, position, None, None], other[:, position, None, None]) for position in range(length)
+    ]
     forward, backward = [emissions[:, 0]], [torch.zeros_like(emissions[:, 0])]
     for position in range(1, length):
-        message = torch.logsumexp(forward[-1][:, :, None] + transition, dim=1)
+        message = torch.logsumexp(forward[-1][:, :, None] + transitions[position], dim=1)
         forward.append(message + emissions[:, position])
     for position in range(length - 1, 0, -1):
         message = backward[-1] + emissions[:, position]
-        backward.append(torch.logsumexp(message[:, None, :] + transition, dim=2))
+        backward.append(torch.logsumexp(message[:, None, :] + transitions[position], dim=2))
     return torch.log_softmax(torch.stack(forward, dim=1) + torch.stack(backward[::-1], dim=1), dim=2)
 
 
@@ -180,6 +216,7 @@ class PromptReader:
         first_slot = BASE_SLOT if gate.scores.shape[1] > len(roster.adapters) else FIRST_SLOT
         self._gate = gate
         self._columns = gate.columns({slot: slot - first_slot for slot in range(first_slot, len(roster.tasks))})
+        self._answer_ends = {index + first_slot: ends for index, ends in enumerate(gate.answer_ends) if ends}
         self._digests = roster.digest_of_slot
         self._num_slots = roster.routed.num_slots
         self._known: dict[tuple[int, ...], tuple[PlanSpan, ...]] = {s.token_ids: () for s in unguided}
@@ -202,7 +239,9 @@ class PromptReader:
     def _spans(self, sequence: TokenSequence) -> tuple[PlanSpan, ...]:
         tokens = sequence.token_ids
         if tokens not in self._known:
-            self._known[tokens] = prompt_spans(self._gate, self._plan, self._columns, self._digests, tokens)
+            self._known[tokens] = prompt_course(
+                self._gate, self._plan, self._columns, self._digests, tokens, answer_ends=self._answer_ends
+            ).spans
         return self._known[tokens]
 
 

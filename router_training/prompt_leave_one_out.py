@@ -30,8 +30,9 @@ from router_training.settings import TrainingConfig
 from server.adapters.examples import encode_examples
 from server.config import ServerConfig, cache_folder, load_config
 from server.model.loader import LoadedModel, load_base_model
+from server.routing.chat_frame import ChatFrame
 from server.routing.prompt_columns import column_from_questions, make_column, shares
-from server.routing.prompt_gate import ChatFrame, PromptGate
+from server.routing.prompt_gate import PromptGate
 
 COUNTS = (4, 16, 64)
 TABLE_START, TABLE_END = "<!-- prompt leave-one-out: begin -->\n", "<!-- prompt leave-one-out: end -->\n"

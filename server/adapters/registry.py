@@ -34,7 +34,8 @@ from server.adapters.weights import AdapterLimits
 from server.config import AdapterSpec, ServerSettings
 from server.errors import AdapterMemoryError, RouterArtefactError
 from server.routing.attach import RoutedModel
-from server.routing.policy import GatePlan, PlanSpan
+from server.routing.plan_course import NO_COURSE, PlanCourse
+from server.routing.policy import GatePlan
 from server.routing.recording import ExampleStates
 
 logger = logging.getLogger(__name__)
@@ -151,9 +152,9 @@ class AdapterRegistry:
         """
         return self.desk.lease(model, adapters, top_k)[0]
 
-    def prompt_spans(self, plan: GatePlan, token_ids: Sequence[int]) -> tuple[PlanSpan, ...]:
-        """Plans of the beginning of a prompt whose request holds `plan`: see `RouterBank.prompt_spans`."""
-        return self._routed.routers.prompt_spans(plan, token_ids) if self._has_prompt_gate else ()
+    def prompt_course(self, plan: GatePlan, token_ids: Sequence[int]) -> PlanCourse:
+        """Plans of the tokens of a prompt whose request holds `plan`: see `RouterBank.prompt_course`."""
+        return self._routed.routers.prompt_course(plan, token_ids) if self._has_prompt_gate else NO_COURSE
 
     def record_traffic(
         self, gate_mass: Iterable[tuple[int, float]], routed_mass: Iterable[tuple[int, float]] = ()

@@ -20,7 +20,8 @@ from server.engine.async_engine import GenerationHandle, GenerationRequest
 from server.engine.sequence import FinishReason, SamplingParams, TokenEvent
 from server.errors import EngineError, NotReadyError
 from server.model.detokenizer import IncrementalDetokenizer
-from server.routing.policy import BASE_SLOT, GatePlan, PlanSpan, clipped
+from server.routing.plan_course import NO_COURSE, PlanCourse, PlanSpan, clipped
+from server.routing.policy import BASE_SLOT, GatePlan
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Prompt:
 
     token_ids: tuple[int, ...]
     params: SamplingParams
-    spans: tuple[PlanSpan, ...] = ()
+    course: PlanCourse = NO_COURSE
     """What the router's prompt gate has decided."""
 
 
@@ -99,7 +100,7 @@ class Generation:
     def spans_of(self, choice_index: int) -> tuple[PlanSpan, ...]:
         """What the prompt gate has decided for the choice's prompt, as far as that goes."""
         prompt = self.prompts[choice_index // self.body.n]
-        return clipped(prompt.spans, len(prompt.token_ids))
+        return clipped(prompt.course.spans, len(prompt.token_ids))
 
     def _adapter_names(self, choice: Choice) -> list[str]:
         lease = self.lease_of(choice.index)
@@ -202,7 +203,7 @@ def submit(
                 prompt_token_ids=prompt.token_ids,
                 params=prompt.params,
                 plan=lease.plan,
-                spans=prompt.spans,
+                course=prompt.course,
                 lease=lease,
                 request_id=f"{request_id}-{index}" if len(prompts) > 1 else request_id,
                 n=body.n,

@@ -74,7 +74,7 @@ async def read_questions(services: Services, plans: Sequence[GatePlan], prompts:
 
     def read() -> list[Prompt]:
         return [
-            replace(prompt, spans=services.registry.prompt_spans(plan, prompt.token_ids))
+            replace(prompt, course=services.registry.prompt_course(plan, prompt.token_ids))
             for plan, prompt in zip(plans, prompts, strict=True)
         ]
 

@@ -12,7 +12,8 @@ from server.api.choice import ChoiceDelta
 from server.api.generation import Generation
 from server.api.logprobs import token_label
 from server.engine.sequence import TraceLevel
-from server.routing.policy import BASE_SLOT, PlanSpan
+from server.routing.plan_course import PlanSpan
+from server.routing.policy import BASE_SLOT
 
 if TYPE_CHECKING:
     from server.model.tokenizer import ChatTokenizer

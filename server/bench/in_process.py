@@ -52,7 +52,7 @@ class InProcessTarget:
                 lease,
                 request_id=job.salt,
                 cache_salt=job.salt,
-                spans=self._registry.prompt_spans(lease.plan, job.prompt_token_ids),
+                course=self._registry.prompt_course(lease.plan, job.prompt_token_ids),
             )
             async with aclosing(self._engine.submit(request)) as events:
                 async for _, event in events:

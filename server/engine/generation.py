@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, replace
 
 from server.engine.sequence import Lease, SamplingParams, Sequence, TokenEvent
-from server.routing.policy import GatePlan, PlanSpan
+from server.routing.plan_course import NO_COURSE, PlanCourse
+from server.routing.policy import GatePlan
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class GenerationRequest:
     n: int = 1
     priority: int = 0
     cache_salt: str | None = None
-    spans: tuple[PlanSpan, ...] = ()
-    """Plans of the prompt's beginning, where they are not `plan`; the lease holds them too."""
+    course: PlanCourse = NO_COURSE
+    """Where tokens follow another plan than `plan`; the lease holds those too."""
 
     @property
     def num_tokens(self) -> int:
@@ -43,7 +44,7 @@ class GenerationRequest:
                 prompt_token_ids=list(self.prompt_token_ids),
                 params=self.params if seed is None else replace(self.params, seed=seed + index),
                 plan=self.plan,
-                spans=self.spans,
+                course=self.course,
                 lease=lease,
                 priority=self.priority,
                 cache_salt=self.cache_salt,

@@ -240,7 +240,7 @@ class Scheduler:
             event = _event(sequence, prompt_logprobs=prompt_logprobs, finish_reason=FinishReason.LENGTH)
             return self._finish(sequence, event)
         assert output.token_id is not None, "a row that reaches its last token samples the next"
-        sequence.output_token_ids.append(output.token_id)
+        sequence.append(output.token_id)
         finish_reason, stop_reason = self._finish_reason(sequence)
         event = _event(
             sequence,

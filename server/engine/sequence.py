@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
 from typing import NamedTuple, Protocol
 
-from server.routing.policy import BASE_PLAN, GatePlan, PlanSpan, plan_runs
+from server.routing.plan_course import NO_COURSE, PlanCourse, plan_runs
+from server.routing.policy import BASE_PLAN, GatePlan
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,8 @@ class Sequence:
     prompt_token_ids: list[int]
     params: SamplingParams
     plan: GatePlan = BASE_PLAN
-    spans: tuple[PlanSpan, ...] = ()
-    """Plans of the prompt's beginning, where they are not `plan`."""
+    course: PlanCourse = NO_COURSE
+    """Where tokens follow another plan than `plan`."""
     lease: Lease = field(default_factory=NoLease)
     priority: int = 0
     """Lower runs first (vLLM's convention)."""
@@ -177,6 +178,11 @@ class Sequence:
     def __post_init__(self) -> None:
         self.rng = random.Random(self.params.seed)
 
+    def append(self, token_id: int) -> None:
+        """Take a sampled token."""
+        self.course = self.course.after(token_id, self.num_tokens, self.plan)
+        self.output_token_ids.append(token_id)
+
     @property
     def token_ids(self) -> list[int]:
         """Prompt and output so far."""
@@ -193,11 +199,11 @@ class Sequence:
     def plan_runs(self, num_tokens: int) -> list[tuple[GatePlan, int]]:
         """(plan, number of tokens) of the next `num_tokens` tokens to compute, in order."""
         start = self.num_computed_tokens
-        return plan_runs(self.spans, self.plan, start, start + num_tokens)
+        return plan_runs(self.course.spans, self.plan, start, start + num_tokens)
 
     def gates_between(self, start: int, stop: int) -> list[tuple[bytes, int]]:
         """(fingerprint, number of tokens) of the plans at positions start..stop-1; empty where all follow `plan`."""
-        runs = plan_runs(self.spans, self.plan, start, stop)
+        runs = plan_runs(self.course.spans, self.plan, start, stop)
         return [] if runs == [(self.plan, stop - start)] else [(plan.fingerprint, count) for plan, count in runs]
 
     @property

@@ -1,10 +1,9 @@
 """How one request gets its gates: a small immutable plan. Knows slots and digests, no tensors and no names."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
 
 BASE_SLOT = 0
 """Slot of the base model, the null expert: its delta is zero."""
@@ -48,40 +47,6 @@ class GatePlan:
 
 BASE_PLAN = GatePlan(policy=Policy.BASE, fingerprint=hashlib.sha256(b"base").digest())
 """The plan of every `base` request."""
-
-
-ENDLESS = 2**31 - 1
-"""Stop of a span that holds for whatever is generated."""
-
-
-class PlanSpan(NamedTuple):
-    """Tokens of a sequence, from the end of the span before it to `stop` (exclusive), that follow `plan`."""
-
-    stop: int
-    plan: GatePlan
-
-
-def clipped(spans: Sequence[PlanSpan], length: int) -> tuple[PlanSpan, ...]:
-    """The spans as far as they concern the first `length` tokens."""
-    starts = (0, *(span.stop for span in spans))
-    return tuple(
-        PlanSpan(min(span.stop, length), span.plan)
-        for start, span in zip(starts, spans, strict=False)
-        if start < length
-    )
-
-
-def plan_runs(spans: Sequence[PlanSpan], plan: GatePlan, start: int, stop: int) -> list[tuple[GatePlan, int]]:
-    """(plan, number of tokens) of the tokens start..stop-1 in order, each with at least one; behind the spans all
-    follow `plan`."""
-    if not spans or start >= spans[-1].stop:
-        return [(plan, stop - start)]
-    runs = []
-    for end, own in [*spans, PlanSpan(stop, plan)]:
-        if start < min(end, stop):
-            runs.append((own, min(end, stop) - start))
-            start = min(end, stop)
-    return runs
 
 
 def fixed_plan(policy: Policy, weights: Mapping[int, float], digest_of_slot: Mapping[int, str]) -> GatePlan:

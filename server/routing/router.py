@@ -219,6 +219,8 @@ def _check(artefact: RouterArtefact, folder: Path) -> None:
             problems.append(f"{PROMPT_SCORES} is {scores.dtype} {tuple(scores.shape)}, not {expected}")
         elif not torch.isfinite(scores).all():
             problems.append(f"{PROMPT_SCORES} has non-finite values")
+        elif (count := len(artefact.prompt_gate.answer_ends)) not in (0, len(artefact.adapters)):
+            problems.append(f"the prompt gate's answer_ends are {count}, not one per choice")
         elif artefact.prompt_gate.statistics is not None:
             problems += artefact.prompt_gate.statistics.problems(*scores.shape)
     if problems:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from server.errors import RouterArtefactError
 from server.routing.bank import ProjectionInfo
-from server.routing.policy import BASE_DIGEST, BASE_SLOT, GatePlan, PlanSpan
-from server.routing.prompt_gate import PromptGate, prompt_spans
+from server.routing.plan_course import NO_COURSE, PlanCourse
+from server.routing.policy import BASE_DIGEST, BASE_SLOT, GatePlan
+from server.routing.prompt_course import prompt_course
+from server.routing.prompt_gate import PromptGate
 from server.routing.prototypes import HotRow
 from server.routing.router import Granularity, RouterArtefact, gate_key
 
@@ -38,18 +40,20 @@ class RouterGeneration:
     """Slot -> digest of the adapter in it, of every slot with a gate row."""
     column_of_slot: Mapping[int, Tensor] = field(default_factory=dict)
     """Slot -> scores (V,) of the prompt gate, if the router has one: of trained adapters and of hot ones."""
+    answer_ends_of_slot: Mapping[int, int] = field(default_factory=dict)
+    """Slot -> line ends in a row that end its answers, of those where any do."""
     newcomers: frozenset[int] = frozenset()
     """Slots of the hot ones."""
     packed: object | None = None
     """What `RouterBank.pack` made of it."""
 
-    def prompt_spans(self, plan: GatePlan, token_ids: Sequence[int]) -> tuple[PlanSpan, ...]:
-        """Plans of the beginning of a prompt, if the router has a prompt gate: see `prompt_gate.prompt_spans`."""
+    def prompt_course(self, plan: GatePlan, token_ids: Sequence[int]) -> PlanCourse:
+        """Plans of a prompt's tokens, if the router has a prompt gate: see `prompt_course.prompt_course`."""
         gate = self.artefact.prompt_gate
         if gate is None:
-            return ()
-        columns, digests = self.column_of_slot, self.digest_of_slot
-        return prompt_spans(gate, plan, columns, digests, token_ids, newcomers=self.newcomers)
+            return NO_COURSE
+        columns, digests, ends = self.column_of_slot, self.digest_of_slot, self.answer_ends_of_slot
+        return prompt_course(gate, plan, columns, digests, token_ids, newcomers=self.newcomers, answer_ends=ends)
 
     def key(self, info: ProjectionInfo) -> str:
         """Which gate decides for this projection; where `rows` lacks it, routed tokens stay on the base."""
@@ -71,6 +75,10 @@ def check_base(artefact: RouterArtefact, *, base_model: str, hidden_size: int, n
     ]
     if differences:
         raise RouterArtefactError("the router was trained for another base: " + "; ".join(differences))
+
+
+EMPTY_LINE = 2
+"""Line ends in a row."""
 
 
 class RouterBank:
@@ -120,6 +128,7 @@ class RouterBank:
             biases=self._biases(hot_rows),
             digest_of_slot={**{slot: hot.digest for slot, hot in hot_rows.items()}, **digest_of_slot},
             column_of_slot=_prompt_columns(artefact.prompt_gate, placed, hot_rows),
+            answer_ends_of_slot=_answer_ends(artefact.prompt_gate, placed, hot_rows),
             newcomers=frozenset(hot_rows),
         )
         return generation if self.pack is None else replace(generation, packed=self.pack(generation))
@@ -132,12 +141,12 @@ class RouterBank:
                 biases.setdefault(key, torch.zeros(self.num_slots))[slot] = column.bias
         return {key: bias.to(self.device) for key, bias in biases.items()}
 
-    def prompt_spans(self, plan: GatePlan, token_ids: Sequence[int]) -> tuple[PlanSpan, ...]:
-        """Which plans the tokens of a request's prompt follow before its own: none, unless it is routed by a
-        router with a prompt gate. On any thread; the request must hold `plan`."""
+    def prompt_course(self, plan: GatePlan, token_ids: Sequence[int]) -> PlanCourse:
+        """Which plans a request's tokens follow where it is not its own: none, unless it is routed by a router with a
+        prompt gate. On any thread; the request must hold `plan`."""
         if plan.router_generation is None:
-            return ()
-        return self.generations[plan.router_generation].prompt_spans(plan, token_ids)
+            return NO_COURSE
+        return self.generations[plan.router_generation].prompt_course(plan, token_ids)
 
     def publish(self, generation: RouterGeneration) -> None:
         """Add or replace one generation. Only between two steps, on the thread that runs the model."""
@@ -157,3 +166,13 @@ def _prompt_columns(
         return {}
     trained = gate.columns({slot: index for index, slot in placed})
     return {**trained, **{slot: hot.prompt_column for slot, hot in hot_rows.items() if hot.prompt_column is not None}}
+
+
+def _answer_ends(
+    gate: PromptGate | None, placed: Sequence[tuple[int, int]], hot_rows: Mapping[int, HotRow]
+) -> dict[int, int]:
+    """slot -> line ends that end its answers. Of newcomers too little is known: an empty line, as of most."""
+    if gate is None or not gate.answer_ends:
+        return {}
+    trained = {slot: gate.answer_ends[index] for index, slot in placed if gate.answer_ends[index]}
+    return {**trained, **dict.fromkeys(hot_rows, EMPTY_LINE)}

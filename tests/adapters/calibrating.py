@@ -7,7 +7,8 @@ from torch import Tensor
 
 from server.routing.attach import RoutedModel
 from server.routing.background import Background, summarise_gate, to_tensors
-from server.routing.prompt_gate import ChatFrame, PromptGate
+from server.routing.chat_frame import ChatFrame
+from server.routing.prompt_gate import PromptGate
 from server.routing.prompt_statistics import summarise_questions
 from server.routing.recording import InputRecorder
 from server.routing.router import RouterArtefact

@@ -179,7 +179,7 @@ def give_prompt_gate(registry: AdapterRegistry, router: Path, gate: PromptGate) 
 def spans_of(registry: AdapterRegistry, text: str) -> list[tuple[int, ...]]:
     """Slots that the beginning of a routed prompt goes to, in order."""
     prompt = ByteRenderer().render_chat([{"role": "user", "content": text}])
-    return [span.plan.slots for span in registry.prompt_spans(registry.lease("auto").plan, prompt)]
+    return [span.plan.slots for span in registry.prompt_course(registry.lease("auto").plan, prompt).spans]
 
 
 def test_a_newcomer_takes_part_in_the_prompt_gate(start: Start, tmp_path: Path) -> None:

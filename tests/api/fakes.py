@@ -30,7 +30,8 @@ from server.errors import (
     RouterArtefactError,
 )
 from server.metrics import Metrics
-from server.routing.policy import BASE_PLAN, GatePlan, PlanSpan, Policy, fixed_plan, routed_plan
+from server.routing.plan_course import NO_COURSE, PlanCourse, PlanSpan
+from server.routing.policy import BASE_PLAN, GatePlan, Policy, fixed_plan, routed_plan
 from tests.api.fake_model import ByteTokenizer, ScriptedRunner
 
 if TYPE_CHECKING:
@@ -93,12 +94,12 @@ class FakeRegistry:
         assert all(lease.num_releases <= 1 for lease in self.leases), "a lease was released twice"
         return sum(lease.num_releases == 0 for lease in self.leases)
 
-    def prompt_spans(self, plan: GatePlan, token_ids: Sequence[int]) -> tuple[PlanSpan, ...]:
+    def prompt_course(self, plan: GatePlan, token_ids: Sequence[int]) -> PlanCourse:
         """The first two tokens of a routed prompt to mbpp and the third to the base model, if it `has_prompt_gate`."""
         self.readers.add(threading.current_thread().name)
         if not self.has_prompt_gate or plan.policy is not Policy.ROUTED or len(token_ids) < 4:
-            return ()
-        return (PlanSpan(2, fixed_plan(Policy.PINNED, {2: 1.0}, {2: "mbpp"})), PlanSpan(3, BASE_PLAN))
+            return NO_COURSE
+        return PlanCourse((PlanSpan(2, fixed_plan(Policy.PINNED, {2: 1.0}, {2: "mbpp"})), PlanSpan(3, BASE_PLAN)))
 
     @property
     def desk(self) -> "FakeRegistry":

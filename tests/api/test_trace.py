@@ -5,7 +5,8 @@ from typing import Any
 import httpx
 import pytest
 
-from server.routing.policy import BASE_PLAN, ENDLESS, PlanSpan, Policy, fixed_plan
+from server.routing.plan_course import ENDLESS, PlanCourse, PlanSpan
+from server.routing.policy import BASE_PLAN, Policy, fixed_plan
 from tests.api.fakes import BASE_NAME, Harness
 from tests.api.sse import stream
 
@@ -80,7 +81,7 @@ def test_of_a_stretch_that_goes_on_in_the_answer_the_prompts_part_is_told(
     harness: Harness, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spans = (PlanSpan(2, BASE_PLAN), PlanSpan(ENDLESS, fixed_plan(Policy.PINNED, {2: 1.0}, {2: "mbpp"})))
-    monkeypatch.setattr(harness.registry, "prompt_spans", lambda *_: spans)
+    monkeypatch.setattr(harness.registry, "prompt_course", lambda *_: PlanCourse(spans))
     body = {"model": "auto", "prompt": "long enough", "max_tokens": 1, "routing": {"trace": "summary"}}
     answer = client.post(COMPLETIONS, json=body).json()
     first, second = answer["choices"][0]["routing"]["prompt"]

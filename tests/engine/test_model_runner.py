@@ -16,7 +16,8 @@ from server.errors import ModelLoadError
 from server.model.attention import PagedAttention, attach_paged_attention
 from server.routing.attach import RoutedModel, attach_routing
 from server.routing.bank import LoraWeights
-from server.routing.policy import BASE_PLAN, ENDLESS, GatePlan, PlanSpan, Policy, fixed_plan, routed_plan
+from server.routing.plan_course import ENDLESS, PlanCourse, PlanSpan
+from server.routing.policy import BASE_PLAN, GatePlan, Policy, fixed_plan, routed_plan
 from tests.adapters.harness import artefact_for
 
 BLOCK_SIZE = 4
@@ -226,7 +227,7 @@ def test_a_trace_shows_what_a_prompt_gate_decided_about_a_token(tiny_llama: Call
 
     def traces(*spans: PlanSpan) -> list[Any]:
         sequence = make_sequence(1, plan=plan, trace_routing=TraceLevel.LAYERS, max_tokens=2)
-        sequence.spans = spans
+        sequence.course = PlanCourse(spans)
         return [output.routing for output in generate(runner, sequence)]
 
     first, second = traces(PlanSpan(len(PROMPT), alone))
@@ -267,7 +268,7 @@ def test_mass_is_routed_where_the_router_had_a_choice(tiny_llama: Callable[..., 
     assert dict(without_choice.gate_mass) == pytest.approx({2: 4.0})
     assert without_choice.routed_mass == ()
     rows[0].num_computed_tokens = 0
-    rows[0].spans = (PlanSpan(2, fixed_plan(Policy.PINNED, {2: 1.0}, digests)),)
+    rows[0].course = PlanCourse((PlanSpan(2, fixed_plan(Policy.PINNED, {2: 1.0}, digests)),))
     guided = runner.run(ScheduledBatch((ScheduledSequence(rows[0], 4),))).routing
     assert sum(mass for _, mass in guided.routed_mass) == pytest.approx(4.0), "a prompt gate is part of its router"
     assert dict(guided.routed_mass)[2] >= 2.0

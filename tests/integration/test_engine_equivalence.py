@@ -5,6 +5,7 @@ torch graph in float32, on the native step in float32 and in bfloat16, where its
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -23,8 +24,10 @@ from server.model.attention import attach_paged_attention
 from server.native.model import NativeModel, why_not
 from server.routing.attach import RoutedModel, attach_routing
 from server.routing.bank import BankSnapshot, LoraWeights
+from server.routing.chat_frame import ChatFrame
 from server.routing.context import build_gate_batch
-from server.routing.policy import BASE_PLAN, GatePlan, PlanSpan, Policy, fixed_plan, plan_runs, routed_plan
+from server.routing.plan_course import NO_COURSE, AnswerTurns, PlanCourse, PlanSpan, Turn, plan_runs
+from server.routing.policy import BASE_PLAN, GatePlan, Policy, fixed_plan, routed_plan
 from server.routing.router import ArtefactAdapter, Granularity, RouterArtefact, gate_key
 
 DIGESTS = {1: "d1", 2: "d2", 3: "d3"}
@@ -58,6 +61,8 @@ def make_routed(model: Any, granularity: Granularity) -> RoutedModel:
     return routed
 
 
+FRAME = ChatFrame((1,), 999, line_ends=tuple((token, 1) for token in range(0, 320, 2)))
+"""Every other token ends a line, so that a random model's answers have some."""
 BACKENDS = [("torch", torch.float32), ("native", torch.float32), ("native", torch.bfloat16)]
 
 
@@ -106,14 +111,16 @@ class Rig:
 
     def sequences(self) -> list[EngineSequence]:
         """Ten requests: every plan twice, once on a prompt that begins as the other's does. One of the two routed ones
-        of each pool has a prompt gate's spans."""
+        of each pool has a prompt gate's spans, and one turns in its answer."""
         generator = torch.Generator().manual_seed(9)
         shared = torch.randint(3, 320, (21,), generator=generator).tolist()
         params = SamplingParams(temperature=0.0, max_tokens=NUM_NEW, ignore_eos=True)
         prompts = [shared + [5 + index] * (index % 3 + 1) for index in range(10)]
-        spans = {
-            1: (PlanSpan(9, self.plans[2]), PlanSpan(14, self.plans[1]), PlanSpan(18, BASE_PLAN)),
-            8: (PlanSpan(3, fixed_plan(Policy.PINNED, {3: 1.0}, DIGESTS)),),
+        turns = AnswerTurns(FRAME, (Turn(1, self.plans[2]), Turn(1, BASE_PLAN), Turn(1, self.plans[4])))
+        courses = {
+            1: PlanCourse((PlanSpan(9, self.plans[2]), PlanSpan(14, self.plans[1]), PlanSpan(18, BASE_PLAN))),
+            6: PlanCourse(turns=turns),
+            8: PlanCourse((PlanSpan(3, fixed_plan(Policy.PINNED, {3: 1.0}, DIGESTS)),)),
         }
         return [
             EngineSequence(
@@ -121,7 +128,7 @@ class Rig:
                 prompt_token_ids=prompt,
                 params=params,
                 plan=self.plans[index % len(self.plans)],
-                spans=spans.get(index, ()),
+                course=courses.get(index, NO_COURSE),
             )
             for index, prompt in enumerate(prompts)
         ]
@@ -197,30 +204,43 @@ def test_the_cache_is_shared_by_routed_requests_and_by_nobody_else(
     assert run(engine, [request(21, rig.plans[1], salt="tenant")])[2] == full
 
 
+def reference_plans(sequence: EngineSequence, generated: Sequence[int]) -> list[GatePlan]:
+    """Of each token so far: even tokens end lines, and each row of them is the next turn's."""
+    spans, own = sequence.course.spans, sequence.plan
+    plans = [plan for plan, count in plan_runs(spans, own, 0, sequence.num_prompt_tokens) for _ in range(count)]
+    waiting = [turn.plan for turn in sequence.course.turns.waiting]
+    current = own
+    for before, token in pairwise([1, *generated]):
+        if token % 2 == 0 and before % 2 == 1:
+            current = waiting.pop(0) if waiting else own
+        plans.append(current if token % 2 == 0 else own)
+    return plans
+
+
+@pytest.mark.parametrize("index", [1, 6], ids=["spans", "turns"])
 @pytest.mark.parametrize("granularity", ["layer", "projection"])
 @pytest.mark.parametrize("backend", ["torch", "native"])
-def test_spans_are_gates_per_token(tiny_llama: Callable[..., Any], backend: str, granularity: Granularity) -> None:
+def test_a_course_is_gates_per_token(
+    tiny_llama: Callable[..., Any], backend: str, granularity: Granularity, index: int
+) -> None:
     """Against the bare routed model without any cache, each token under its own plan."""
     reference = make_routed(tiny_llama(), granularity)
     rig = Rig(tiny_llama(), granularity, backend)
-    spanned = rig.sequences()[1]
-    assert spanned.spans
-    tokens = list(spanned.prompt_token_ids)
+    guided = rig.sequences()[index]
+    tokens = list(guided.prompt_token_ids)
     for _ in range(NUM_NEW):
-        plans: list[GatePlan] = []
-        rows: list[int] = []
-        for plan, count in plan_runs(spanned.spans, spanned.plan, 0, len(tokens)):
-            rows += [len(plans)] * count
-            plans.append(plan)
-        gates = build_gate_batch(plans, torch.tensor(rows), bank=reference.bank.snapshot, routers=reference.routers)
+        plans = reference_plans(guided, tokens[guided.num_prompt_tokens :])
+        gates = build_gate_batch(
+            plans, torch.arange(len(plans)), bank=reference.bank.snapshot, routers=reference.routers
+        )
         with torch.inference_mode(), reference.context.running(gates):
             logits = reference.model(input_ids=torch.tensor([tokens]), use_cache=False).logits
         tokens.append(int(logits[0, -1].argmax()))
-    served, _, _ = run(rig.engine(), [spanned])
-    assert served[1] == tokens[-NUM_NEW:]
-    unguided = rig.sequences()[1]
-    unguided.spans = ()
-    assert run(rig.engine(), [unguided])[0] != served, "spans must matter"
+    served, _, _ = run(rig.engine(), [guided])
+    assert served[index] == tokens[-NUM_NEW:]
+    unguided = rig.sequences()[index]
+    unguided.course = NO_COURSE
+    assert run(rig.engine(), [unguided])[0] != served, "the course must matter"
 
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
@@ -233,7 +253,7 @@ def test_blocks_are_shared_as_far_as_spans_agree(tiny_llama: Callable[..., Any],
     engine = rig.engine()
 
     def hits(index: int, *spans: PlanSpan) -> int:
-        sequence = EngineSequence(id=index, prompt_token_ids=prompt, params=params, plan=plan, spans=spans)
+        sequence = EngineSequence(id=index, prompt_token_ids=prompt, params=params, plan=plan, course=PlanCourse(spans))
         return run(engine, [sequence])[2]
 
     assert hits(0, PlanSpan(size, pinned)) == 0

@@ -9,7 +9,8 @@ import httpx
 import torch
 import yaml
 
-from server.routing.prompt_gate import ChatFrame, PromptGate
+from server.routing.chat_frame import ChatFrame
+from server.routing.prompt_gate import PromptGate
 from server.routing.router import load_artefact, save_artefact
 from tests.integration.tiny import make_tiny_root, serve_here
 

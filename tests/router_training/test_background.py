@@ -16,7 +16,8 @@ from router_training.router_inputs import cache_inputs
 from router_training.settings import TrainingConfig
 from server.errors import RouterArtefactError
 from server.routing.background import from_tensors
-from server.routing.prompt_gate import ChatFrame, PromptGate
+from server.routing.chat_frame import ChatFrame
+from server.routing.prompt_gate import PromptGate
 from server.routing.router import RouterArtefact
 
 Sequences = Callable[..., list[TokenSequence]]

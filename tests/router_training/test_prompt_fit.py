@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router_training.answer_ends import answer_ends
 from router_training.artefact import build_artefact
 from router_training.encoding import TokenSequence, collate
 from router_training.evaluation import gate_batch, plans_of_tokens
@@ -21,6 +22,7 @@ from router_training.prompt_fit import (
     UNGUIDED_EVERY,
     PromptReader,
     Question,
+    SwitchTable,
     balanced_batches,
     chat_frame,
     fit_prompt_gate,
@@ -32,8 +34,9 @@ from router_training.roster import FIRST_SLOT, Roster
 from router_training.settings import TrainingConfig
 from server.errors import ConfigError
 from server.model.tokenizer import ChatTokenizer
-from server.routing.policy import plan_runs
-from server.routing.prompt_gate import ChatFrame, PromptGate, smoothed
+from server.routing.chat_frame import ChatFrame
+from server.routing.plan_course import plan_runs
+from server.routing.prompt_gate import PromptGate, PromptGateSettings, smoothed
 from server.routing.router import load_artefact
 from tests.router_training.conftest import TOKENS_PER_TASK, byte_tokenizer
 from tests.router_training.test_run import QUICK, run
@@ -68,10 +71,44 @@ def test_both_forms_of_the_chain_agree_whatever_the_padding() -> None:
     lengths = [9, 1, 5]
     for row, length in enumerate(lengths):
         emissions[row, length:] = 0
-    batched = log_posterior(emissions, 0.01).exp()
+    batched = log_posterior(emissions, torch.full(emissions.shape[:2], 0.01)).exp()
     for row, length in enumerate(lengths):
         alone = smoothed(emissions[row, :length].double().numpy(), 0.01)
         np.testing.assert_allclose(batched[row, :length].numpy(), alone, atol=1e-5)
+
+
+def test_the_trainers_chain_changes_where_the_servers_does() -> None:
+    """A second task begins a line more often than it stands elsewhere."""
+    frame = replace(FRAME, line_ends=((7, 1), (8, 2)))
+    gate = PromptGate(torch.zeros(10, 3), frame, PromptGateSettings(switch=0.01, switch_at_lines=0.3))
+    questions = [[1, 2, 7, 3, 8, 8, 4], [7, 1, 1, 1, 1, 1, 7]]
+    found = SwitchTable(frame, gate.settings, 9).of(torch.tensor(questions))
+    for row, question in enumerate(questions):
+        np.testing.assert_allclose(found[row].numpy(), gate.switches(question), rtol=1e-6)
+    assert gate.switches(questions[0]).tolist() == [0.01, 0.01, 0.01, 0.3, 0.01, 0.01, 0.3]
+    emissions = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(1))
+    batched = log_posterior(emissions, found).exp()
+    for row in range(2):
+        alone = smoothed(emissions[row].double().numpy(), gate.switches(questions[row]))
+        np.testing.assert_allclose(batched[row].numpy(), alone, atol=1e-5)
+
+
+def test_where_answers_of_a_task_end_is_counted_in_its_answers() -> None:
+    frame = replace(FRAME, line_ends=((7, 1), (8, 2)))
+
+    def answer(label: int, *tokens: int, changes: tuple[tuple[int, int], ...] = ()) -> TokenSequence:
+        return TokenSequence((1, 7, 8, *tokens), 3, label, changes)
+
+    sequences = [
+        *[answer(1, 5, 5, FRAME.end, 7)] * 3,
+        answer(1, 5, 7, 5, FRAME.end),
+        *[answer(2, 5, 7, 5, 7, 5, 7, 5)] * 3,
+        answer(2, 5, 8, 5, 7, 7, 5),
+        answer(3, 5, 8, 5, 7, 7, 5, 8, 5),
+        answer(4, 8, 8, changes=((4, 1),)),
+    ]
+    ends = answer_ends(frame, sequences, first_slot=1, num_choices=4)
+    assert ends == (1, 2, 0, 0), "a line, an empty line, neither, and no answer of its own"
 
 
 def of_group(group: int, number: int, length: int = 3) -> Question:
@@ -211,7 +248,7 @@ def test_the_trainers_gates_are_the_servers_spans(roster: Roster, make_sequences
     plans = roster.routed_plans(build_artefact(router.detached(), roster, config, prompt_gate=gate))
     expected = torch.zeros(len(sequences), longest, roster.routed.num_slots)
     for row, sequence in enumerate(sequences):
-        spans = roster.routed.routers.prompt_spans(plans[0], sequence.token_ids)
+        spans = roster.routed.routers.prompt_course(plans[0], sequence.token_ids).spans
         assert spans, "the gate has learnt these tasks"
         start = 0
         for plan, count in plan_runs(spans, plans[0], 0, spans[-1].stop):

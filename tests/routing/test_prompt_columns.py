@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from server.routing import prompt_columns
+from server.routing.chat_frame import ChatFrame
 from server.routing.policy import GatePlan, Policy
 from server.routing.prompt_columns import column_from_questions, judge_column, make_column, shares
-from server.routing.prompt_gate import ChatFrame, PromptGate, prompt_spans
+from server.routing.prompt_course import prompt_course
+from server.routing.prompt_gate import PromptGate
 from server.routing.prompt_statistics import QuestionStatistics, summarise_questions
 
 V = 40_000
@@ -101,11 +103,11 @@ def test_another_newcomer_changes_neither_column_nor_trained_decision() -> None:
     digests = {slot: f"d{slot}" for slot in range(6)}
     columns = {**gate.columns({1: 0, 2: 1, 3: 2}), 4: first}
     prompt = rendered(questions(200, 1, seed=3))[0]
-    spans = prompt_spans(gate, plan, columns, digests, prompt)
+    spans = prompt_course(gate, plan, columns, digests, prompt).spans
     assert [span.plan.slots for span in spans] == [(4,)]
-    assert prompt_spans(gate, plan, {**columns, 5: second}, digests, prompt) == spans, "it is not in the pool"
+    assert prompt_course(gate, plan, {**columns, 5: second}, digests, prompt).spans == spans, "it is not in the pool"
     both = replace(plan, allowed_slots=(1, 2, 3, 4, 5))
-    assert [s.plan.slots for s in prompt_spans(gate, both, {**columns, 5: second}, digests, prompt)] == [(4,)]
+    assert [s.plan.slots for s in prompt_course(gate, both, {**columns, 5: second}, digests, prompt).spans] == [(4,)]
 
 
 def test_a_sound_newcomer_passes() -> None:

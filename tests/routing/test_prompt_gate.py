@@ -9,24 +9,24 @@ import numpy as np
 import pytest
 import torch
 
-from server.routing.policy import (
-    BASE_PLAN,
-    BASE_SLOT,
-    ENDLESS,
-    GatePlan,
-    PlanSpan,
-    Policy,
-    clipped,
-    plan_runs,
-    routed_plan,
-)
-from server.routing.prompt_gate import ChatFrame, PromptGate, PromptGateSettings, prompt_spans, smoothed
+from server.routing.chat_frame import ChatFrame
+from server.routing.plan_course import ENDLESS, NO_TURNS, PlanSpan, clipped, plan_runs
+from server.routing.policy import BASE_PLAN, BASE_SLOT, GatePlan, Policy, routed_plan
+from server.routing.prompt_course import prompt_course
+from server.routing.prompt_gate import PromptGate, PromptGateSettings, smoothed
 
 FRAME = ChatFrame(header=(90, 91, 90), end=99, answer=(99, 61, 62))
 DIGESTS = {1: "d1", 2: "d2"}
 INDICES = {0: 0, 1: 1, 2: 2}
 A, B, BASE, DULL = 10, 20, 0, 50
 """Tokens that speak for slot 1, slot 2, the base model, and nobody."""
+
+
+def prompt_spans(*arguments: Any, **options: Any) -> tuple[PlanSpan, ...]:
+    """Of a prompt in which no turn is due."""
+    course = prompt_course(*arguments, **options)
+    assert course.turns == NO_TURNS
+    return course.spans
 
 
 def make_gate(**settings: float) -> PromptGate:
@@ -67,6 +67,30 @@ def test_smoothing_equals_the_sum_over_all_paths() -> None:
             expected[position, choice] += weight
     expected /= expected.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(smoothed(emissions, switch), expected, rtol=1e-10)
+
+
+def test_every_token_may_have_a_probability_of_its_own_to_change() -> None:
+    emissions = np.random.default_rng(2).normal(size=(4, 2))
+    switch = np.array([0.9, 0.1, 0.4, 0.02])
+    expected = np.zeros((4, 2))
+    for path in itertools.product(range(2), repeat=4):
+        weight = math.exp(sum(emissions[position, choice] for position, choice in enumerate(path)))
+        for position in range(1, 4):
+            changes = path[position] != path[position - 1]
+            weight *= switch[position] if changes else 1 - switch[position]
+        for position, choice in enumerate(path):
+            expected[position, choice] += weight
+    expected /= expected.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(smoothed(emissions, switch), expected, rtol=1e-10)
+
+
+def test_a_second_task_is_found_sooner_where_a_line_begins() -> None:
+    frame = replace(FRAME, line_ends=((DULL, 1),))
+    gate = replace(make_gate(), frame=frame)
+    weak = {slot: column * 0.5 for slot, column in gate.columns(INDICES).items()}
+    question = [A] * 4 + [DULL] + [B] * 2
+    for own_gate, found in ((gate, [1] * 5 + [2] * 2), (replace(gate, frame=FRAME), [1] * 7)):
+        assert own_gate.decide(question, [weak[slot] for slot in INDICES]).choices == found
 
 
 def test_smoothing_stays_finite_for_long_and_extreme_questions() -> None:
@@ -276,7 +300,8 @@ def test_the_answers_header_follows_the_first_adapter() -> None:
 
 def test_a_gate_that_knows_no_header_leaves_answers_to_the_router() -> None:
     record = make_gate().record()
-    del record["answer"]
+    for later in ("answer", "line_ends", "answer_ends", "switch_at_lines"):
+        del record[later]
     earlier = PromptGate.from_record(record, make_gate().scores)
     spans = prompt_spans(earlier, make_plan(), earlier.columns(INDICES), DIGESTS, prompt([A] * 4))
     assert [(span.stop, span.plan.slots) for span in spans] == [(9, (1,))]
@@ -328,9 +353,14 @@ def test_runs_cover_every_token_once() -> None:
 def test_a_gate_without_a_header_is_refused() -> None:
     record = make_gate().record()
     changes: list[dict[str, Any]] = [{"header": []}, {"switch": 0.0}, {"confidence": 1.5}, {"unknown": 1}]
-    changes += [{"answer": [61, 99]}, {"answer": 3}]
+    changes += [{"answer": [61, 99]}, {"answer": 3}, {"switch_at_lines": 1.0}, {"line_ends": [3]}]
+    changes += [{"answer_ends": [1, 1, -1]}, {"answer_ends": 1}]
     changes += [{"max_question_tokens": 0}, {"max_question_tokens": 2.5}, {"max_opening_tokens": -1}]
     for broken in changes:
         with pytest.raises((ValueError, TypeError)):
             PromptGate.from_record({**record, **broken}, make_gate().scores)
     assert PromptGate.from_record(record, make_gate().scores).record() == record
+    told = replace(make_gate(), frame=replace(FRAME, line_ends=((40, 1), (41, 2))), answer_ends=(0, 1, 2))
+    again = PromptGate.from_record(told.record(), told.scores)
+    assert (again.frame, again.answer_ends) == (told.frame, told.answer_ends)
+    assert len({told.fingerprint, make_gate().fingerprint, replace(told, answer_ends=()).fingerprint}) == 3

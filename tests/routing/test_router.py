@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 
 from server.errors import RouterArtefactError
 from server.routing.bank import ProjectionInfo
-from server.routing.policy import ENDLESS, routed_plan
-from server.routing.prompt_gate import ChatFrame, PromptGate, PromptGateSettings
+from server.routing.chat_frame import ChatFrame
+from server.routing.plan_course import ENDLESS
+from server.routing.policy import routed_plan
+from server.routing.prompt_gate import PromptGate, PromptGateSettings
 from server.routing.prompt_statistics import summarise_questions
 from server.routing.prototypes import GateColumn, HotRow
 from server.routing.router import ArtefactAdapter, RouterArtefact, load_artefact, save_artefact
@@ -60,7 +62,8 @@ def test_whoever_may_read_the_record_may_read_the_rows(tmp_path: Path) -> None:
 
 def make_prompt_gate(num_choices: int = 3) -> PromptGate:
     scores = torch.randn(12, num_choices, generator=torch.Generator().manual_seed(2)).half()
-    return PromptGate(scores, ChatFrame((7, 8), 9, (9, 6)), PromptGateSettings(switch=0.01, max_question_tokens=5))
+    settings = PromptGateSettings(switch=0.01, switch_at_lines=0.1, max_question_tokens=5)
+    return PromptGate(scores, ChatFrame((7, 8), 9, (9, 6), ((2, 1),)), settings, answer_ends=(1, 2, 0)[:num_choices])
 
 
 def test_a_prompt_gate_is_saved_and_loaded_exactly(tmp_path: Path) -> None:
@@ -119,6 +122,12 @@ def test_a_prompt_gate_is_part_of_what_identifies_gates() -> None:
 def test_a_prompt_gate_that_does_not_fit_is_refused(tmp_path: Path, scores: torch.Tensor, problem: str) -> None:
     save_artefact(make_artefact(prompt_gate=replace(make_prompt_gate(), scores=scores)), tmp_path)
     with pytest.raises(RouterArtefactError, match=problem):
+        load_artefact(tmp_path)
+
+
+def test_a_prompt_gate_that_tells_answers_of_other_choices_is_refused(tmp_path: Path) -> None:
+    save_artefact(make_artefact(prompt_gate=replace(make_prompt_gate(), answer_ends=(1, 2))), tmp_path)
+    with pytest.raises(RouterArtefactError, match="answer_ends are 2, not one per choice"):
         load_artefact(tmp_path)
 
 
@@ -274,7 +283,7 @@ def spans_of(hot: dict[int, HotRow], slots: dict[str, int], question: list[int],
     )
     allowed = {slot: f"slot {slot}" for slot in generation.slots - without}
     plan = routed_plan(allowed, generation.row_digest_of_slot, 1, "settings", 2)
-    spans = generation.prompt_spans(plan, [7, 8, *question, 9])
+    spans = generation.prompt_course(plan, [7, 8, *question, 9]).spans
     return [(span.stop, span.plan.slots, span.plan.fingerprint) for span in spans]
 
 
@@ -284,6 +293,15 @@ def test_a_newcomers_column_takes_part_in_the_prompt_gate() -> None:
     assert spans_of({3: hot_row(0, 0.0)}, slots, [6, 6, 6]) == [], "without a column it silences the gate"
     trained = [4] * 5
     assert spans_of({3: prompted(0, 6)}, slots, trained, without={3}) == spans_of({}, slots, trained) != []
+
+
+def test_how_answers_end_follows_the_slots() -> None:
+    bank = RouterBank(num_slots=6, device=torch.device("cpu"))
+    artefact = make_artefact(prompt_gate=make_prompt_gate())
+    staged = bank.stage(1, artefact, {"d1": 4, "d2": 2, "new": 3}, {3: prompted(0, 6)})
+    assert staged.answer_ends_of_slot == {4: 1, 2: 2, 3: 2}, "of a newcomer an empty line is a guess"
+    assert 0 not in staged.answer_ends_of_slot, "no row of line ends is the end of a base model's answer here"
+    assert bank.stage(1, make_artefact(), {"d1": 4}).answer_ends_of_slot == {}
 
 
 def test_columns_of_newcomers_commute_and_follow_their_slots() -> None:
