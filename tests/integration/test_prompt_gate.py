@@ -17,14 +17,17 @@ from tests.integration.tiny import make_tiny_root, serve_here
 PROMPT = "Q:aaaaaabbbbbb\nA:"
 
 
-def give_prompt_gate(root: Path, tokens_of: Callable[[str], list[int]]) -> None:
-    """The letter a speaks for the first adapter of the router and b for the second; questions stand as in `PROMPT`."""
+def give_prompt_gate(root: Path, tokens_of: Callable[[str], list[int]], *, has_turns: bool = False) -> None:
+    """The letter a speaks for the first adapter of the router and b for the second; questions stand as in `PROMPT`. If
+    it `has_turns`, a semicolon ends the first task's answer."""
     artefact = load_artefact(root / "router")
     scores = torch.zeros(300, len(artefact.adapters), dtype=torch.float16)
     for column, letter in enumerate("ab"):
         scores[tokens_of(letter)[0], column] = 4.0
-    frame = ChatFrame(tuple(tokens_of("Q:")), tokens_of("\n")[0])
-    save_artefact(replace(artefact, prompt_gate=PromptGate(scores, frame)), root / "router")
+    answer, line_end = tokens_of("\nA:") if has_turns else [], tokens_of(";")[0]
+    frame = ChatFrame(tuple(tokens_of("Q:")), tokens_of("\n")[0], tuple(answer), ((line_end, 1),))
+    gate = PromptGate(scores, frame, answer_ends=(1,) * len(artefact.adapters))
+    save_artefact(replace(artefact, prompt_gate=gate), root / "router")
 
 
 def complete(url: str, **fields: Any) -> dict[str, Any]:
@@ -87,3 +90,33 @@ def test_a_prompts_clear_stretches_go_to_one_adapter(
         off = complete(server.url)
         assert "prompt" not in off["choices"][0]["routing"]
         assert off["choices"][0]["text"] == before["choices"][0]["text"]
+
+
+def test_the_second_tasks_answer_begins_with_its_adapter(
+    tmp_path: Path, tiny_llama: Callable[..., Any], make_adapter: Callable[..., Path]
+) -> None:
+    """Whether the first answer stands in the prompt or is generated; here every token of it is a semicolon."""
+    make_tiny_root(tmp_path, tiny_llama, make_adapter, num_adapters=2, num_configured=2)
+    with serve_here(tmp_path) as server:
+
+        def tokens_of(text: str) -> list[int]:
+            tokens: list[int] = httpx.post(f"{server.url}/tokenize", json={"prompt": text}).json()["tokens"]
+            return tokens
+
+        give_prompt_gate(tmp_path, tokens_of, has_turns=True)
+        swapped = httpx.post(f"{server.url}/v1/router", json={"path": "router"})
+        assert swapped.status_code == 200, swapped.text
+        question = [{"tokens": 8, "adapter": "a0"}, {"tokens": 6, "adapter": "a1"}, {"tokens": 3, "adapter": "a0"}]
+        written = complete(server.url, prompt=PROMPT + "cc;c")["choices"][0]["routing"]["prompt"]
+        assert written == [*question, {"tokens": 2, "adapter": None}, {"tokens": 1, "adapter": "a1"}]
+
+        bias = {str(tokens_of(";")[0]): 100}
+        trace = {"routing": {"trace": "tokens"}, "max_tokens": 4, "logit_bias": bias, "logprobs": 0}
+        generated = complete(server.url, **trace)["choices"][0]
+        assert generated["text"] == ";;;;"
+        assert [token["adapters"] for token in generated["routing"]["tokens"]] == [{"a0": 1.0}] + [{"a1": 1.0}] * 3
+        assert generated["routing"]["prompt"] == question
+        scored = complete(server.url, prompt=PROMPT + ";;;;", max_tokens=0, echo=True, logprobs=0, routing=None)
+        whole = scored["choices"][0]["logprobs"]["token_logprobs"]
+        for alone, together in zip(generated["logprobs"]["token_logprobs"], whole[-4:], strict=True):
+            assert abs(alone - together) < 1e-4, "a continued answer is computed as it was generated"
