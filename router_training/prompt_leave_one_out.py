@@ -120,15 +120,18 @@ def measure(material: Material, whole: PromptGate, name: str) -> dict[str, Any]:
             "canary": verdict.facts(),
         }
     return {
-        "trained": given(whole, None, material.validation[name], label),
+        "trained": given(whole, None, material.validation[name], label, _base_place(material.tasks)),
         "without": _given_to(gate, None, others, name, material.validation),
         "examples": cases,
     }
 
 
-def given(gate: PromptGate, column: Tensor | None, questions: Sequence[Sequence[int]], own: int | None) -> Given:
-    """`own` is a place among the gate's choices and behind them the column's; None for a task with neither."""
-    found = shares(gate, column, questions)
+def given(
+    gate: PromptGate, column: Tensor | None, questions: Sequence[Sequence[int]], own: int | None, base: int | None
+) -> Given:
+    """`own` is a place among the gate's choices and behind them the column's; None for a task with neither. `base` is
+    the base model's place."""
+    found = shares(gate, column, questions, base)
     mine = 0.0 if own is None else found[own]
     return {"own": mine, "others": sum(found) - mine, "router": 1 - sum(found)}
 
@@ -195,7 +198,12 @@ def _given_to(
     """By task; `others` are the gate's choices and `name` the column's."""
     places: dict[str, int | None] = {task: index for index, task in enumerate(others)}
     places[name] = None if column is None else len(others)
-    return {task: given(gate, column, questions, places[task]) for task, questions in validation.items()}
+    base = _base_place(others)
+    return {task: given(gate, column, questions, places[task], base) for task, questions in validation.items()}
+
+
+def _base_place(choices: Sequence[str]) -> int | None:
+    return choices.index(BASE_TASK) if BASE_TASK in choices else None
 
 
 def _mean_of_others(tokens: Mapping[str, Given], name: str) -> Given:

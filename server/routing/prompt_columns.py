@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from server.routing.policy import BASE_DIGEST
 from server.routing.prompt_gate import PromptGate
 from server.routing.prompt_statistics import QuestionStatistics
 
@@ -139,9 +140,11 @@ def judge_column(
 
     `examples` have a question or more each, and there must be at least `MIN_EXAMPLES`. `names` of the gate's choices.
     """
+    base = names.index(BASE_DIGEST) if BASE_DIGEST in names else None
     halves = (_joined(examples[0::2]), _joined(examples[1::2]))
     own = [
-        shares(gate, column_from_questions(halves[fitted], gate, statistics), halves[1 - fitted]) for fitted in (0, 1)
+        shares(gate, column_from_questions(halves[fitted], gate, statistics), halves[1 - fitted], base)
+        for fitted in (0, 1)
     ]
     newcomer = len(names)
     lengths = [sum(map(len, halves[1 - fitted])) for fitted in (0, 1)]
@@ -151,7 +154,7 @@ def judge_column(
     )
     retained = statistics.questions
     taken = {
-        choice: shares(gate, column, [tokens for tokens, label in retained if label == choice])[newcomer]
+        choice: shares(gate, column, [tokens for tokens, label in retained if label == choice], base)[newcomer]
         for choice in {label for _, label in retained}
     }
     most = max(sorted(taken), key=lambda choice: taken[choice])
@@ -162,9 +165,13 @@ def _joined(examples: Sequence[Sequence[Sequence[int]]]) -> list[Sequence[int]]:
     return [question for questions in examples for question in questions]
 
 
-def shares(gate: PromptGate, column: Tensor | None, questions: Sequence[Sequence[int]]) -> list[float]:
-    """Of the questions' tokens, what the gate gives to each of its choices, and last to `column` if there is one."""
+def shares(
+    gate: PromptGate, column: Tensor | None, questions: Sequence[Sequence[int]], base: int | None = None
+) -> list[float]:
+    """Of the questions' tokens, what the gate gives to each of its choices, and last to `column` if there is one.
+    `base` is the base model's place among the choices."""
     columns = [*gate.scores.unbind(dim=1), *([] if column is None else [column])]
     newcomers = [] if column is None else [len(columns) - 1]
-    given = [index for question in questions for index in gate.decide(question, columns, newcomers=newcomers).choices]
+    readings = [gate.decide(question, columns, newcomers=newcomers, base=base) for question in questions]
+    given = [index for reading in readings for index in reading.choices]
     return [given.count(index) / len(given) for index in range(len(columns))]

@@ -8,6 +8,7 @@ looks both ways, and tells where in a prompt the task changes. Where it is unsur
 A pure function of (prompt tokens, router, allowed choices). Letters: T tokens of the question, C choices, V vocabulary.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -46,6 +47,9 @@ class PromptGateSettings:
     """Prior probability that the next token belongs to another choice, 0 to 1."""
     switch_at_lines: float = 0.05
     """The same of a token that begins a line: a second task seldom begins elsewhere."""
+    base_lead: float = 1.0
+    """Nats that the base model leads every adapter by before a first question's first token: most of what people may
+    ask is nobody's. None in artefacts of earlier trainers."""
     confidence: float = 0.5
     """Posterior from which a token is given to a choice, 0 to 1; below it the router decides."""
     max_opening_tokens: int = 64
@@ -82,13 +86,15 @@ class PromptGate:
     """Of each choice, the line ends in a row that end its answers more often than they stand in them; 0 where none do.
     None in artefacts of earlier trainers."""
 
-    def posterior(self, token_ids: Sequence[int], columns: Sequence[Tensor]) -> Floats:
+    def posterior(self, token_ids: Sequence[int], columns: Sequence[Tensor], base: int | None = None) -> Floats:
         """(T, len(columns)): probability that each token belongs to the choice of each column (V,). Ids beyond the
-        table say nothing."""
+        table say nothing. `base` is the column of the base model, if it is to lead."""
         ids = torch.tensor(token_ids)
         known = (ids < len(self.scores)) & (ids >= 0)
         ids = ids.where(known, 0)
         emissions = torch.stack([column[ids] for column in columns], dim=1).double() * known[:, None]
+        if base is not None:
+            emissions[0, base] += self.settings.base_lead
         return smoothed(emissions.numpy(), self.switches(token_ids))
 
     def switches(self, token_ids: Sequence[int]) -> Floats:
@@ -103,17 +109,19 @@ class PromptGate:
         columns: Sequence[Tensor],
         *,
         newcomers: Collection[int] = (),
-        otherwise: int | None = None,
+        base: int | None = None,
+        base_takes_rest: bool = False,
     ) -> Reading:
-        """What becomes of a question. `newcomers` are columns of choices that the gate was not trained with. One of
-        which nothing is sure goes to the column `otherwise`, unless it may be a newcomer's.
+        """What becomes of a question. `newcomers` are columns of choices that the gate was not trained with. `base` is
+        the base model's, if it is to lead; with `base_takes_rest` it gets a question of which nothing is sure, unless
+        that may be a newcomer's.
         """
-        posterior = self.posterior(question[: self.settings.max_question_tokens], columns)
+        posterior = self.posterior(question[: self.settings.max_question_tokens], columns, base)
         best, is_sure = posterior.argmax(axis=1), posterior.max(axis=1) >= self._needed(len(columns), bool(newcomers))
         newcomer_share = float(posterior[:, list(newcomers)].sum(axis=1).mean())
         choices = [index if sure else None for index, sure in zip(best.tolist(), is_sure.tolist(), strict=True)]
-        if otherwise is not None and not is_sure.any() and newcomer_share <= MAX_NEWCOMER_SHARE:
-            choices = [otherwise] * len(choices)
+        if base_takes_rest and base is not None and not is_sure.any() and newcomer_share <= MAX_NEWCOMER_SHARE:
+            choices = [base] * len(choices)
         answers = next((new for new in newcomers if posterior[:, new].min() >= NEWCOMER_ANSWERS), None)
         return Reading(choices, newcomer_share, answers)
 
@@ -140,7 +148,7 @@ class PromptGate:
     @classmethod
     def from_record(cls, record: Mapping[str, Any], scores: Tensor) -> "PromptGate":
         """Inverse of `record`. Raises KeyError, TypeError or ValueError for what no `record` wrote."""
-        settings = dict(record)
+        settings = {"base_lead": 0.0, **record}
         answer = tuple(map(int, settings.pop("answer", ())))
         line_ends = tuple((int(token), int(count)) for token, count in settings.pop("line_ends", ()))
         answer_ends = tuple(map(int, settings.pop("answer_ends", ())))
@@ -152,6 +160,8 @@ class PromptGate:
         read = PromptGateSettings(**settings)
         if not (0 < read.switch < 1 and 0 < read.switch_at_lines < 1 and 0 < read.confidence <= 1):
             raise ValueError("the prompt gate's switch, switch_at_lines and confidence must lie between 0 and 1")
+        if not 0 <= read.base_lead < math.inf:
+            raise ValueError("the prompt gate's base_lead must be a number of nats from 0")
         if min(answer_ends, default=0) < 0:
             raise ValueError("the prompt gate's answer_ends must be counts of line ends")
         limits = (read.max_opening_tokens, read.max_question_tokens)

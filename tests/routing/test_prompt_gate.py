@@ -237,14 +237,27 @@ def test_spans_are_clipped_to_what_they_concern() -> None:
     assert clipped(spans, 2) == (PlanSpan(2, BASE_PLAN),)
 
 
+def test_the_base_model_leads_before_a_question_begins() -> None:
+    gate = make_gate(base_lead=3.0)
+    columns = [gate.scores[:, 1] * 0.5, gate.scores[:, 0]]  # two nats for the adapter
+    assert gate.decide([A], columns).choices == [0]
+    assert gate.decide([A], columns, base=1).choices == [None], "of two choices one must be surer"
+    assert gate.decide([A] * 3, columns, base=1).choices == [0] * 3, "once, not at every token"
+    posterior = gate.posterior([A], columns, base=1)
+    np.testing.assert_allclose(posterior[0, 1] / posterior[0, 0], math.exp(3.0 - 2.0), rtol=1e-6)
+    dull_later = [*prompt([A] * 4), *FRAME.header, DULL, DULL, 99]
+    assert owners(dull_later, gate=gate) == owners(dull_later), "a later question means something in its conversation"
+    assert make_gate(base_lead=0.0).posterior([A], columns, base=1).tolist() == gate.posterior([A], columns).tolist()
+
+
 def test_what_no_choice_is_sure_of_is_left_to_newcomers_it_may_be_of() -> None:
     columns = torch.tensor([[0.4, 0.4, 0.09, 0.11], [0.45, 0.46, 0.03, 0.06], [0.3, 0.0, 0.0, 0.7]]).clamp_min(1e-9)
     gate, scores = PromptGate(torch.zeros(3, 4), FRAME), columns.log().unbind(dim=1)
 
     def given(token: int, **options: Any) -> list[int | None]:
-        return gate.decide([token], scores, otherwise=1, **options).choices
+        return gate.decide([token], scores, base=1, base_takes_rest=True, **options).choices
 
-    gate = replace(gate, settings=replace(gate.settings, confidence=0.9))
+    gate = replace(gate, settings=replace(gate.settings, confidence=0.9, base_lead=0.0))
     assert given(0) == given(1) == [1]
     assert given(0, newcomers=[3]) == [None]
     assert given(1, newcomers=[3]) == [1]
@@ -256,9 +269,11 @@ def test_what_speaks_for_the_base_model_gets_no_adapter() -> None:
     assert choices([BASE, BASE, BASE]) == ["base"] * 8
 
 
-def owners(tokens: list[int], allowed: tuple[int, ...] = (0, 1, 2), **options: Any) -> list[int | None]:
+def owners(
+    tokens: list[int], allowed: tuple[int, ...] = (0, 1, 2), *, gate: PromptGate | None = None, **options: Any
+) -> list[int | None]:
     """The slot that each token of a prompt goes to; None where it is the router's."""
-    gate = make_gate()
+    gate = gate or make_gate()
     plan = make_plan({slot: f"d{slot}" for slot in allowed})
     spans = prompt_spans(gate, plan, gate.columns(INDICES), DIGESTS, tokens, **options)
     runs = plan_runs(spans, plan, 0, len(tokens))
@@ -300,9 +315,10 @@ def test_the_answers_header_follows_the_first_adapter() -> None:
 
 def test_a_gate_that_knows_no_header_leaves_answers_to_the_router() -> None:
     record = make_gate().record()
-    for later in ("answer", "line_ends", "answer_ends", "switch_at_lines"):
+    for later in ("answer", "line_ends", "answer_ends", "switch_at_lines", "base_lead"):
         del record[later]
     earlier = PromptGate.from_record(record, make_gate().scores)
+    assert earlier.settings.base_lead == 0
     spans = prompt_spans(earlier, make_plan(), earlier.columns(INDICES), DIGESTS, prompt([A] * 4))
     assert [(span.stop, span.plan.slots) for span in spans] == [(9, (1,))]
     assert earlier.fingerprint != make_gate().fingerprint
@@ -354,6 +370,7 @@ def test_a_gate_without_a_header_is_refused() -> None:
     record = make_gate().record()
     changes: list[dict[str, Any]] = [{"header": []}, {"switch": 0.0}, {"confidence": 1.5}, {"unknown": 1}]
     changes += [{"answer": [61, 99]}, {"answer": 3}, {"switch_at_lines": 1.0}, {"line_ends": [3]}]
+    changes += [{"base_lead": -1.0}, {"base_lead": math.inf}]
     changes += [{"answer_ends": [1, 1, -1]}, {"answer_ends": 1}]
     changes += [{"max_question_tokens": 0}, {"max_question_tokens": 2.5}, {"max_opening_tokens": -1}]
     for broken in changes:
