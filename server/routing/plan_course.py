@@ -74,7 +74,9 @@ class AnswerTurns:
             return NO_TURNS
         line_ends = self.frame.newlines.get(token_id, 0)
         if not line_ends:
-            return AnswerTurns(self.frame, self.waiting) if self.line_ends else self
+            if not self.line_ends:
+                return self
+            return AnswerTurns(self.frame, self.waiting) if self.waiting else NO_TURNS
         count = self.line_ends + line_ends
         if self.begun is None and self.waiting and count >= self.waiting[0].line_ends:
             return AnswerTurns(self.frame, self.waiting[1:], count, self.waiting[0].plan)
