@@ -68,8 +68,8 @@ def prompt_course(
         turns, answering = NO_TURNS, None
         if start == stop:
             continue
-        base = None if index else base_column
-        reading = gate.decide(token_ids[start:stop], columns, newcomers=new_columns, base=base, base_takes_rest=True)
+        question, is_first = token_ids[start:stop], not index
+        reading = gate.decide(question, columns, newcomers=new_columns, base=base_column, base_takes_rest=is_first)
         own = [None if choice is None else slots[choice] for choice in reading.choices]
         follows = bool(index) or start <= gate.settings.max_opening_tokens
         fill(start, plan_of(own[0]) if follows else plan)

@@ -26,8 +26,9 @@ Floats = npt.NDArray[np.float64]
 
 READS = "every question, the answer's header and turns, nobody's questions to the base model"
 """What a gate reads of a chat and decides; belongs to whatever its decisions are kept under."""
-TIMES_CHANCE = 1.5
-"""A posterior must also be so many times what it is where nothing is known. Matters in pools of two."""
+TIMES_CHANCE = 3.0
+"""The odds of a choice must also be so many times what they are where nothing is known. Matters in pools of two, and in
+small ones for the base model's lead."""
 NEWCOMER_CONFIDENCE = 0.7
 """Least posterior in a pool with choices that the gate was not trained with: scores from a few examples are rougher."""
 NEWCOMER_ANSWERS = 0.9
@@ -48,8 +49,8 @@ class PromptGateSettings:
     switch_at_lines: float = 0.05
     """The same of a token that begins a line: a second task seldom begins elsewhere."""
     base_lead: float = 1.0
-    """Nats that the base model leads every adapter by before a first question's first token: most of what people may
-    ask is nobody's. None in artefacts of earlier trainers."""
+    """Nats that the base model leads every adapter by before a question's first token: most of what people may ask is
+    nobody's. None in artefacts of earlier trainers."""
     confidence: float = 0.5
     """Posterior from which a token is given to a choice, 0 to 1; below it the router decides."""
     max_opening_tokens: int = 64
@@ -88,7 +89,7 @@ class PromptGate:
 
     def posterior(self, token_ids: Sequence[int], columns: Sequence[Tensor], base: int | None = None) -> Floats:
         """(T, len(columns)): probability that each token belongs to the choice of each column (V,). Ids beyond the
-        table say nothing. `base` is the column of the base model, if it is to lead."""
+        table say nothing. `base` is the base model's column."""
         ids = torch.tensor(token_ids)
         known = (ids < len(self.scores)) & (ids >= 0)
         ids = ids.where(known, 0)
@@ -113,11 +114,12 @@ class PromptGate:
         base_takes_rest: bool = False,
     ) -> Reading:
         """What becomes of a question. `newcomers` are columns of choices that the gate was not trained with. `base` is
-        the base model's, if it is to lead; with `base_takes_rest` it gets a question of which nothing is sure, unless
-        that may be a newcomer's.
+        the base model's; with `base_takes_rest` it gets a question of which nothing is sure, unless that may be a
+        newcomer's.
         """
         posterior = self.posterior(question[: self.settings.max_question_tokens], columns, base)
-        best, is_sure = posterior.argmax(axis=1), posterior.max(axis=1) >= self._needed(len(columns), bool(newcomers))
+        best = posterior.argmax(axis=1)
+        is_sure = posterior.max(axis=1) >= self._needed(len(columns), bool(newcomers), base)[best]
         newcomer_share = float(posterior[:, list(newcomers)].sum(axis=1).mean())
         choices = [index if sure else None for index, sure in zip(best.tolist(), is_sure.tolist(), strict=True)]
         if base_takes_rest and base is not None and not is_sure.any() and newcomer_share <= MAX_NEWCOMER_SHARE:
@@ -125,10 +127,15 @@ class PromptGate:
         answers = next((new for new in newcomers if posterior[:, new].min() >= NEWCOMER_ANSWERS), None)
         return Reading(choices, newcomer_share, answers)
 
-    def _needed(self, num_choices: int, with_newcomers: bool) -> float:
-        """Posterior from which a token is given to one of so many choices: of two, a half is a toss-up."""
-        least = NEWCOMER_CONFIDENCE if with_newcomers else 0.0
-        return min(1.0, max(self.settings.confidence, TIMES_CHANCE / num_choices, least))
+    def _needed(self, num_choices: int, with_newcomers: bool, base: int | None) -> Floats:
+        """(num_choices,): posterior from which a token is given to each: of two, a half is a toss-up."""
+        weights = np.ones(num_choices)
+        if base is not None:
+            weights[base] = math.exp(self.settings.base_lead)
+        odds = TIMES_CHANCE * weights / np.maximum(weights.sum() - weights, 1e-9)
+        least = max(self.settings.confidence, NEWCOMER_CONFIDENCE if with_newcomers else 0.0)
+        needed: Floats = np.maximum(least, odds / (1 + odds))
+        return needed
 
     def columns(self, index_of_slot: Mapping[int, int]) -> dict[int, Tensor]:
         """slot -> scores (V,) of the slots of trained choices; shares their memory."""

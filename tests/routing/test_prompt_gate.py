@@ -88,8 +88,8 @@ def test_a_second_task_is_found_sooner_where_a_line_begins() -> None:
     frame = replace(FRAME, line_ends=((DULL, 1),))
     gate = replace(make_gate(), frame=frame)
     weak = {slot: column * 0.5 for slot, column in gate.columns(INDICES).items()}
-    question = [A] * 4 + [DULL] + [B] * 2
-    for own_gate, found in ((gate, [1] * 5 + [2] * 2), (replace(gate, frame=FRAME), [1] * 7)):
+    question = [A] * 4 + [DULL] + [B] * 3
+    for own_gate, found in ((gate, [1] * 5 + [2] * 3), (replace(gate, frame=FRAME), [1] * 8)):
         assert own_gate.decide(question, [weak[slot] for slot in INDICES]).choices == found
 
 
@@ -171,7 +171,7 @@ def test_of_each_question_so_many_tokens_are_read() -> None:
 
 
 def test_of_two_choices_a_half_is_a_toss_up() -> None:
-    """A pool of two would else leave nothing to the router."""
+    """A pool of two would else leave nothing to the router. Nor one of three in which the base model leads."""
     scores = torch.tensor([[0.0, 0.0], [0.7, 0.3], [0.9, 0.1]]).clamp_min(1e-9).log()
     scores[0] = 0.0
     gate = PromptGate(scores, FRAME, PromptGateSettings(confidence=0.5))
@@ -246,7 +246,7 @@ def test_the_base_model_leads_before_a_question_begins() -> None:
     posterior = gate.posterior([A], columns, base=1)
     np.testing.assert_allclose(posterior[0, 1] / posterior[0, 0], math.exp(3.0 - 2.0), rtol=1e-6)
     dull_later = [*prompt([A] * 4), *FRAME.header, DULL, DULL, 99]
-    assert owners(dull_later, gate=gate) == owners(dull_later), "a later question means something in its conversation"
+    assert owners(dull_later, gate=gate)[-3:] == [None] * 3, "to lead is not to be sure, in a small pool neither"
     assert make_gate(base_lead=0.0).posterior([A], columns, base=1).tolist() == gate.posterior([A], columns).tolist()
 
 
