@@ -163,7 +163,7 @@ def normalised(embeddings: Tensor) -> Tensor:
 
 
 class SwitchTable:
-    """`PromptGate.switches` for batches: the same probabilities, held to them by a test."""
+    """For batches the probabilities to change of `PromptGate.posterior`, whose chain is held to this one by a test."""
 
     def __init__(self, frame: ChatFrame, settings: PromptGateSettings, vocabulary: int) -> None:
         self._ends_line = torch.zeros(vocabulary, dtype=torch.bool)

@@ -31,6 +31,8 @@ TIMES_CHANCE = 3.0
 small ones for the base model's lead."""
 NEWCOMER_CONFIDENCE = 0.7
 """Least posterior in a pool with choices that the gate was not trained with: scores from a few examples are rougher."""
+NEWCOMER_ARRIVAL = 1e-6
+"""Prior probability that a newcomer takes over within a line: its scores are too rough to cut into what others ask."""
 NEWCOMER_ANSWERS = 0.9
 """Posterior of all tokens of a question from which a newcomer answers it alone: a gate row from a few examples is far
 rougher in answers than the gate is in questions."""
@@ -87,22 +89,34 @@ class PromptGate:
     """Of each choice, the line ends in a row that end its answers more often than they stand in them; 0 where none do.
     None in artefacts of earlier trainers."""
 
-    def posterior(self, token_ids: Sequence[int], columns: Sequence[Tensor], base: int | None = None) -> Floats:
+    def posterior(
+        self,
+        token_ids: Sequence[int],
+        columns: Sequence[Tensor],
+        *,
+        newcomers: Collection[int] = (),
+        base: int | None = None,
+    ) -> Floats:
         """(T, len(columns)): probability that each token belongs to the choice of each column (V,). Ids beyond the
-        table say nothing. `base` is the base model's column."""
+        table say nothing. `newcomers` and `base` as in `decide`."""
         ids = torch.tensor(token_ids)
         known = (ids < len(self.scores)) & (ids >= 0)
         ids = ids.where(known, 0)
         emissions = torch.stack([column[ids] for column in columns], dim=1).double() * known[:, None]
         if base is not None:
             emissions[0, base] += self.settings.base_lead
-        return smoothed(emissions.numpy(), self.switches(token_ids))
+        begins = self.begins_line(token_ids)
+        switch = np.where(begins, self.settings.switch_at_lines, self.settings.switch)
+        arrivals = np.repeat(switch[:, None] / max(1, len(columns) - 1), len(columns), axis=1)
+        for newcomer in newcomers:
+            arrivals[~begins, newcomer] = NEWCOMER_ARRIVAL
+        return smoothed(emissions.numpy(), arrivals)
 
-    def switches(self, token_ids: Sequence[int]) -> Floats:
-        """(T,): prior probability that each token belongs to another choice than the one before it."""
-        ends = [token in self.frame.newlines for token in token_ids]
-        begins = [before and not end for before, end in zip([False, *ends], ends, strict=False)]
-        return np.where(begins, self.settings.switch_at_lines, self.settings.switch)
+    def begins_line(self, token_ids: Sequence[int]) -> npt.NDArray[np.bool_]:
+        """(T,): whether each token is the first of a line, but for the first of all."""
+        ends = np.array([False, *(token in self.frame.newlines for token in token_ids)])
+        begins: npt.NDArray[np.bool_] = ends[:-1] & ~ends[1:]
+        return begins
 
     def decide(
         self,
@@ -117,7 +131,9 @@ class PromptGate:
         the base model's; with `base_takes_rest` it gets a question of which nothing is sure, unless that may be a
         newcomer's.
         """
-        posterior = self.posterior(question[: self.settings.max_question_tokens], columns, base)
+        posterior = self.posterior(
+            question[: self.settings.max_question_tokens], columns, newcomers=newcomers, base=base
+        )
         best = posterior.argmax(axis=1)
         is_sure = posterior.max(axis=1) >= self._needed(len(columns), bool(newcomers), base)[best]
         newcomer_share = float(posterior[:, list(newcomers)].sum(axis=1).mean())
@@ -177,32 +193,32 @@ class PromptGate:
         return cls(scores, frame, read, answer_ends=answer_ends)
 
 
-def smoothed(emissions: Floats, switch: float | Floats) -> Floats:
+def smoothed(emissions: Floats, arrivals: Floats) -> Floats:
     """Posterior (T, C) of a hidden Markov chain by the forward-backward algorithm (Rabiner 1989).
 
-    emissions (T, C) in nats; `switch` one for all tokens or (T,). The first choice is uniform; each token keeps the
-    choice of the one before it with probability 1 - its `switch`, and takes each other one with equal probability.
+    emissions (T, C) in nats; `arrivals` (T, C) or what broadcasts to it: probability that a token belongs to a choice
+    if the one before it belongs to another. The first choice is uniform.
     """
     length, count = emissions.shape
     if count == 1 or length == 0:
         return np.ones((length, count))
-    switches = np.broadcast_to(switch, length)
-    other = switches / (count - 1)
-    keep = 1 - switches - other
+    arrivals = np.broadcast_to(arrivals, emissions.shape)
+    rest = 1 - arrivals.sum(axis=1)
     likelihood: Floats = np.exp(emissions - emissions.max(axis=1, keepdims=True))
     # Far from the best choice is as good as never; zero would divide by zero where everything is.
     likelihood = np.maximum(likelihood, 1e-30)
     posterior: Floats = np.empty_like(likelihood)
-    message = np.full(count, 1 / count)
-    for position in range(length):
-        message = likelihood[position] * (keep[position] * message + other[position])
+    message = likelihood[0] / likelihood[0].sum()
+    posterior[0] = message
+    for position in range(1, length):
+        message = likelihood[position] * (rest[position] * message + arrivals[position])
         message /= message.sum()
         posterior[position] = message
     message = np.ones(count)
-    for position in range(length - 2, -1, -1):
-        message = likelihood[position + 1] * message
+    for position in range(length - 1, 0, -1):
+        message = likelihood[position] * message
         message /= message.sum()
-        message = keep[position + 1] * message + other[position + 1]
-        posterior[position] *= message
+        message = rest[position] * message + arrivals[position] @ message
+        posterior[position - 1] *= message
     posterior /= posterior.sum(axis=1, keepdims=True)
     return posterior

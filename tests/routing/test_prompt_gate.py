@@ -66,22 +66,33 @@ def test_smoothing_equals_the_sum_over_all_paths() -> None:
         for position, choice in enumerate(path):
             expected[position, choice] += weight
     expected /= expected.sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(smoothed(emissions, switch), expected, rtol=1e-10)
+    np.testing.assert_allclose(smoothed(emissions, np.array(switch / 2)), expected, rtol=1e-10)
 
 
-def test_every_token_may_have_a_probability_of_its_own_to_change() -> None:
-    emissions = np.random.default_rng(2).normal(size=(4, 2))
-    switch = np.array([0.9, 0.1, 0.4, 0.02])
-    expected = np.zeros((4, 2))
-    for path in itertools.product(range(2), repeat=4):
+def test_every_token_and_choice_may_have_a_probability_of_its_own_to_arrive() -> None:
+    generator = np.random.default_rng(2)
+    emissions, arrivals = generator.normal(size=(4, 3)), generator.uniform(0, 0.4, size=(4, 3))
+    expected = np.zeros((4, 3))
+    for path in itertools.product(range(3), repeat=4):
         weight = math.exp(sum(emissions[position, choice] for position, choice in enumerate(path)))
         for position in range(1, 4):
-            changes = path[position] != path[position - 1]
-            weight *= switch[position] if changes else 1 - switch[position]
+            before, choice = path[position - 1], path[position]
+            others = sum(arrivals[position, other] for other in range(3) if other != before)
+            weight *= arrivals[position, choice] if choice != before else 1 - others
         for position, choice in enumerate(path):
             expected[position, choice] += weight
     expected /= expected.sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(smoothed(emissions, switch), expected, rtol=1e-10)
+    np.testing.assert_allclose(smoothed(emissions, arrivals), expected, rtol=1e-10)
+
+
+def test_a_newcomer_takes_over_where_a_line_begins() -> None:
+    gate = replace(make_gate(), frame=replace(FRAME, line_ends=((DULL, 1),)))
+    columns = [gate.scores[:, slot] for slot in (0, 1, 2)]
+    cut = [A] * 6 + [B] * 5 + [A] * 6
+    assert gate.decide(cut, columns).choices == [1] * 6 + [2] * 5 + [1] * 6
+    assert gate.decide(cut, columns, newcomers=[2]).choices == [1] * 17, "not within another's line"
+    lines = [A] * 6 + [DULL] + [B] * 5 + [DULL] + [A] * 6
+    assert gate.decide(lines, columns, newcomers=[2]).choices == [1] * 7 + [2] * 6 + [1] * 6
 
 
 def test_a_second_task_is_found_sooner_where_a_line_begins() -> None:
@@ -95,13 +106,13 @@ def test_a_second_task_is_found_sooner_where_a_line_begins() -> None:
 
 def test_smoothing_stays_finite_for_long_and_extreme_questions() -> None:
     emissions = np.random.default_rng(1).normal(size=(3000, 4)) * 300
-    posterior = smoothed(emissions, 1e-3)
+    posterior = smoothed(emissions, np.array(1e-3))
     assert np.isfinite(posterior).all()
     np.testing.assert_allclose(posterior.sum(axis=1), 1.0, rtol=1e-9)
 
 
 def test_a_single_choice_is_certain() -> None:
-    assert (smoothed(np.zeros((4, 1)), 1e-3) == 1).all()
+    assert (smoothed(np.zeros((4, 1)), np.array(1e-3)) == 1).all()
 
 
 @pytest.mark.parametrize("make", [list, tuple])
