@@ -58,9 +58,7 @@ def without_row(artefact: RouterArtefact, index: int) -> RouterArtefact:
     kept = [position for position in range(len(artefact.adapters)) if position != index]
     adapters = tuple(artefact.adapters[position] for position in kept)
     rows = {key: values[kept].contiguous() for key, values in artefact.rows.items()}
-    gate = artefact.prompt_gate
-    if gate is not None:
-        gate = dataclasses.replace(gate, scores=gate.scores[:, kept].contiguous(), statistics=None)
+    gate = None if artefact.prompt_gate is None else artefact.prompt_gate.restricted(kept)
     return dataclasses.replace(artefact, adapters=adapters, rows=rows, background={}, prompt_gate=gate)
 
 

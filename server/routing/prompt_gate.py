@@ -10,7 +10,7 @@ A pure function of (prompt tokens, router, allowed choices). Letters: T tokens o
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -156,6 +156,11 @@ class PromptGate:
     def columns(self, index_of_slot: Mapping[int, int]) -> dict[int, Tensor]:
         """slot -> scores (V,) of the slots of trained choices; shares their memory."""
         return {slot: self.scores[:, index] for slot, index in index_of_slot.items()}
+
+    def restricted(self, kept: Sequence[int]) -> "PromptGate":
+        """A gate of these choices alone. Statistics, which knew the others, are gone."""
+        ends = tuple(self.answer_ends[index] for index in kept) if self.answer_ends else ()
+        return replace(self, scores=self.scores[:, list(kept)].contiguous(), statistics=None, answer_ends=ends)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -335,6 +335,15 @@ def test_a_gate_that_knows_no_header_leaves_answers_to_the_router() -> None:
     assert earlier.fingerprint != make_gate().fingerprint
 
 
+def test_a_gate_of_fewer_choices_keeps_what_is_theirs() -> None:
+    gate = replace(make_gate(), answer_ends=(0, 1, 2))
+    smaller = gate.restricted([0, 2])
+    assert smaller.answer_ends == (0, 2)
+    assert torch.equal(smaller.scores, gate.scores[:, [0, 2]])
+    assert (smaller.frame, smaller.settings, smaller.statistics) == (gate.frame, gate.settings, None)
+    assert make_gate().restricted([1]).answer_ends == ()
+
+
 def test_a_long_opening_is_left_to_the_router() -> None:
     assert choices([A, A, A], opening=64)[0] == "d1"
     assert choices([A, A, A], opening=65) == ["router"] * 65 + ["d1"] * 3
