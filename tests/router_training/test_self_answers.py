@@ -47,6 +47,6 @@ def test_the_demos_off_domain_chats_are_readable_and_apart() -> None:
     data = Path(__file__).resolve().parents[2] / "examples" / "demo" / "data"
     splits = read_splits([data], ["base"])
     questions = {split: {chat.messages[0]["content"] for chat in rows["base"]} for split, rows in splits.items()}
-    assert len(questions["train"]) == 800
+    assert len(questions["train"]) == 2000
     assert len(questions["validation"]) == 120
     assert not questions["train"] & questions["validation"]
