@@ -28,9 +28,9 @@ MAX_LOG_RATIO = 4.0
 MIN_EXAMPLES = 2
 """Fewer with a question cannot judge each other."""
 MAX_OWN_LOST = 0.2
-"""Canary: of its questions' tokens the gate may give at most so many to others, by columns from half of its examples,
-which know less than the column in use (docs/hot-routing.md has what that one loses). What it leaves to the router is
-not lost: there the gate row decides."""
+"""Canary: of its questions' tokens the gate may give at most so many to other adapters, by columns from half of its
+examples, which know less than the column in use (docs/hot-routing.md has what that one loses). What it leaves to the
+router or the base model is not lost: in their answers the gate row decides."""
 MAX_TAKEN = 0.1
 """Canary: of the tokens of no trained choice's retained questions may the newcomer get more, as for gate rows. One
 whole question of 16 is less: a single one is chance, and a silent gate costs every task more."""
@@ -43,7 +43,8 @@ class PromptReport:
     own_share: float
     """Of its examples' tokens, what the gate gives to it, by columns made without them."""
     own_lost_share: float
-    """Of the same tokens, what the gate gives to others; the router decides about the rest."""
+    """Of the same tokens, what the gate gives to other adapters. The rest is the base model's or the router's, and the
+    router decides about the answer."""
     most_taken: str
     """The trained choice of whose retained questions it takes most."""
     most_taken_share: float
@@ -55,7 +56,7 @@ class PromptReport:
         if self.own_lost_share > MAX_OWN_LOST:
             found.append(
                 f"the prompt gate would give {100 * self.own_lost_share:.0f} % of its own examples' question tokens to "
-                f"others, more than {100 * MAX_OWN_LOST:.0f} % allowed"
+                f"other adapters, more than {100 * MAX_OWN_LOST:.0f} % allowed"
             )
         if self.most_taken_share > MAX_TAKEN:
             found.append(
@@ -150,7 +151,10 @@ def judge_column(
     lengths = [sum(map(len, halves[1 - fitted])) for fitted in (0, 1)]
     own_share, lost = (
         sum(length * share for length, share in zip(lengths, values, strict=True)) / sum(lengths)
-        for values in ([given[newcomer] for given in own], [sum(given[:newcomer]) for given in own])
+        for values in (
+            [given[newcomer] for given in own],
+            [sum(share for place, share in enumerate(given[:newcomer]) if place != base) for given in own],
+        )
     )
     retained = statistics.questions
     taken = {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from server.routing import prompt_columns
 from server.routing.chat_frame import ChatFrame
-from server.routing.policy import GatePlan, Policy
+from server.routing.policy import BASE_DIGEST, GatePlan, Policy
 from server.routing.prompt_columns import column_from_questions, judge_column, make_column, shares
 from server.routing.prompt_course import prompt_course
 from server.routing.prompt_gate import PromptGate
@@ -152,8 +152,18 @@ def test_a_newcomer_whose_questions_go_to_others_is_left_out() -> None:
     assert verdict.report.own_lost_share > prompt_columns.MAX_OWN_LOST
     facts = verdict.facts()
     assert facts["state"] == "silent"
-    assert "of its own examples' question tokens to others, more than 20 % allowed" in facts["reason"]
+    assert "of its own examples' question tokens to other adapters, more than 20 % allowed" in facts["reason"]
     assert facts["reason"].endswith("the prompt gate is silent where `auto` may choose it")
+
+
+def test_what_goes_to_the_base_model_is_not_lost() -> None:
+    """As above, but the second choice is the base model: the row decides about the answers."""
+    gate = trained()
+    own = questions(50, 2)
+    names = [BASE_DIGEST if name == NAMES[1] else name for name in NAMES]
+    report = judge_column(column(gate, own), [[question] for question in own], gate, statistics_of(gate), names)
+    assert report.own_lost_share < prompt_columns.MAX_OWN_LOST
+    assert report.own_share < 0.5
 
 
 def test_a_newcomer_that_takes_a_trained_choices_questions_is_left_out() -> None:
