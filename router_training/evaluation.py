@@ -12,6 +12,7 @@ from router_training.forward import answer_losses
 from router_training.roster import BASE_TASK
 from server.routing.attach import RoutedModel
 from server.routing.context import GateBatch, RoutingBatch, build_gate_batch
+from server.routing.plan_course import PlanCourse
 from server.routing.policy import GatePlan
 
 EVALUATED_GENERATION = 1
@@ -35,9 +36,14 @@ class _Sums:
 def gate_batch(
     routed: RoutedModel, batch: TokenBatch, plan_of_label: Sequence[GatePlan], *, collect_layers: bool = False
 ) -> GateBatch | None:
-    """The server's gates for a batch: each token under the plan of its label, unless a prompt gate has its say."""
+    """The server's gates for a batch: each token under the plan of its label, unless a prompt gate has its say. The
+    router of a row's first label is asked."""
     rows = [ids[:length] for ids, length in zip(batch.token_ids.tolist(), batch.lengths.tolist(), strict=True)]
-    plans, plan_of_token = plans_of_tokens(routed, plan_of_label, batch.labels, rows)
+    first_labels = batch.labels[:, 0].tolist()
+    courses = [
+        routed.routers.prompt_course(plan_of_label[label], row) for label, row in zip(first_labels, rows, strict=True)
+    ]
+    plans, plan_of_token = plans_of_tokens(plan_of_label, batch.labels, courses, [0] * len(rows))
     return build_gate_batch(
         plans,
         plan_of_token.flatten(),
@@ -48,21 +54,14 @@ def gate_batch(
 
 
 def plans_of_tokens(
-    routed: RoutedModel,
-    plan_of_label: Sequence[GatePlan],
-    labels: Tensor,
-    rows: Sequence[Sequence[int]],
-    *,
-    is_padded_left: bool = False,
+    plan_of_label: Sequence[GatePlan], labels: Tensor, courses: Sequence[PlanCourse], starts: Sequence[int]
 ) -> tuple[list[GatePlan], Tensor]:
-    """Plans, those of the labels first, and which one each position follows, (S, L) int64: that of its label, or what a
-    prompt gate says. `labels` (S, L); `rows` are the sequences without padding. The router of a row's first label is
-    asked."""
+    """Plans, those of the labels first, and which one each position follows, (S, L) int64: that of its label, or what
+    the row's course says. `labels` (S, L); `starts`: column of each row's first token."""
     plans, plan_of_token = list(plan_of_label), labels.clone()
-    for row, tokens in enumerate(rows):
-        first = labels.shape[1] - len(tokens) if is_padded_left else 0
+    for row, (course, first) in enumerate(zip(courses, starts, strict=True)):
         start = first
-        for stop, own in routed.routers.prompt_course(plans[int(labels[row, first])], tokens).spans:
+        for stop, own in course.spans:
             plan_of_token[row, start : first + stop] = index_of(own, plans)
             start = first + stop
     return plans, plan_of_token

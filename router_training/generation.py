@@ -89,14 +89,13 @@ def _generate(
     choose: Choose,
 ) -> list[list[int]]:
     row_of_prompt = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}  # equal prompts are read once
-    token_ids = [prompt.token_ids for prompt in row_of_prompt]
-    inputs, mask = pad_left(token_ids)  # (S, L)
-    labels = torch.tensor([prompt.label for prompt in row_of_prompt])
+    inputs, mask = pad_left([prompt.token_ids for prompt in row_of_prompt])  # (S, L)
+    labels = torch.tensor([prompt.label for prompt in row_of_prompt])[:, None].expand_as(mask)
     positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
-    plans, plan_of_token = plans_of_tokens(
-        routed, plan_of_label, labels[:, None].expand_as(mask), token_ids, is_padded_left=True
-    )
-    courses = [routed.routers.prompt_course(plan_of_label[p.label], p.token_ids) for p in prompts]
+    read = [routed.routers.prompt_course(plan_of_label[prompt.label], prompt.token_ids) for prompt in row_of_prompt]
+    starts = [mask.shape[1] - len(prompt) for prompt in row_of_prompt]
+    plans, plan_of_token = plans_of_tokens(plan_of_label, labels, read, starts)
+    courses = [read[row_of_prompt[prompt]] for prompt in prompts]
     answers: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))
     rows = [row_of_prompt[prompt] for prompt in prompts]  # of the running answers, in the batch

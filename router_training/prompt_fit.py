@@ -8,20 +8,21 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from router_training.answer_ends import answer_ends
-from router_training.encoding import ChatRenderer, TokenSequence, around_words, common_length
+from router_training.encoding import TokenSequence
+from router_training.frames import chat_frame
 from router_training.mixing import Mix, encode_mix, question_settings
 from router_training.progress import Progress
 from router_training.roster import BASE_TASK, FIRST_SLOT, Roster
 from router_training.settings import TrainingConfig
 from router_training.trainer import Guide
-from server.errors import ConfigError, InvalidRequestError
+from server.errors import ConfigError
 from server.model.loader import LoadedModel
 from server.routing.chat_frame import ChatFrame
 from server.routing.plan_course import PlanSpan
@@ -52,36 +53,6 @@ RECIPE = " ".join(
 
 Question = tuple[Tensor, Tensor]
 """Token ids and labels, both (L,) int64, of a first question."""
-
-
-class FrameTokenizer(ChatRenderer, Protocol):
-    """What a frame needs of `server.model.tokenizer.ChatTokenizer`."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    def token_bytes(self, token_id: int) -> bytes: ...
-
-
-def chat_frame(tokenizer: FrameTokenizer) -> ChatFrame:
-    """What the chat template puts around a user's first words, whatever stands before them, and which tokens end lines.
-
-    Raises ConfigError for a template whose user turns cannot be told apart by whole tokens.
-    """
-
-    try:
-        openings, closings = zip(*(around_words(tokenizer, system) for system in (None, "A", "7")), strict=True)
-    except InvalidRequestError as error:
-        raise ConfigError(f"no prompt gate for this base model: {error.message}; train without it") from error
-    header = openings[0]
-    for opening in openings[1:]:
-        header = header[len(header) - common_length(header[::-1], opening[::-1]) :]
-    if not header or not closings[0]:
-        raise ConfigError("no prompt gate for this base model: its chat template puts no tokens around a user's words")
-    same = len(set(map(tuple, closings))) == 1
-    spelled = ((token, tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
-    line_ends = tuple((token, text.count(b"\n")) for token, text in spelled if b"\n" in text and not text.strip())
-    return ChatFrame(tuple(header), closings[0][0], tuple(closings[0]) if same else (), line_ends)
 
 
 def fit_prompt_gate(
@@ -215,8 +186,9 @@ class PromptReader:
         """Of `unguided` sequences the gate says nothing. A column more than adapters is the null expert's."""
         first_slot = BASE_SLOT if gate.scores.shape[1] > len(roster.adapters) else FIRST_SLOT
         self._gate = gate
-        self._columns = gate.columns({slot: slot - first_slot for slot in range(first_slot, len(roster.tasks))})
-        self._answer_ends = {index + first_slot: ends for index, ends in enumerate(gate.answer_ends) if ends}
+        index_of_slot = {slot: slot - first_slot for slot in range(first_slot, len(roster.tasks))}
+        self._columns = gate.columns(index_of_slot)
+        self._answer_ends = gate.ends_of_answers(index_of_slot)
         self._digests = roster.digest_of_slot
         self._num_slots = roster.routed.num_slots
         self._known: dict[tuple[int, ...], tuple[PlanSpan, ...]] = {s.token_ids: () for s in unguided}

@@ -20,9 +20,10 @@ from router_training.background import CHATS_PER_ADAPTER
 from router_training.data import Chat, read_splits
 from router_training.encoding import TokenSequence, encode_chats
 from router_training.flags import add_settings, add_sources, settings_from
+from router_training.frames import chat_frame
 from router_training.leave_one_out import replace_table
 from router_training.mixing import draw_question_mix, encode_mix, question_settings
-from router_training.prompt_fit import chat_frame, fit_prompt_gate
+from router_training.prompt_fit import fit_prompt_gate
 from router_training.report import markdown_table
 from router_training.roster import BASE_TASK
 from router_training.run import write_json
@@ -31,7 +32,7 @@ from server.adapters.examples import encode_examples
 from server.config import ServerConfig, cache_folder, load_config
 from server.model.loader import LoadedModel, load_base_model
 from server.routing.chat_frame import ChatFrame
-from server.routing.prompt_columns import column_from_questions, make_column, shares
+from server.routing.prompt_columns import base_place, column_from_questions, make_column, shares
 from server.routing.prompt_gate import PromptGate
 
 COUNTS = (4, 16, 64)
@@ -120,7 +121,7 @@ def measure(material: Material, whole: PromptGate, name: str) -> dict[str, Any]:
             "canary": verdict.facts(),
         }
     return {
-        "trained": given(whole, None, material.validation[name], label, _base_place(material.tasks)),
+        "trained": given(whole, None, material.validation[name], label, base_place(material.tasks)),
         "without": _given_to(gate, None, others, name, material.validation),
         "examples": cases,
     }
@@ -198,12 +199,8 @@ def _given_to(
     """By task; `others` are the gate's choices and `name` the column's."""
     places: dict[str, int | None] = {task: index for index, task in enumerate(others)}
     places[name] = None if column is None else len(others)
-    base = _base_place(others)
+    base = base_place(others)
     return {task: given(gate, column, questions, places[task], base) for task, questions in validation.items()}
-
-
-def _base_place(choices: Sequence[str]) -> int | None:
-    return choices.index(BASE_TASK) if BASE_TASK in choices else None
 
 
 def _mean_of_others(tokens: Mapping[str, Given], name: str) -> Given:

@@ -8,10 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from server.errors import ConfigError
+from server.routing.policy import BASE_ALIAS
 from server.routing.router import Granularity
 
 WarmStart = Literal["none", "ridge", "softmax"]
-BASE_NAME = "base"
+BASE_NAME = BASE_ALIAS
 """The null expert among the names of adapters."""
 GateMode = Literal["convex"]
 """What the artefact format knows; `docs/routing-study.md` has what other modes would be worth."""

@@ -14,16 +14,22 @@ from typing import NamedTuple
 from server.adapters.calibration import Calibration
 from server.adapters.exclusions import Exclusion
 from server.errors import InvalidRequestError, ModelNotFoundError
-from server.routing.policy import BASE_DIGEST, BASE_PLAN, BASE_SLOT, GatePlan, Policy, fixed_plan, routed_plan
+from server.routing.policy import (
+    BASE_ALIAS,
+    BASE_DIGEST,
+    BASE_PLAN,
+    BASE_SLOT,
+    GatePlan,
+    Policy,
+    fixed_plan,
+    routed_plan,
+)
 from server.routing.prototypes import HotRow
 from server.routing.router import RouterArtefact
 from server.routing.router_bank import RouterGeneration
 
 AUTO_MODEL = "auto"
 """The `model` that routes."""
-
-BASE_ALIAS = "base"
-"""Name of the null expert in a routed pool and in traces."""
 
 MAX_LISTED = 20
 """Names in the message of an error."""

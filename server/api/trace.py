@@ -13,7 +13,7 @@ from server.api.generation import Generation
 from server.api.logprobs import token_label
 from server.engine.sequence import TraceLevel
 from server.routing.plan_course import PlanSpan
-from server.routing.policy import BASE_SLOT
+from server.routing.policy import BASE_ALIAS, BASE_SLOT
 
 if TYPE_CHECKING:
     from server.model.tokenizer import ChatTokenizer
@@ -31,7 +31,7 @@ class RoutingTrace:
         self._level = level
         self._plan = lease.plan
         self._spans = spans
-        self._names = {**lease.slot_names, BASE_SLOT: "base"}
+        self._names = {**lease.slot_names, BASE_SLOT: BASE_ALIAS}
         self._tokenizer = tokenizer
         self._mass: dict[int, float] = {}
         self._num_tokens = 0

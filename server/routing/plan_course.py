@@ -84,6 +84,7 @@ class AnswerTurns:
 
 
 NO_TURNS = AnswerTurns()
+"""Of an answer to one task, or to none."""
 
 
 @dataclass(frozen=True)

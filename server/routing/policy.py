@@ -8,6 +8,9 @@ from enum import StrEnum
 BASE_SLOT = 0
 """Slot of the base model, the null expert: its delta is zero."""
 
+BASE_ALIAS = "base"
+"""Name of the null expert among adapters: in a router's record, a routed pool and traces. No adapter may have it."""
+
 BASE_DIGEST = "base"
 """Stands in for a digest where the base model is meant (fingerprints, a router's null-expert row)."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from server.routing.policy import BASE_DIGEST
+from server.routing.policy import BASE_ALIAS
 from server.routing.prompt_gate import PromptGate
 from server.routing.prompt_statistics import QuestionStatistics
 
@@ -141,7 +141,7 @@ def judge_column(
 
     `examples` have a question or more each, and there must be at least `MIN_EXAMPLES`. `names` of the gate's choices.
     """
-    base = names.index(BASE_DIGEST) if BASE_DIGEST in names else None
+    base = base_place(names)
     halves = (_joined(examples[0::2]), _joined(examples[1::2]))
     own = [
         shares(gate, column_from_questions(halves[fitted], gate, statistics), halves[1 - fitted], base)
@@ -163,6 +163,11 @@ def judge_column(
     }
     most = max(sorted(taken), key=lambda choice: taken[choice])
     return PromptReport(own_share, lost, names[most], taken[most])
+
+
+def base_place(names: Sequence[str]) -> int | None:
+    """Where the base model is among a gate's choices; None where the router has no null expert."""
+    return names.index(BASE_ALIAS) if BASE_ALIAS in names else None
 
 
 def _joined(examples: Sequence[Sequence[Sequence[int]]]) -> list[Sequence[int]]:

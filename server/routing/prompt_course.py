@@ -1,7 +1,7 @@
 """From what a prompt gate reads to a prompt's course: which plan each of its tokens follows, and whose turn is next."""
 
 from collections.abc import Mapping, Sequence, Set
-from functools import cache
+from functools import cache, partial
 from itertools import groupby, pairwise, takewhile
 from types import MappingProxyType
 
@@ -41,57 +41,76 @@ def prompt_course(
     columns = [column_of_slot[slot] for slot in slots]
     new_columns = [index for index, slot in enumerate(slots) if slot in newcomers]
     base_column = slots.index(BASE_SLOT) if BASE_SLOT in slots else None
-    owners: list[GatePlan] = []
-    """Of each token so far."""
-    turns = NO_TURNS
-    answering: GatePlan | None = None
-
-    @cache
-    def plan_of(slot: int | None) -> GatePlan:
-        if slot is None:
-            return plan
-        return BASE_PLAN if slot == BASE_SLOT else fixed_plan(Policy.PINNED, {slot: 1.0}, digest_of_slot)
-
-    def fill(stop: int, owner: GatePlan) -> None:
-        owners.extend([owner] * (stop - len(owners)))
-
-    def fill_answer(stop: int) -> None:
-        nonlocal turns
-        if turns.frame is None:
-            fill(stop, answering or plan)
-        for token in token_ids[len(owners) : stop]:
-            turns = turns.after(token)
-            owners.append(turns.begun or plan)
-
+    draft = _Draft(plan, token_ids)
+    only = cache(partial(_only, digest_of_slot))  # equal plans are one object
     for index, (start, stop) in enumerate(gate.frame.user_messages(token_ids)):
-        fill_answer(start - (len(gate.frame.header) if index else start))
-        turns, answering = NO_TURNS, None
+        is_first = index == 0
+        draft.answer(start - (start if is_first else len(gate.frame.header)))
+        draft.expect()
         if start == stop:
             continue
-        question, is_first = token_ids[start:stop], not index
-        reading = gate.decide(question, columns, newcomers=new_columns, base=base_column, base_takes_rest=is_first)
+        reading = gate.decide(
+            token_ids[start:stop], columns, newcomers=new_columns, base=base_column, base_takes_rest=is_first
+        )
         own = [None if choice is None else slots[choice] for choice in reading.choices]
-        follows = bool(index) or start <= gate.settings.max_opening_tokens
-        fill(start, plan_of(own[0]) if follows else plan)
-        owners += [plan_of(slot) for slot in own]
+        plans = [plan if slot is None else only(slot) for slot in own]
+        leads = not is_first or start <= gate.settings.max_opening_tokens
+        draft.fill(start, plans[0] if leads else plan)
+        draft.owners += plans
         tasks = [slot for slot, _ in groupby(slot for slot in own if slot not in (None, BASE_SLOT))]
         is_safe = tasks and (tasks[0] in newcomers or reading.newcomer_share <= FAINT_NEWCOMER_SHARE)
         if is_safe and gate.frame.is_answered(token_ids, stop):
-            fill(stop, plan)
-            fill(stop + len(gate.frame.answer), plan_of(tasks[0]))
+            draft.fill(stop, plan)
+            draft.fill(stop + len(gate.frame.answer), only(tasks[0]))
             known = takewhile(lambda pair: pair[0] in answer_ends, pairwise(tasks))
-            waiting = tuple(Turn(answer_ends[task], plan_of(following)) for task, following in known)
-            turns = AnswerTurns(gate.frame, waiting) if waiting else NO_TURNS
-        answering = None if reading.answers is None else plan_of(slots[reading.answers])
-    fill_answer(len(token_ids))
-    spans: list[PlanSpan] = []
-    end = 0
-    for _, group in groupby([*owners, answering or plan], key=id):  # equal plans are one object
-        alike = list(group)
-        end += len(alike)
-        spans.append(PlanSpan(end, alike[0]))
-    if answering is not None:
-        spans[-1] = spans[-1]._replace(stop=ENDLESS)
-    while spans and spans[-1].plan is plan:
-        spans.pop()
-    return PlanCourse(tuple(spans), turns)
+            waiting = tuple(Turn(answer_ends[task], only(following)) for task, following in known)
+            draft.expect(turns=AnswerTurns(gate.frame, waiting) if waiting else NO_TURNS)
+        if reading.answers is not None:
+            draft.expect(alone=only(slots[reading.answers]))
+    draft.answer(len(token_ids))
+    return draft.course()
+
+
+def _only(digest_of_slot: Mapping[int, str], slot: int) -> GatePlan:
+    return BASE_PLAN if slot == BASE_SLOT else fixed_plan(Policy.PINNED, {slot: 1.0}, digest_of_slot)
+
+
+class _Draft:
+    """A course as it is made, from the first token on."""
+
+    def __init__(self, plan: GatePlan, token_ids: Sequence[int]) -> None:
+        """`plan` is the request's."""
+        self.owners: list[GatePlan] = []
+        """Plan of each token so far."""
+        self._plan = plan
+        self._token_ids = token_ids
+        self.expect()
+
+    def expect(self, *, turns: AnswerTurns = NO_TURNS, alone: GatePlan | None = None) -> None:
+        """What the next answer follows: turns, one plan, or the request's own."""
+        self._turns, self._alone = turns, alone
+
+    def fill(self, stop: int, owner: GatePlan) -> None:
+        """Give the tokens before `stop` that nobody has yet."""
+        self.owners.extend([owner] * (stop - len(self.owners)))
+
+    def answer(self, stop: int) -> None:
+        """Give those before `stop`, which are an answer's."""
+        if self._turns.frame is None:
+            self.fill(stop, self._alone or self._plan)
+        for token in self._token_ids[len(self.owners) : stop]:
+            self._turns = self._turns.after(token)
+            self.owners.append(self._turns.begun or self._plan)
+
+    def course(self) -> PlanCourse:
+        spans: list[PlanSpan] = []
+        end = 0
+        for _, group in groupby([*self.owners, self._alone or self._plan], key=id):
+            alike = list(group)
+            end += len(alike)
+            spans.append(PlanSpan(end, alike[0]))
+        if self._alone is not None:
+            spans[-1] = spans[-1]._replace(stop=ENDLESS)
+        while spans and spans[-1].plan is self._plan:
+            spans.pop()
+        return PlanCourse(tuple(spans), self._turns)

@@ -157,6 +157,12 @@ class PromptGate:
         """slot -> scores (V,) of the slots of trained choices; shares their memory."""
         return {slot: self.scores[:, index] for slot, index in index_of_slot.items()}
 
+    def ends_of_answers(self, index_of_slot: Mapping[int, int]) -> dict[int, int]:
+        """slot -> line ends in a row that end its answers, of the slots of trained choices where any do."""
+        if not self.answer_ends:
+            return {}
+        return {slot: ends for slot, index in index_of_slot.items() if (ends := self.answer_ends[index])}
+
     def restricted(self, kept: Sequence[int]) -> "PromptGate":
         """A gate of these choices alone. Statistics, which knew the others, are gone."""
         ends = tuple(self.answer_ends[index] for index in kept) if self.answer_ends else ()

@@ -20,6 +20,9 @@ from server.routing.prompt_gate import PromptGate
 from server.routing.prototypes import HotRow
 from server.routing.router import Granularity, RouterArtefact, gate_key
 
+EMPTY_LINE = 2
+"""Line ends in a row."""
+
 
 @dataclass(frozen=True, eq=False)
 class RouterGeneration:
@@ -75,10 +78,6 @@ def check_base(artefact: RouterArtefact, *, base_model: str, hidden_size: int, n
     ]
     if differences:
         raise RouterArtefactError("the router was trained for another base: " + "; ".join(differences))
-
-
-EMPTY_LINE = 2
-"""Line ends in a row."""
 
 
 class RouterBank:
@@ -174,5 +173,5 @@ def _answer_ends(
     """slot -> line ends that end its answers. Of newcomers too little is known: an empty line, as of most."""
     if gate is None or not gate.answer_ends:
         return {}
-    trained = {slot: gate.answer_ends[index] for index, slot in placed if gate.answer_ends[index]}
+    trained = gate.ends_of_answers({slot: index for index, slot in placed})
     return {**trained, **dict.fromkeys(hot_rows, EMPTY_LINE)}

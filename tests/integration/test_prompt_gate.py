@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ from server.routing.router import load_artefact, save_artefact
 from tests.integration.tiny import make_tiny_root, serve_here
 
 PROMPT = "Q:aaaaaabbbbbb\nA:"
+
+
+def tokenize(url: str, text: str) -> list[int]:
+    tokens: list[int] = httpx.post(f"{url}/tokenize", json={"prompt": text}).json()["tokens"]
+    return tokens
 
 
 def give_prompt_gate(root: Path, tokens_of: Callable[[str], list[int]], *, has_turns: bool = False) -> None:
@@ -43,11 +49,7 @@ def test_a_prompts_clear_stretches_go_to_one_adapter(
 ) -> None:
     make_tiny_root(tmp_path, tiny_llama, make_adapter, num_adapters=3, num_configured=2)
     with serve_here(tmp_path) as server:
-
-        def tokens_of(text: str) -> list[int]:
-            tokens: list[int] = httpx.post(f"{server.url}/tokenize", json={"prompt": text}).json()["tokens"]
-            return tokens
-
+        tokens_of = partial(tokenize, server.url)
         before = complete(server.url)
         assert "prompt" not in before["choices"][0]["routing"]
         assert httpx.get(f"{server.url}/v1/router").json()["prompt_gate"] is None
@@ -98,11 +100,7 @@ def test_the_second_tasks_answer_begins_with_its_adapter(
     """Whether the first answer stands in the prompt or is generated; here every token of it is a semicolon."""
     make_tiny_root(tmp_path, tiny_llama, make_adapter, num_adapters=2, num_configured=2)
     with serve_here(tmp_path) as server:
-
-        def tokens_of(text: str) -> list[int]:
-            tokens: list[int] = httpx.post(f"{server.url}/tokenize", json={"prompt": text}).json()["tokens"]
-            return tokens
-
+        tokens_of = partial(tokenize, server.url)
         give_prompt_gate(tmp_path, tokens_of, has_turns=True)
         swapped = httpx.post(f"{server.url}/v1/router", json={"path": "router"})
         assert swapped.status_code == 200, swapped.text

@@ -8,6 +8,9 @@ import torch
 from router_training.encoding import TokenSequence
 from router_training.generation import generate_answers, likeliest, nucleus
 from router_training.roster import Roster
+from server.routing.chat_frame import ChatFrame
+from server.routing.plan_course import ENDLESS, NO_COURSE, AnswerTurns, PlanCourse, PlanSpan, Turn
+from server.routing.policy import BASE_PLAN
 
 Sequences = Callable[..., list[TokenSequence]]
 NEW_TOKENS = 6
@@ -72,6 +75,29 @@ def test_equal_prompts_are_read_once_and_answered_each(roster: Roster, make_sequ
     assert found == [alone[0], alone[1], alone[0], alone[0], alone[1]]
     drawn = generate_answers(roster.routed, [first] * 8, plans, set(), NEW_TOKENS, choose=nucleus(3.0, 1.0, 0))
     assert len({tuple(answer) for answer in drawn}) > 1
+
+
+def test_answers_follow_their_course_as_on_the_server(
+    roster: Roster, make_sequences: Sequences, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here every token ends a line, so that the turn has the whole answer; an endless span has it too."""
+    plans, sequences = roster.own_adapter_plans(), make_sequences(4)
+    lines = ChatFrame((1,), 10**6, line_ends=tuple((token, 1) for token in range(320)))
+
+    def answers(course_of: Callable[[int], PlanCourse]) -> list[list[int]]:
+        monkeypatch.setattr(roster.routed.routers, "prompt_course", lambda _, tokens: course_of(len(tokens)))
+        return generate_answers(roster.routed, sequences, plans, set(), NEW_TOKENS)
+
+    plain = answers(lambda _: NO_COURSE)
+    turned = answers(lambda _: PlanCourse(turns=AnswerTurns(lines, (Turn(1, BASE_PLAN),))))
+    assert turned != plain
+    own = {tuple(s.token_ids[: s.answer_start]): plans[s.label] for s in sequences}
+
+    def spanned(_: object, tokens: tuple[int, ...]) -> PlanCourse:
+        return PlanCourse((PlanSpan(len(tokens), own[tokens]), PlanSpan(ENDLESS, BASE_PLAN)))
+
+    monkeypatch.setattr(roster.routed.routers, "prompt_course", spanned)
+    assert generate_answers(roster.routed, sequences, plans, set(), NEW_TOKENS) == turned
 
 
 @pytest.mark.parametrize(("top_p", "kept"), [(1.0, 4), (0.97, 4), (0.9, 3), (0.75, 2), (0.5, 1), (1e-9, 1)])

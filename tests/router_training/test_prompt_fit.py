@@ -15,6 +15,7 @@ from router_training.artefact import build_artefact
 from router_training.encoding import TokenSequence, collate
 from router_training.evaluation import gate_batch, plans_of_tokens
 from router_training.forward import answer_losses
+from router_training.frames import chat_frame, line_ends_behind
 from router_training.gates import RouterParameters, TrainingBatch
 from router_training.prompt_fit import (
     BATCH_SIZE,
@@ -24,7 +25,6 @@ from router_training.prompt_fit import (
     Question,
     SwitchTable,
     balanced_batches,
-    chat_frame,
     fit_prompt_gate,
     guide_of,
     log_posterior,
@@ -92,6 +92,15 @@ def test_the_trainers_chain_changes_where_the_servers_does() -> None:
     for row in range(2):
         alone = smoothed(emissions[row].double().numpy(), found[row, :, None].double().numpy() / 2)
         np.testing.assert_allclose(batched[row].numpy(), alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [(b"\n", 1), (b"\n\n", 2), (b" \n  \n ", 2), (b".\n", 1), (b"}\n\n", 2), (b"\na", 0), (b" a", 0), (b"", 0)],
+)
+def test_line_ends_are_those_that_a_token_ends_with(text: bytes, count: int) -> None:
+    """Some tokenizers join them to the sign before."""
+    assert line_ends_behind(text) == count
 
 
 def test_where_answers_of_a_task_end_is_counted_in_its_answers() -> None:
@@ -266,13 +275,34 @@ def test_the_trainers_gates_are_the_servers_spans(roster: Roster, make_sequences
     assert torch.allclose(gates.share[decides], fixed[decides])
     assert torch.allclose(gates.share[~decides][:, FIRST_SLOT:], torch.tensor(1 / 3))
 
-    all_plans, plan_of_token = plans_of_tokens(
-        roster.routed, plans, batch.labels, [s.token_ids for s in sequences], is_padded_left=True
-    )
+    courses = [roster.routed.routers.prompt_course(plans[s.label], s.token_ids) for s in sequences]
+    starts = [longest - len(sequence) for sequence in sequences]
+    all_plans, plan_of_token = plans_of_tokens(plans, batch.labels, courses, starts)
     for row, sequence in enumerate(sequences):
         own = [all_plans[index] for index in plan_of_token[row, longest - len(sequence) :].tolist()]
         is_fixed = decides.view(len(sequences), longest)[row, : len(sequence)].tolist()
         assert [plan != plans[0] for plan in own] == is_fixed
+
+
+def test_the_trainer_knows_whose_turn_it_is(roster: Roster) -> None:
+    frame = ChatFrame((200, 201), 202, (202, 203), ((7, 1),))
+    scores = torch.zeros(roster.loaded.vocab_size, 3)
+    scores[11, 0] = scores[12, 1] = 4.0
+    gate = PromptGate(scores.half(), frame, answer_ends=(1, 1, 1))
+    tokens = (*frame.header, *[11] * 6, *[12] * 6, *frame.answer, 5, 5, 7, 5)
+    sequence = TokenSequence(tokens, len(tokens) - 4, FIRST_SLOT)
+    fixed, decides = PromptReader(gate, roster).fixed_gates([sequence], len(tokens))
+    first, second = FIRST_SLOT, FIRST_SLOT + 1
+    assert decides.tolist() == [True] * 16 + [False, False, True, False]
+    assert fixed[decides].argmax(dim=1).tolist() == [first] * 8 + [second] * 6 + [first] * 2 + [second]
+
+    router = RouterParameters.zeros(roster.gated_projections(), "layer", 3)
+    artefact = build_artefact(router.detached(), roster, TrainingConfig(top_k=3), prompt_gate=gate)
+    gates = gate_batch(roster.routed, batch := collate([sequence]), roster.routed_plans(artefact))
+    assert gates is not None
+    with torch.inference_mode():
+        answer_losses(roster.routed, batch, gates)
+    assert torch.allclose(gates.share[decides], fixed[decides])
 
 
 def test_where_the_gate_decides_the_router_learns_nothing(roster: Roster, make_sequences: Sequences) -> None:

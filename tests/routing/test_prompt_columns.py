@@ -10,7 +10,7 @@ from torch import Tensor
 
 from server.routing import prompt_columns
 from server.routing.chat_frame import ChatFrame
-from server.routing.policy import BASE_DIGEST, GatePlan, Policy
+from server.routing.policy import BASE_ALIAS, GatePlan, Policy
 from server.routing.prompt_columns import column_from_questions, judge_column, make_column, shares
 from server.routing.prompt_course import prompt_course
 from server.routing.prompt_gate import PromptGate
@@ -160,7 +160,7 @@ def test_what_goes_to_the_base_model_is_not_lost() -> None:
     """As above, but the second choice is the base model: the row decides about the answers."""
     gate = trained()
     own = questions(50, 2)
-    names = [BASE_DIGEST if name == NAMES[1] else name for name in NAMES]
+    names = [BASE_ALIAS if name == NAMES[1] else name for name in NAMES]
     report = judge_column(column(gate, own), [[question] for question in own], gate, statistics_of(gate), names)
     assert report.own_lost_share < prompt_columns.MAX_OWN_LOST
     assert report.own_share < 0.5

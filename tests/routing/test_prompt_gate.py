@@ -182,13 +182,21 @@ def test_of_each_question_so_many_tokens_are_read() -> None:
 
 
 def test_of_two_choices_a_half_is_a_toss_up() -> None:
-    """A pool of two would else leave nothing to the router. Nor one of three in which the base model leads."""
+    """A pool of two would else leave nothing to the router."""
     scores = torch.tensor([[0.0, 0.0], [0.7, 0.3], [0.9, 0.1]]).clamp_min(1e-9).log()
     scores[0] = 0.0
     gate = PromptGate(scores, FRAME, PromptGateSettings(confidence=0.5))
     assert [gate.decide([token], scores.unbind(dim=1)).choices for token in (0, 1, 2)] == [[None], [None], [0]]
     sure = PromptGate(scores, FRAME, PromptGateSettings(confidence=0.95))
     assert sure.decide([2], scores.unbind(dim=1)).choices == [None]
+
+
+def test_a_choice_needs_three_times_the_odds_of_chance() -> None:
+    scores = torch.tensor([[0.59, 0.21, 0.2], [0.61, 0.2, 0.19]]).log()
+    gate = PromptGate(scores, FRAME, PromptGateSettings(confidence=0.5, base_lead=1.0))
+    for base in (None, 0):  # what leads is not surer for it
+        found = [gate.decide([token], scores.unbind(dim=1), base=base).choices for token in (0, 1)]
+        assert found == [[None], [0]], "odds of 3 / 2 among three"
 
 
 def test_rough_scores_of_newcomers_must_be_surer() -> None:
