@@ -88,6 +88,26 @@ def test_logits_equal_transformers_own(name: str) -> None:
         assert (found - expected).abs().max() < 1e-4 * max(1.0, float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("head_dim", [16, 64])
+def test_scores_that_outgrow_those_of_the_keys_before(head_dim: int) -> None:
+    """Weights stay relative to the first keys' greatest score until powers of two might overflow, and are rescaled then."""
+    model = ready(llama(head_dim=head_dim, num_hidden_layers=1))
+    attention = model.model.layers[0].self_attn
+    for projection in (attention.q_proj, attention.k_proj):
+        projection.weight.mul_(8)  # scores of hundreds
+    prompt = (PROMPT * 3)[:160]
+    rounded = copy.deepcopy(model).bfloat16()
+    with torch.no_grad():
+        single, low = (side(torch.tensor([prompt])).logits[0] for side in (model, rounded))
+        exact, exact_low = (copy.deepcopy(side).double()(torch.tensor([prompt])).logits[0] for side in (model, rounded))
+    for library in libraries():
+        native, native_low = (
+            rig.prefill(rig.native_side(side, library=library), prompt, [97, 63]) for side in (model, rounded)
+        )
+        assert (native - exact).abs().max() < 3 * (single - exact).abs().max()
+        assert (native_low - exact_low).square().mean() < (low - exact_low).square().mean()
+
+
 def test_bfloat16_is_nearer_to_float32_than_the_torch_graph() -> None:
     model = ready(llama(num_hidden_layers=6))
     rounded = copy.deepcopy(model).bfloat16()

@@ -5,81 +5,146 @@
 // prompt is cut, or how many queries are computed together, changes no sum.
 #pragma once
 
-#include <vector>
+#include <algorithm>
 
-#include "model.h"
-#include "tile_attention.h"
+#include "softmax.h"
 
 namespace lm {
 
 template <class T>
 class Attention {
   public:
-    // query (rows of `q_stride` values): row r belongs to position `positions[r]` of the sequence with `blocks`.
+    // Row r of `queries` (rows, head_dim) belongs to position `positions[r]` of the sequence with `blocks`.
     static void run(const Shape& shape, const Cache<T>& cache, int layer, int kv_head, const int32_t* blocks,
                     const T* const* queries, const int32_t* positions, int rows, T* const* out, AttentionTile<T>& tile) {
-        constexpr int KP = Lane<T>::KP;
-        const int size = shape.block_size, dim = shape.head_dim;
-        const int64_t wide = dim;  // a multiple of 16
+        const int64_t dim = shape.head_dim;  // a multiple of 16
         const bool is_tiled = kHasTiles<T> && dim % (2 * kTile) == 0;
-        tile.output.resize(kQueryRows<T> * wide);
-        std::fill_n(tile.output.get(), rows * wide, 0.0f);
+        tile.output.resize(kQueryRows<T> * dim);
+        std::fill_n(tile.output.get(), rows * dim, 0.0f);
         if (is_tiled) {
-            tile.queries.resize(kQueryRows<T> * wide);
+            tile.queries.resize(kQueryRows<T> * dim);
             for (int r = 0; r < rows; ++r)
-                std::memcpy(static_cast<void*>(tile.queries.get() + r * wide), queries[r], wide * sizeof(T));
+                std::memcpy(static_cast<void*>(tile.queries.get() + r * dim), queries[r], dim * sizeof(T));
         }
-        int32_t last = 0;
         for (int r = 0; r < rows; ++r) {
             tile.greatest[r] = kMinusInf;
             _mm512_store_ps(tile.sum + r * kVec, _mm512_setzero_ps());
-            last = std::max(last, positions[r]);
         }
-        for (int32_t start = 0; start <= last; start += kChunk) {
-            const int keys = static_cast<int>(std::min<int64_t>(kChunk, round_up(last + 1 - start, kVec)));
-            const char* lanes[kChunk / kVec];
-            for (int group = 0; group < keys; group += kVec) {
-                const int32_t key = start + group;
-                lanes[group / kVec] = reinterpret_cast<const char*>(
-                    cache.keys(layer, blocks[key / size], kv_head) + key % size * KP);
-            }
-            if constexpr (kHasTiles<T>)
-                if (is_tiled) score_tiles(tile, rows, dim, lanes, keys, int64_t{size} * 4);
-            if (!is_tiled) {
-                switch (keys / kVec) {
-                    case 1: score_rows<1>(queries, rows, lanes, int64_t{size} * 4, dim / KP, tile.scores); break;
-                    case 2: score_rows<2>(queries, rows, lanes, int64_t{size} * 4, dim / KP, tile.scores); break;
-                    case 3: score_rows<3>(queries, rows, lanes, int64_t{size} * 4, dim / KP, tile.scores); break;
-                    default: score_rows<4>(queries, rows, lanes, int64_t{size} * 4, dim / KP, tile.scores); break;
-                }
-            }
-            softmax(shape, tile, positions, rows, start, keys, wide);
-            if constexpr (kHasTiles<T>)
-                if (is_tiled) {
-                    const T* values[kChunk / kVec];
-                    for (int group = 0; group < keys; group += kVec) {
-                        const int32_t key = start + group;
-                        values[group / kVec] =
-                            cache.values(layer, blocks[key / size], kv_head) + int64_t{key % size} * dim;
-                    }
-                    mix_tiles(tile, rows, dim, values, keys);
-                }
-            if (!is_tiled) {
-                for (int64_t column = 0; column < wide; column += 2 * kVec)
-                    mix_values(cache, layer, kv_head, blocks, size, dim, start, keys, rows, column, wide, tile);
-            }
-        }
+        const Keys keys{shape, cache, layer, kv_head, blocks, *std::max_element(positions, positions + rows) + 1};
+        if (is_tiled)
+            run_tiles(keys, positions, rows, tile);
+        else
+            run_vectors(keys, queries, positions, rows, tile);
         for (int r = 0; r < rows; ++r) {
             const __m512 scale = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(_mm512_load_ps(tile.sum + r * kVec)));
-            for (int64_t c = 0; c < wide; c += kVec)
-                store16(out[r] + c, _mm512_mul_ps(_mm512_loadu_ps(tile.output.get() + r * wide + c), scale));
+            const float* output = tile.output.get() + r * dim;
+            for (int64_t c = 0; c < dim; c += kVec) store16(out[r] + c, _mm512_mul_ps(load16(output + c), scale));
         }
     }
 
   private:
+    // Where the keys and values of one chunk lie, by groups of 16.
+    struct Chunk {
+        const T* keys[kChunk / kVec];
+        const T* values[kChunk / kVec];
+        int groups;
+    };
+
+    // What the queries of one K/V head look at.
+    struct Keys {
+        const Shape& shape;
+        const Cache<T>& cache;
+        int layer, kv_head;
+        const int32_t* blocks;
+        int32_t count;
+
+        int64_t step_bytes() const { return int64_t{shape.block_size} * 4; }  // between lanes of 16 keys
+
+        Chunk chunk(int32_t start) const {
+            const int32_t size = shape.block_size;
+            Chunk found;
+            found.groups = static_cast<int>(std::min<int32_t>(kChunk, round_up(count - start, kVec)) / kVec);
+            for (int group = 0; group < found.groups; ++group) {
+                const int32_t key = start + group * kVec, offset = key % size;
+                const int64_t block = blocks[key / size];
+                found.keys[group] = cache.keys(layer, block, kv_head) + offset * Lane<T>::KP;
+                found.values[group] = cache.values(layer, block, kv_head) + int64_t{offset} * shape.head_dim;
+            }
+            return found;
+        }
+    };
+
+    static void run_vectors(const Keys& keys, const T* const* queries, const int32_t* positions, int rows,
+                            AttentionTile<T>& tile) {
+        const int64_t dim = keys.shape.head_dim, step_bytes = keys.step_bytes();
+        const int steps = static_cast<int>(dim / Lane<T>::KP);
+        for (int32_t start = 0; start < keys.count; start += kChunk) {
+            const Chunk chunk = keys.chunk(start);
+            switch (chunk.groups) {
+                case 1: score_rows<1>(queries, rows, chunk.keys, step_bytes, steps, tile.scores); break;
+                case 2: score_rows<2>(queries, rows, chunk.keys, step_bytes, steps, tile.scores); break;
+                case 3: score_rows<3>(queries, rows, chunk.keys, step_bytes, steps, tile.scores); break;
+                default: score_rows<4>(queries, rows, chunk.keys, step_bytes, steps, tile.scores); break;
+            }
+            softmax(keys.shape, tile, tile.scores, tile.weights, positions, 0, rows, start, chunk.groups);
+            for (int64_t column = 0; column < dim; column += 2 * kVec) mix_values(chunk, dim, rows, column, tile);
+        }
+    }
+
+    // Tile by tile of rows. The matrix unit has no part in the weights of one tile: meanwhile it scores the next one and
+    // mixes the one before, whose scores and weights are the other half of the buffers.
+    static void run_tiles(const Keys& keys, const int32_t* positions, int rows, AttentionTile<T>& tile) {
+        if constexpr (kHasTiles<T>) {
+            const int dim = keys.shape.head_dim;
+            const auto score = [&](const Chunk& chunk, int row, int half) {
+                score_tile(tile.queries.get() + row * dim, tile.scores + half * kTile * kChunk, dim, chunk.keys,
+                           chunk.groups, keys.step_bytes());
+            };
+            const auto mix = [&](const Chunk& chunk, int row, int half) {
+                mix_tile(tile.weights + half * kTile * kChunk, tile.output.get() + row * dim, dim, chunk.values,
+                         chunk.groups);
+            };
+            Chunk before{}, now = keys.chunk(0), next = now;
+            int row_before = -1, half = 0;
+            score(now, 0, half);
+            for (int32_t start = 0; start < keys.count; start += kChunk, now = next) {
+                const bool has_next = start + kChunk < keys.count;
+                if (has_next) next = keys.chunk(start + kChunk);
+                const Chunk after = start + 2 * kChunk < keys.count ? keys.chunk(start + 2 * kChunk) : Chunk{};
+                for (int row = 0; row < rows; row += kTile, half = 1 - half) {
+                    if (has_next) fetch(keys, after, next, row, rows);
+                    if (row + kTile < rows)
+                        score(now, row + kTile, 1 - half);
+                    else if (has_next)
+                        score(next, 0, 1 - half);
+                    if (row_before >= 0) mix(before, row_before, 1 - half);
+                    softmax(keys.shape, tile, tile.scores + half * kTile * kChunk,
+                            tile.weights + half * kTile * kChunk, positions, row, std::min(kTile, rows - row), start,
+                            now.groups);
+                    before = now;
+                    row_before = row;
+                }
+            }
+            mix(before, row_before, 1 - half);
+        }
+    }
+
+    // Ask for a part of these keys and values, with each tile of rows another one: a prompt's do not fit into the
+    // first-level cache, and blocks lie too far apart for the CPU to see what comes next.
+    static void fetch(const Keys& all, const Chunk& keys, const Chunk& values, int row, int rows) {
+        const int lines = all.shape.head_dim / Lane<T>::KP, tiles = (rows + kTile - 1) / kTile;
+        const int piece = (lines + tiles - 1) / tiles, from = row / kTile * piece, stop = std::min(lines, from + piece);
+        for (int group = 0; group < keys.groups; ++group)
+            for (int line = from; line < stop; ++line)
+                _mm_prefetch(reinterpret_cast<const char*>(keys.keys[group]) + line * all.step_bytes(), _MM_HINT_T0);
+        for (int group = 0; group < values.groups; ++group)
+            for (int line = from; line < stop; ++line)
+                _mm_prefetch(reinterpret_cast<const char*>(values.values[group]) + line * kCacheLine, _MM_HINT_T0);
+    }
+
     // Scores of `rows` queries against G groups of 16 keys.
     template <int G>
-    static void score_rows(const T* const* queries, int rows, const char* const* keys, int64_t step_bytes, int steps,
+    static void score_rows(const T* const* queries, int rows, const T* const* keys, int64_t step_bytes, int steps,
                            float* scores) {
         int r = 0;
         for (; r + 4 <= rows; r += 4) score<4, G>(queries + r, keys, step_bytes, steps, scores + r * kChunk);
@@ -92,13 +157,14 @@ class Attention {
     }
 
     template <int R, int G>
-    static void score(const T* const* queries, const char* const* keys, int64_t step_bytes, int steps, float* scores) {
+    static void score(const T* const* queries, const T* const* keys, int64_t step_bytes, int steps, float* scores) {
         __m512 sums[R][G];
         for (int r = 0; r < R; ++r)
             for (int g = 0; g < G; ++g) sums[r][g] = _mm512_setzero_ps();
         for (int k = 0; k < steps; ++k) {
             __m512i w[G];
-            for (int g = 0; g < G; ++g) w[g] = _mm512_loadu_si512(keys[g] + k * step_bytes);
+            for (int g = 0; g < G; ++g)
+                w[g] = _mm512_loadu_si512(reinterpret_cast<const char*>(keys[g]) + k * step_bytes);
             for (int r = 0; r < R; ++r)
                 for (int g = 0; g < G; ++g)
                     sums[r][g] =
@@ -108,86 +174,37 @@ class Attention {
             for (int g = 0; g < G; ++g) _mm512_store_ps(scores + r * kChunk + g * kVec, sums[r][g]);
     }
 
-    // Scores of one chunk to unnormalised weights, with powers of two; rescales what the earlier chunks gave.
-    static void softmax(const Shape& shape, AttentionTile<T>& tile, const int32_t* positions, int rows, int32_t start,
-                        int keys, int64_t wide) {
-        const __m512 scale = _mm512_set1_ps(shape.attention_scale * kLog2E);
-        const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        for (int r = 0; r < rows; ++r) {
-            float* scores = tile.scores + r * kChunk;
-            __m512 greatest = _mm512_set1_ps(tile.greatest[r]);
-            const int32_t last = positions[r] - start;  // the last visible key of the chunk, if >= 0
-            for (int key = 0; key < keys; key += kVec) {
-                __m512 s = _mm512_mul_ps(_mm512_load_ps(scores + key), scale);
-                if (last < key + kVec - 1) {
-                    const __mmask16 visible = _mm512_cmple_epi32_mask(lane, _mm512_set1_epi32(last - key));
-                    s = _mm512_mask_mov_ps(_mm512_set1_ps(kMinusInf), visible, s);
-                }
-                _mm512_store_ps(scores + key, s);
-                greatest = _mm512_max_ps(s, greatest);
-            }
-            const float top = _mm512_reduce_max_ps(greatest);
-            T* weights = tile.weights + r * kChunk;
-            if (top == kMinusInf) {  // nothing visible yet: not a number would follow from -inf - -inf
-                std::memset(static_cast<void*>(weights), 0, kChunk * sizeof(T));
-                continue;
-            }
-            __m512 sum = _mm512_load_ps(tile.sum + r * kVec);
-            if (top > tile.greatest[r]) {
-                const __m512 shrink = exp2_16(_mm512_set1_ps(tile.greatest[r] - top));  // 0 the first time
-                sum = _mm512_mul_ps(sum, shrink);
-                for (int64_t c = 0; c < wide; c += kVec) {
-                    float* o = tile.output.get() + r * wide + c;
-                    _mm512_storeu_ps(o, _mm512_mul_ps(_mm512_loadu_ps(o), shrink));
-                }
-                tile.greatest[r] = top;
-            }
-            const __m512 shift = _mm512_set1_ps(top);
-            for (int key = 0; key < keys; key += kVec) {
-                const __m512 weight = exp2_16(_mm512_sub_ps(_mm512_load_ps(scores + key), shift));
-                sum = _mm512_add_ps(sum, weight);
-                store16(weights + key, weight);
-            }
-            _mm512_store_ps(tile.sum + r * kVec, sum);
-        }
-    }
-
     // output += weights times values, for 32 columns.
-    static void mix_values(const Cache<T>& cache, int layer, int kv_head, const int32_t* blocks, int size, int dim,
-                           int32_t start, int keys, int rows, int64_t column, int64_t wide, AttentionTile<T>& tile) {
+    static void mix_values(const Chunk& chunk, int64_t dim, int rows, int64_t column, AttentionTile<T>& tile) {
         int r = 0;
-        for (; r + 6 <= rows; r += 6)
-            mix<6>(cache, layer, kv_head, blocks, size, dim, start, keys, r, column, wide, tile);
-        for (; r + 3 <= rows; r += 3)
-            mix<3>(cache, layer, kv_head, blocks, size, dim, start, keys, r, column, wide, tile);
-        for (; r < rows; ++r) mix<1>(cache, layer, kv_head, blocks, size, dim, start, keys, r, column, wide, tile);
+        for (; r + 6 <= rows; r += 6) mix<6>(chunk, dim, r, column, tile);
+        for (; r + 3 <= rows; r += 3) mix<3>(chunk, dim, r, column, tile);
+        for (; r < rows; ++r) mix<1>(chunk, dim, r, column, tile);
     }
 
     template <int R>
-    static void mix(const Cache<T>& cache, int layer, int kv_head, const int32_t* blocks, int size, int dim,
-                    int32_t start, int keys, int first, int64_t column, int64_t wide, AttentionTile<T>& tile) {
+    static void mix(const Chunk& chunk, int64_t dim, int first, int64_t column, AttentionTile<T>& tile) {
         constexpr int KP = Lane<T>::KP;
-        const bool has_second = column + kVec < wide;
+        const bool has_second = column + kVec < dim;
         const int64_t second = has_second ? kVec : 0;
+        float* output = tile.output.get() + first * dim + column;
         __m512 sums[R][2];
         for (int r = 0; r < R; ++r)
-            for (int v = 0; v < 2; ++v) sums[r][v] = _mm512_loadu_ps(tile.output.get() + (first + r) * wide + column + v * second);
-        for (int group = 0; group < keys; group += kVec) {
-            const int32_t key = start + group;
-            const T* lanes = cache.values(layer, blocks[key / size], kv_head) + (int64_t{key % size} * dim + column * KP);
+            for (int v = 0; v < 2; ++v) sums[r][v] = load16(output + r * dim + v * second);
+        for (int group = 0; group < chunk.groups; ++group) {
+            const T* lanes = chunk.values[group] + column * KP;
             for (int k = 0; k < kVec / KP; ++k) {
                 const __m512i w0 = _mm512_loadu_si512(lanes + int64_t{k} * dim * KP);
                 const __m512i w1 = _mm512_loadu_si512(lanes + (int64_t{k} * dim + second) * KP);
                 for (int r = 0; r < R; ++r) {
-                    const void* left = tile.weights + (first + r) * kChunk + group + k * KP;
+                    const void* left = tile.weights + (first + r) * kChunk + group * kVec + k * KP;
                     sums[r][0] = Lane<T>::multiply_add(sums[r][0], left, w0);
                     sums[r][1] = Lane<T>::multiply_add(sums[r][1], left, w1);
                 }
             }
         }
         for (int r = 0; r < R; ++r)
-            for (int v = has_second ? 1 : 0; v >= 0; --v)
-                _mm512_storeu_ps(tile.output.get() + (first + r) * wide + column + v * second, sums[r][v]);
+            for (int v = has_second ? 1 : 0; v >= 0; --v) store16(output + r * dim + v * second, sums[r][v]);
     }
 };
 

@@ -33,6 +33,7 @@ class Forward : public AttentionStage<T> {
     using Stage<T>::rows;
     using Stage<T>::row_pieces;
     using Stage<T>::panels;
+    using Stage<T>::claim;
     using Stage<T>::depth;
     using Stage<T>::norm;
     using Stage<T>::normed_row;
@@ -101,20 +102,40 @@ class Forward : public AttentionStage<T> {
 
     // ---- projections -------------------------------------------------------------------------------------------
 
-    // Base product plus updates of the projections whose columns lie in panels [first, first + count), in float32, for
-    // kRowsAtOnce tokens at a time; `finish(begin, rows, results, ldc)` takes them on. With `place` the results are left
-    // there, in rows of `ldc` values.
+    // Base product plus updates of the projections whose columns lie in panels [first, first + count), in float32. They
+    // belong into the same columns of `out`, rows of `stride` values: at once if `is_in_place`, else
+    // `finish(place, rows, column, columns, results, ldc)` takes them there from a buffer.
     template <class Finish>
     void project(Own& own, Group group, const Packed<T>& weight, const T* input, int64_t lda, int64_t first,
-                 int64_t count, Finish finish, float* place = nullptr, int64_t ldc = 0) {
-        if (!place) ldc = count * kPanel;
-        for (int64_t begin = 0; begin < step_->num_tokens; begin += kRowsAtOnce) {
-            const int64_t now = std::min<int64_t>(kRowsAtOnce, step_->num_tokens - begin);
-            float* results = place ? place + begin * ldc : own.columns.get();
-            multiply_weight(input + begin * lda, lda, now, weight, first, count, results, ldc, after(weight, first, count));
-            if (has_gates_ && own.hidden_size > 0) update(own, group, first, count, begin, now, results, ldc);
-            finish(begin, now, results, ldc);
+                 int64_t count, float* out, int64_t stride, bool is_in_place, Finish finish) {
+        const int64_t tokens = step_->num_tokens;
+        // The matrix unit takes one panel after the other anyway.
+        const int64_t panels_at_once = kHasTiles<T> ? 1 : count;
+        for (int64_t panel = first; panel < first + count; panel += panels_at_once) {
+            const int64_t column = panel * kPanel, width = panels_at_once * kPanel;
+            const bool is_last = panel + panels_at_once == first + count;
+            const T* next = is_last ? after(weight, first, count) : weight.panel(panel + 1);
+            Ahead ahead(weight, panel, panels_at_once, next, tokens);
+            const int64_t at_once = rows_at_once(own);
+            for (int64_t begin = 0; begin < tokens; begin += at_once) {
+                const int64_t now = std::min(at_once, tokens - begin), columns = std::min(width, stride - column);
+                float* place = out + begin * stride + column;
+                float* results = is_in_place ? place : own.columns.get();
+                const int64_t ldc = is_in_place ? stride : width;
+                claim(place, stride, now, columns);
+                multiply_weight(input + begin * lda, lda, now, weight, panel, panels_at_once, results, ldc, ahead);
+                if (has_updates(own)) update(own, group, panel, panels_at_once, begin, now, results, ldc);
+                if (!is_in_place) finish(place, now, column, columns, results, ldc);
+            }
         }
+    }
+
+    bool has_updates(const Own& own) const { return has_gates_ && own.hidden_size > 0; }
+
+    // Rows of a product whose results are taken on while they are in the first-level cache. Updates cost as much for a
+    // few rows as for many.
+    int64_t rows_at_once(const Own& own) const {
+        return kHasTiles<T> && !has_updates(own) ? 2 * kTile : kRowsAtOnce;
     }
 
     // What a thread that took panels [first, first + count) will most likely take next, or null.
@@ -136,17 +157,13 @@ class Forward : public AttentionStage<T> {
     }
 
     void project_qkv(Own& own, int layer, int64_t first, int64_t count) {
-        const int64_t width = shape_.qkv_width();
-        const int64_t begin_column = first * kPanel, columns = std::min(width - begin_column, count * kPanel);
-        float* out = qkv_.get() + begin_column;
+        const int64_t width = shape_.qkv_width(), begin_column = first * kPanel;
+        const int64_t columns = std::min(width - begin_column, count * kPanel);
         const bool is_whole = columns == count * kPanel;  // else the padding of the last panel would be the next row
-        project(own, kAttentionIn, model_.layers[layer].qkv, normed_.get(), depth(kQ), first, count,
-                [&](int64_t begin, int64_t now, const float* results, int64_t ldc) {
-                    if (is_whole) return;
-                    for (int64_t r = 0; r < now; ++r)
-                        std::copy_n(results + r * ldc, columns, out + (begin + r) * width);
-                },
-                is_whole ? out : nullptr, width);
+        project(own, kAttentionIn, model_.layers[layer].qkv, normed_.get(), depth(kQ), first, count, qkv_.get(), width,
+                is_whole, [&](float* out, int64_t rows, int64_t, int64_t columns, const float* results, int64_t ldc) {
+                    for (int64_t r = 0; r < rows; ++r) std::copy_n(results + r * ldc, columns, out + r * width);
+                });
         for (int projection : {kQ, kK, kV}) add_bias(layer, projection, begin_column, columns);
     }
 
@@ -163,15 +180,13 @@ class Forward : public AttentionStage<T> {
     void project_to_residual(Own& own, int layer, Group group, const Packed<T>& weight, const T* input, int64_t first,
                              int64_t count) {
         const std::vector<float>& bias = model_.layers[layer].bias[group.first];
-        const int64_t begin_column = first * kPanel;
-        const int64_t columns = std::min<int64_t>(shape_.hidden - begin_column, count * kPanel);
-        project(own, group, weight, input, depth(group.first), first, count,
-                [&](int64_t begin, int64_t now, const float* results, int64_t ldc) {
-                    for (int64_t r = 0; r < now; ++r) {
-                        float* out = residual_.get() + (begin + r) * shape_.hidden + begin_column;
-                        for (int64_t c = 0; c < columns; ++c) out[c] += results[r * ldc + c];
+        const int64_t width = shape_.hidden;
+        project(own, group, weight, input, depth(group.first), first, count, residual_.get(), width, false,
+                [&](float* out, int64_t rows, int64_t column, int64_t columns, const float* results, int64_t ldc) {
+                    for (int64_t r = 0; r < rows; ++r, out += width, results += ldc) {
+                        for (int64_t c = 0; c < columns; ++c) out[c] += results[c];
                         if (!bias.empty())
-                            for (int64_t c = 0; c < columns; ++c) out[c] += bias[begin_column + c];
+                            for (int64_t c = 0; c < columns; ++c) out[c] += bias[column + c];
                     }
                 });
     }
@@ -180,22 +195,25 @@ class Forward : public AttentionStage<T> {
     void project_gate_up(Own& own, int layer, int64_t first, int64_t count) {
         const Layer<T>& weights = model_.layers[layer];
         const T* input = normed_.get();
-        const int64_t lda = depth(kQ);
+        const int64_t lda = depth(kQ), width = depth(kDown), tokens = step_->num_tokens;
+        constexpr int64_t ldc = 2 * kPanel;
         for (int64_t panel = first; panel < first + count; ++panel) {
-            const int64_t begin_column = panel * kPanel;
-            const int64_t columns = std::min<int64_t>(shape_.intermediate - begin_column, kPanel);
-            for (int64_t begin = 0; begin < step_->num_tokens; begin += kRowsAtOnce) {
-                const int64_t now = std::min<int64_t>(kRowsAtOnce, step_->num_tokens - begin);
+            const int64_t column = panel * kPanel, columns = std::min<int64_t>(shape_.intermediate - column, kPanel);
+            Ahead to_up(weights.gate, panel, 1, weights.up.panel(panel), tokens);
+            Ahead to_next(weights.up, panel, 1, after(weights.gate, panel, 1), tokens);
+            for (int64_t begin = 0; begin < tokens; begin += kRowsAtOnce) {
+                const int64_t stop = std::min(begin + kRowsAtOnce, tokens), at_once = rows_at_once(own);
                 float* gate = own.columns.get();
-                multiply_weight(input + begin * lda, lda, now, weights.gate, panel, 1, gate, 2 * kPanel, weights.up.panel(panel));
-                multiply_weight(input + begin * lda, lda, now, weights.up, panel, 1, gate + kPanel, 2 * kPanel,
-                                after(weights.gate, panel, 1));
-                if (has_gates_ && own.hidden_size > 0)
-                    for (int i = 0; i < 2; ++i)
-                        lora_up(own, i, begin_column, columns, begin, now, gate + i * kPanel, 2 * kPanel);
-                for (int64_t r = 0; r < now; ++r)
-                    activate(layer, gate + r * 2 * kPanel, begin_column, columns,
-                             activated_.get() + (begin + r) * depth(kDown) + begin_column);
+                multiply_weight(input + begin * lda, lda, stop - begin, weights.gate, panel, 1, gate, ldc, to_up);
+                for (int64_t row = begin; row < stop; row += at_once, gate += at_once * ldc) {
+                    const int64_t now = std::min(at_once, stop - row);
+                    T* out = activated_.get() + row * width + column;
+                    claim(out, width, now, columns);
+                    multiply_weight(input + row * lda, lda, now, weights.up, panel, 1, gate + kPanel, ldc, to_next);
+                    if (has_updates(own))
+                        for (int i = 0; i < 2; ++i) lora_up(own, i, column, columns, row, now, gate + i * kPanel, ldc);
+                    for (int64_t r = 0; r < now; ++r) activate(layer, gate + r * ldc, column, columns, out + r * width);
+                }
             }
         }
     }
@@ -224,7 +242,8 @@ class Forward : public AttentionStage<T> {
         for (int64_t begin = 0; begin < step_->num_logits; begin += kRowsAtOnce) {
             const int64_t now = std::min<int64_t>(kRowsAtOnce, step_->num_logits - begin);
             float* results = own.columns.get();
-            multiply_weight(normed_row(begin), depth(kQ), now, model_.head, first, count, results, count * kPanel);
+            Ahead ahead(model_.head, first, count, after(model_.head, first, count), now);
+            multiply_weight(normed_row(begin), depth(kQ), now, model_.head, first, count, results, count * kPanel, ahead);
             for (int64_t r = 0; r < now; ++r) {
                 const float* row = results + r * count * kPanel;
                 std::copy_n(row, columns, step_->logits + (begin + r) * shape_.vocab + begin_column);

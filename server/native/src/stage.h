@@ -66,7 +66,7 @@ class Stage {
 
   protected:
     static constexpr int kPhases = 24;              // at most, of one layer
-    static constexpr int64_t kRowsAtOnce = 256;     // rows whose results of a piece stay in the first-level caches
+    static constexpr int64_t kRowsAtOnce = 256;     // rows whose results of a piece stay in the caches
     static constexpr int64_t kRowUnit = 32;         // kRowsAtOnce is a multiple
     static constexpr int64_t kPanelsAtOnce = 4;     // panels in the largest piece
 
@@ -119,6 +119,15 @@ class Stage {
         const int64_t total = weight.num_panels();
         const int64_t piece = total >= 32 * team_.size() ? kPanelsAtOnce : total >= 24 * team_.size() ? 2 : 1;
         take(own, total, piece, body);
+    }
+
+    // Ask for places that are about to be written, `columns` values from `out` on in rows `stride` values apart: another
+    // thread may have used them last, and getting a line from it takes longer than the work on it.
+    template <class V>
+    static void claim(const V* out, int64_t stride, int64_t rows, int64_t columns) {
+        constexpr int64_t kValues = kCacheLine / sizeof(V);
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t c = 0; c < columns; c += kValues) __builtin_prefetch(out + r * stride + c, 1);
     }
 
     int64_t depth(int projection) const { return round_up(shape_.d_in(projection), kDepthUnit); }

@@ -4,6 +4,8 @@
 // the last are read from the buffers' padding and their results are not used.
 #pragma once
 
+#include <utility>
+
 #include "gemm.h"
 
 #ifdef __AMX_BF16__
@@ -27,6 +29,61 @@ constexpr bool kHasTiles = false;
 // Rows of rank space are padded with zeros to a multiple of this.
 template <class T>
 constexpr int kRankUnit = kHasTiles<T> ? kTile : Lane<T>::KP;
+
+// Weights that a thread will read soon, asked for line by line while it computes, since the matrix unit would wait for
+// memory otherwise. With many rows a panel takes long enough to fetch all of the next one meanwhile, into the second-level
+// cache. With some it is fetched a little ahead of the products, into the first. With a few memory is the bound anyway,
+// and the CPU reads ahead by itself.
+class Ahead {
+  public:
+    // During products of `rows` rows in all, however they are cut, with `count` panels from `first` on; `next` is a panel
+    // of the same size that comes after them, or null.
+    template <class T>
+    Ahead(const Packed<T>& weight, int64_t first, int64_t count, const T* next, int64_t rows)
+        : is_long_(rows >= 4 * kTile) {
+        if (rows <= kTile) return;
+        const int64_t step_lines = kTile * weight.width * 4 / kCacheLine, steps = weight.steps / kTile;
+        const int64_t row_blocks = (rows + 2 * kTile - 1) / (2 * kTile);
+        next_ = reinterpret_cast<const char*>(next);
+        if (is_long_) {
+            left_ = 0;
+            next_left_ = next ? steps * step_lines : 0;
+            lines_at_once_ = (step_lines + row_blocks - 1) / row_blocks;
+        } else {
+            const int64_t ahead = std::min(kSteps, steps);
+            line_ = reinterpret_cast<const char*>(weight.panel(first)) + ahead * step_lines * kCacheLine;
+            left_ = (count * steps - ahead) * step_lines;
+            next_left_ = next ? ahead * step_lines : 0;
+            lines_at_once_ = step_lines;
+        }
+    }
+
+    bool is_long() const { return is_long_; }
+
+    // Once for every panel, 32 rows and 32 values of what is summed.
+    template <_mm_hint kHint>
+    void fetch() {
+        for (int64_t i = 0; i < lines_at_once_; ++i, line_ += kCacheLine) {
+            if (left_ == 0) {
+                line_ = next_;
+                left_ = std::exchange(next_left_, 0);
+                if (left_ == 0) {
+                    lines_at_once_ = 0;
+                    return;
+                }
+            }
+            --left_;
+            _mm_prefetch(line_, kHint);
+        }
+    }
+
+  private:
+    static constexpr int64_t kSteps = 2;  // of 32 values
+    const bool is_long_;
+    const char* line_ = nullptr;
+    const char* next_ = nullptr;
+    int64_t left_ = 0, next_left_ = 0, lines_at_once_ = 0;
+};
 
 #ifdef __AMX_BF16__
 
@@ -76,47 +133,66 @@ inline void zero_sums() {
     _tile_zero(3);
 }
 
-// As multiply_panels, for panels of 32 columns. `a` and `c` must have rows up to a multiple of 32. `next` is what this
-// thread will most likely read after the last panel, or null: with many rows it is brought into the caches meanwhile.
-inline void multiply_tiles(const Bf16* a, int64_t lda, int64_t rows, const Packed<Bf16>& weight, int64_t first,
-                           int64_t count, float* c, int64_t ldc, const Bf16* next) {
+// A tile of the left side. kPasses: by the first-level cache, which keeps the panel on the right.
+template <bool kPasses>
+inline void load_upper(const Bf16* from, int64_t bytes) {
+    if constexpr (kPasses)
+        _tile_stream_loadd(4, from, bytes);
+    else
+        _tile_loadd(4, from, bytes);
+}
+template <bool kPasses>
+inline void load_lower(const Bf16* from, int64_t bytes) {
+    if constexpr (kPasses)
+        _tile_stream_loadd(5, from, bytes);
+    else
+        _tile_loadd(5, from, bytes);
+}
+
+// C (rows, 32) = A times one panel.
+template <bool kPasses>
+inline void multiply_panel_tiles(const Bf16* a, int64_t lda, int64_t rows, const Packed<Bf16>& weight, int64_t panel,
+                                 float* c, int64_t ldc, Ahead& ahead) {
     const int64_t step_bytes = weight.width * 4, a_bytes = lda * 2, c_bytes = ldc * 4;
     const int64_t blocks = weight.steps / kTile;
-    const int64_t fetched_rows = 4 * kTile;  // fewer rows wait for memory anyway, and the CPU reads ahead by itself
-    const int64_t row_blocks = (rows + 2 * kTile - 1) / (2 * kTile);
-    const int64_t fetches = rows < fetched_rows ? 0 : (kTile * step_bytes / kCacheLine + row_blocks - 1) / row_blocks;
-    for (int64_t panel = 0; panel < count; ++panel) {
-        const char* right = reinterpret_cast<const char*>(weight.panel(first + panel));
-        const char* ahead = reinterpret_cast<const char*>(panel + 1 < count ? weight.panel(first + panel + 1) : next);
-        const int64_t fetches_now = ahead ? fetches : 0;
-        for (int64_t row = 0; row < rows; row += 2 * kTile) {
-            const bool has_second = rows - row > kTile;
-            const Bf16* upper = a + row * lda;
-            const Bf16* lower = upper + kTile * lda;
-            zero_sums();
-            for (int64_t k = 0; k < blocks; ++k) {
-                const char* w = right + k * kTile * step_bytes;
-                for (int64_t f = 0; f < fetches_now; ++f, ahead += kCacheLine) _mm_prefetch(ahead, _MM_HINT_T1);
-                _tile_loadd(6, w, step_bytes);
-                _tile_loadd(7, w + kCacheLine, step_bytes);
-                _tile_loadd(4, upper + k * 2 * kTile, a_bytes);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(1, 4, 7);
-                if (has_second) {
-                    _tile_loadd(5, lower + k * 2 * kTile, a_bytes);
-                    _tile_dpbf16ps(2, 5, 6);
-                    _tile_dpbf16ps(3, 5, 7);
-                }
-            }
-            float* out = c + row * ldc + panel * kPanel;
-            _tile_stored(0, out, c_bytes);
-            _tile_stored(1, out + kTile, c_bytes);
+    const char* right = reinterpret_cast<const char*>(weight.panel(panel));
+    for (int64_t row = 0; row < rows; row += 2 * kTile) {
+        const bool has_second = rows - row > kTile;
+        const Bf16* upper = a + row * lda;
+        const Bf16* lower = upper + kTile * lda;
+        zero_sums();
+        for (int64_t k = 0; k < blocks; ++k) {
+            const char* w = right + k * kTile * step_bytes;
+            ahead.fetch<kPasses ? _MM_HINT_T1 : _MM_HINT_T0>();
+            _tile_loadd(6, w, step_bytes);
+            _tile_loadd(7, w + kCacheLine, step_bytes);
+            load_upper<kPasses>(upper + k * 2 * kTile, a_bytes);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
             if (has_second) {
-                _tile_stored(2, out + kTile * ldc, c_bytes);
-                _tile_stored(3, out + kTile * ldc + kTile, c_bytes);
+                load_lower<kPasses>(lower + k * 2 * kTile, a_bytes);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
             }
         }
+        float* out = c + row * ldc;
+        _tile_stored(0, out, c_bytes);
+        _tile_stored(1, out + kTile, c_bytes);
+        if (has_second) {
+            _tile_stored(2, out + kTile * ldc, c_bytes);
+            _tile_stored(3, out + kTile * ldc + kTile, c_bytes);
+        }
     }
+}
+
+// As multiply_panels, for panels of 32 columns. `a` and `c` must have rows up to a multiple of 32.
+inline void multiply_tiles(const Bf16* a, int64_t lda, int64_t rows, const Packed<Bf16>& weight, int64_t first,
+                           int64_t count, float* c, int64_t ldc, Ahead& ahead) {
+    for (int64_t i = 0; i < count; ++i, c += kPanel)
+        if (ahead.is_long())
+            multiply_panel_tiles<true>(a, lda, rows, weight, first + i, c, ldc, ahead);
+        else
+            multiply_panel_tiles<false>(a, lda, rows, weight, first + i, c, ldc, ahead);
 }
 
 // C (rows, 16 count) = A times panels of 16 columns. `a` and `c` must have rows up to a multiple of 16. Under
@@ -187,12 +263,12 @@ struct MixedTiles {
 
 #endif
 
-// The base model's products: on the matrix unit where there is one. `next`: see multiply_tiles.
+// The base model's products: on the matrix unit where there is one, which alone is fast enough to read ahead for.
 template <class T>
 void multiply_weight(const T* a, int64_t lda, int64_t rows, const Packed<T>& weight, int64_t first, int64_t count,
-                     float* c, int64_t ldc, const T* next = nullptr) {
+                     float* c, int64_t ldc, Ahead& ahead) {
     if constexpr (kHasTiles<T>)
-        multiply_tiles(a, lda, rows, weight, first, count, c, ldc, next);
+        multiply_tiles(a, lda, rows, weight, first, count, c, ldc, ahead);
     else
         multiply_panels(a, lda, rows, weight, first, count, c, ldc);
 }
