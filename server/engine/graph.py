@@ -33,6 +33,8 @@ class GraphOutput(NamedTuple):
     """None when no token of the step had gates."""
     greatest: tuple[list[float], list[int]] | None = None
     """Per position the greatest logit, NaN if any is, and the lowest token that has it; None if nobody looked."""
+    finite: Tensor | None = None
+    """(C,) bool: whether what the model says at each of the `checks` is finite; None without checks."""
 
 
 class Graph(Protocol):
@@ -40,8 +42,13 @@ class Graph(Protocol):
 
     num_layers: int
 
-    def forward(self, layout: StepLayout, positions: List[int], *, collect_layers: bool) -> GraphOutput:
-        """Logits at the packed `positions`; `collect_layers` keeps every layer's gates."""
+    def forward(
+        self, layout: StepLayout, positions: List[int], *, checks: List[int] = (), collect_layers: bool
+    ) -> GraphOutput:
+        """Logits at the packed `positions`; at `checks` only whether all is finite, which may cost less than logits.
+
+        `collect_layers` keeps every layer's gates.
+        """
         ...
 
     def clear(self, blocks: List[int]) -> None:

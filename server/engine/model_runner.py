@@ -38,27 +38,33 @@ class ModelRunner:
     def run(self, batch: ScheduledBatch) -> RunResult:
         """One forward pass over all rows, then sampling; outputs in the order of `batch.rows`."""
         layout = lay_out(batch)
-        positions, targets = _wanted_positions(layout)
+        positions, targets, checks = _wanted_positions(layout)
         collect_layers = any(row.sequence.params.trace_routing is TraceLevel.LAYERS for row in layout.rows)
-        computed = self._graph.forward(layout, positions, collect_layers=collect_layers)
-        outputs = self._outputs(layout, computed, targets)
+        computed = self._graph.forward(layout, positions, checks=list(checks.values()), collect_layers=collect_layers)
+        outputs = self._outputs(layout, computed, targets, checks)
         stats = _routing_stats(layout, computed.gates) if computed.gates is not None else RoutingStats()
         return RunResult([outputs[row] for row in _inverse(layout.order)], stats)
 
-    def _outputs(self, layout: StepLayout, computed: GraphOutput, targets: dict[int, list[int]]) -> list[StepOutput]:
-        """One output per row; the logits hold each row's prompt-scoring positions, then its last position."""
+    def _outputs(
+        self, layout: StepLayout, computed: GraphOutput, targets: dict[int, list[int]], checks: dict[int, int]
+    ) -> list[StepOutput]:
+        """One output per row; the logits hold each row's prompt-scoring positions, then its last, in rows' order."""
         logits = computed.logits
-        last: list[int] = []
+        last: dict[int, int] = {}
         spans: dict[int, slice] = {}
         cursor = 0
         for index in range(len(layout.rows)):
+            if index in checks:
+                continue
             if index in targets:
                 spans[index] = slice(cursor, cursor + len(targets[index]))
                 cursor += len(targets[index])
-            last.append(cursor)
+            last[index] = cursor
             cursor += 1
-        best, best_ids = computed.greatest or [found.tolist() for found in greatest(logits)]
-        finite = [math.isfinite(best[where]) for where in last]
+        best, best_ids = computed.greatest or ([found.tolist() for found in greatest(logits)] if last else ([], []))
+        finite = {index: math.isfinite(best[where]) for index, where in last.items()}
+        if computed.finite is not None:
+            finite |= zip(checks, computed.finite.tolist(), strict=True)
         scored = {
             index: self._score(layout.rows[index], logits[span], targets[index])
             for index, span in spans.items()
@@ -118,14 +124,16 @@ class ModelRunner:
         return TokenRouting(share, tuple(layers) or (share,) * self._graph.num_layers)
 
 
-def _wanted_positions(layout: StepLayout) -> tuple[list[int], dict[int, list[int]]]:
-    """Packed positions whose logits are needed, and per row the next prompt tokens to score there.
+def _wanted_positions(layout: StepLayout) -> tuple[list[int], dict[int, list[int]], dict[int, int]]:
+    """Packed positions whose logits are needed, per row the next prompt tokens to score there, and per row that needs
+    no logits its last position.
 
-    The last position of every row is among them, sampled or not: non-finite keys anywhere in a context make it
-    non-finite, so a poisoned sequence is found in the step that poisons it.
+    That one is looked at all the same: non-finite keys anywhere in a context make it non-finite, so a poisoned sequence
+    is found in the step that poisons it.
     """
     positions: list[int] = []
     targets: dict[int, list[int]] = {}
+    checks: dict[int, int] = {}
     for index, (row, start) in enumerate(zip(layout.rows, layout.starts, strict=True)):
         sequence, begin = row.sequence, row.sequence.num_computed_tokens
         if sequence.params.prompt_logprobs is not None:
@@ -133,8 +141,11 @@ def _wanted_positions(layout: StepLayout) -> tuple[list[int], dict[int, list[int
             if wanted and len(sequence.prompt_logprobs) < sequence.num_prompt_tokens:
                 targets[index] = wanted
                 positions += range(start, start + len(wanted))
-        positions.append(start + row.num_tokens - 1)
-    return positions, targets
+        if row.samples or index in targets:
+            positions.append(start + row.num_tokens - 1)
+        else:
+            checks[index] = start + row.num_tokens - 1
+    return positions, targets, checks
 
 
 def _pairs(weights: Tensor) -> tuple[tuple[int, float], ...]:

@@ -53,7 +53,13 @@ class NativeGraph:
         self._adapters: Any = None
 
     def forward(
-        self, layout: StepLayout, positions: List[int], *, collect_layers: bool, inputs: Tensor | None = None
+        self,
+        layout: StepLayout,
+        positions: List[int],
+        *,
+        checks: List[int] = (),
+        collect_layers: bool,
+        inputs: Tensor | None = None,
     ) -> GraphOutput:
         """See `Graph`. `inputs` (layers, T, hidden) float32, if given, takes every layer's attention input."""
         num_tokens, num_slots = layout.num_tokens, self._routed.num_slots
@@ -67,6 +73,8 @@ class NativeGraph:
             "logit_positions": _ints(positions),
             "greatest": np.empty(len(positions), np.float32),
             "greatest_id": np.empty(len(positions), np.int32),
+            "check_positions": _ints(checks),
+            "finite": np.empty(len(checks), np.int32),
         }
         logits = self._logits_buffer(len(positions))
         has_gates = any(plan.slots for plan in layout.plans)
@@ -80,6 +88,7 @@ class NativeGraph:
             num_routers=len(router_index),
             num_slots=num_slots,
             num_logits=len(positions),
+            num_checks=len(checks),
             max_blocks=tables.shape[1],
             plans=ctypes.addressof(plans),
             routers=ctypes.addressof(routers),
@@ -91,7 +100,8 @@ class NativeGraph:
         )
         self._native.run(step)
         greatest = arrays["greatest"].tolist(), arrays["greatest_id"].tolist()
-        return GraphOutput(logits, None if share is None else NativeGates(share, layers), greatest)
+        finite = torch.from_numpy(arrays["finite"]).bool() if checks else None
+        return GraphOutput(logits, None if share is None else NativeGates(share, layers), greatest, finite)
 
     def clear(self, blocks: List[int]) -> None:
         """See `Graph`."""

@@ -30,7 +30,9 @@ class TorchGraph:
         self._device = device
         self._packer = BatchPacker(block_size=block_size, device=device)
 
-    def forward(self, layout: StepLayout, positions: List[int], *, collect_layers: bool) -> GraphOutput:
+    def forward(
+        self, layout: StepLayout, positions: List[int], *, checks: List[int] = (), collect_layers: bool
+    ) -> GraphOutput:
         """See `Graph`. Gates have rows for padding tokens behind those of the layout."""
         packed = self._packer.pack(layout)
         gates = build_gate_batch(
@@ -40,12 +42,13 @@ class TorchGraph:
             routers=self._routed.routers,
             collect_layers=collect_layers,
         )
-        keep = self._tensor(positions)
+        keep = self._tensor([*positions, *checks])
         with self._routed.context.running(gates), self._attention.running(packed.attention):
             output = self._model(
                 input_ids=packed.input_ids, position_ids=packed.positions, use_cache=False, logits_to_keep=keep
             )
-        return GraphOutput(output.logits[0].float(), gates)
+        logits, checked = output.logits[0].float().split([len(positions), len(checks)])
+        return GraphOutput(logits, gates, finite=checked.isfinite().all(dim=-1) if checks else None)
 
     def clear(self, blocks: List[int]) -> None:
         """See `Graph`."""

@@ -11,7 +11,7 @@ from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_vo
 from functools import cache
 from pathlib import Path
 
-INTERFACE_VERSION = 2
+INTERFACE_VERSION = 3
 """What `lm_interface_version` of a matching build returns."""
 
 NUM_PROJECTIONS = 7
@@ -69,10 +69,10 @@ class Step(Structure):
 
     _fields_ = [
         *((name, c_int32) for name in ("num_tokens", "num_sequences", "num_plans", "num_routers", "num_slots")),
-        *((name, c_int32) for name in ("num_logits", "max_blocks")),
+        *((name, c_int32) for name in ("num_logits", "num_checks", "max_blocks")),
         *((name, c_void_p) for name in ("token_ids", "positions", "plan_of_token", "first_token", "block_tables")),
         *((name, c_void_p) for name in ("logit_positions", "plans", "routers", "adapters", "logits")),
-        *((name, c_void_p) for name in ("greatest", "greatest_id", "share", "inputs")),
+        *((name, c_void_p) for name in ("greatest", "greatest_id", "check_positions", "finite", "share", "inputs")),
     ]
 
 

@@ -275,19 +275,28 @@ def test_mass_is_routed_where_the_router_had_a_choice(tiny_llama: Callable[..., 
     assert len(guided.entropies) == 2, "what the prompt gate decided has no entropy"
 
 
-def test_a_row_that_is_not_finite_fails_alone_and_its_blocks_are_cleaned(tiny_llama: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("left", [0, 1], ids=["whole", "all but its end"])
+def test_a_row_that_is_not_finite_fails_alone_and_its_blocks_are_cleaned(
+    tiny_llama: Callable[..., Any], left: int
+) -> None:
+    """In the step that poisons it, also where no token of it is sampled yet."""
     model = tiny_llama()
     poison = 319
     model.model.embed_tokens.weight[poison] = torch.nan
     prompt = [token for token in PROMPT if token != poison]
     runner, _, attention = make_setup(model)
-    bad, good, expected = make_sequence(1, [*prompt, poison, 5]), make_sequence(20, prompt), make_sequence(40, prompt)
-    rows = tuple(ScheduledSequence(sequence, sequence.num_prompt_tokens) for sequence in (bad, good, expected))
+    bad, good, expected = (
+        make_sequence(1, [*prompt, poison, 5, 6]),
+        make_sequence(20, prompt),
+        make_sequence(40, prompt),
+    )
+    rows = tuple(ScheduledSequence(sequence, sequence.num_prompt_tokens - left) for sequence in (bad, good, expected))
     outputs = runner.run(ScheduledBatch(rows)).outputs
     assert outputs[0].token_id is None
     assert outputs[0].error is not None
     assert outputs[1].error is None
     assert outputs[1].token_id == outputs[2].token_id
+    assert (outputs[1].token_id is None) == bool(left)
     assert attention.cache is not None
     for tensor in (*attention.cache.keys.values(), *attention.cache.values.values()):
         assert torch.isfinite(tensor).all()

@@ -12,6 +12,8 @@ import torch
 import transformers
 from torch import nn
 
+from server.engine.layout import lay_out
+from server.engine.sequence import ScheduledBatch, ScheduledSequence
 from server.native.library import libraries
 from server.native.model import NativeModel, why_not
 from server.routing.attach import attach_routing
@@ -90,7 +92,7 @@ def test_logits_equal_transformers_own(name: str) -> None:
 
 @pytest.mark.parametrize("head_dim", [16, 64])
 def test_scores_that_outgrow_those_of_the_keys_before(head_dim: int) -> None:
-    """Weights stay relative to the first keys' greatest score until powers of two might overflow, and are rescaled then."""
+    """Weights are relative to the first keys' greatest score, and are rescaled before powers of two might overflow."""
     model = ready(llama(head_dim=head_dim, num_hidden_layers=1))
     attention = model.model.layers[0].self_attn
     for projection in (attention.q_proj, attention.k_proj):
@@ -272,6 +274,11 @@ def test_a_row_that_is_not_finite_shows_and_spares_the_others() -> None:
     assert output.greatest is not None
     assert all(map(math.isnan, output.greatest[0][20:22])), "the row ends in something that is not a number"
     assert all(map(math.isfinite, output.greatest[0][22:]))
+    fresh = (rig.make_sequence(bad.prompt_token_ids, 30), rig.make_sequence(good.prompt_token_ids, 40))
+    layout = lay_out(ScheduledBatch(tuple(ScheduledSequence(sequence, 22) for sequence in fresh)))
+    checked = side.graph.forward(layout, [], checks=[21, 22, 43], collect_layers=False)
+    assert checked.finite is not None
+    assert checked.finite.tolist() == [False, True, True], "and so without logits"
     side.graph.clear(bad.block_table)
     reused = rig.make_sequence(PROMPT[:22], 1)
     assert torch.equal(rig.step(side, [(reused, 22)]).logits, output.logits[22:])

@@ -86,6 +86,9 @@ class Forward : public AttentionStage<T> {
             });
         }
         if (step.share && id == 0) this->finish_share();
+        rows(own, step.num_checks, [&](int64_t i) {
+            step.finite[i] = is_finite(residual_.get() + int64_t{step.check_positions[i]} * shape_.hidden, shape_.hidden);
+        });
         rows(own, step.num_logits, [&](int64_t i) {
             norm(residual_.get() + int64_t{step.logit_positions[i]} * shape_.hidden, model_.final_norm, normed_row(i));
         });

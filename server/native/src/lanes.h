@@ -99,6 +99,15 @@ struct Lane<Bf16> {
     }
 };
 
+inline bool is_finite(const float* x, int64_t n) {
+    constexpr int kNanOrInfinite = 0x01 | 0x08 | 0x10 | 0x80;
+    __mmask16 found = 0;
+    int64_t k = 0;
+    for (; k + kVec <= n; k += kVec) found |= _mm512_fpclass_ps_mask(load16(x + k), kNanOrInfinite);
+    for (; k < n; ++k) found |= std::isfinite(x[k]) ? 0 : 1;
+    return found == 0;
+}
+
 constexpr float kLog2E = 1.44269504088896341f;
 
 // 2 to the x for x <= 0, to about 1e-7 relative; 0 below -126, and not a number stays so. The polynomial interpolates

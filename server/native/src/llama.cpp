@@ -128,7 +128,7 @@ extern "C" {
 #define LM_EXPORT __attribute__((visibility("default")))
 
 // Raised whenever a struct or a signature changes, so that a stale build is noticed instead of misread.
-LM_EXPORT int32_t lm_interface_version() { return 2; }
+LM_EXPORT int32_t lm_interface_version() { return 3; }
 
 // Whether this process may use the registers this build needs. Call before the first engine is made.
 LM_EXPORT int32_t lm_is_usable() { return lm::enable_tiles(); }

@@ -173,7 +173,8 @@ struct Plan {
 
 // One step over the packed tokens of all sequences. Letters: T tokens, S sequences, E slots.
 struct Step {
-    int32_t num_tokens, num_sequences, num_plans, num_routers, num_slots, num_logits, max_blocks;
+    int32_t num_tokens, num_sequences, num_plans, num_routers, num_slots, num_logits;
+    int32_t num_checks, max_blocks;
     const int32_t* token_ids;       // (T,)
     const int32_t* positions;       // (T,)
     const int32_t* plan_of_token;   // (T,)
@@ -186,6 +187,8 @@ struct Step {
     float* logits;                  // (num_logits, vocab)
     float* greatest;                // (num_logits,) greatest logit; NaN if any is
     int32_t* greatest_id;           // (num_logits,) lowest token that has it
+    const int32_t* check_positions; // (num_checks,) tokens of which no logits are wanted
+    int32_t* finite;                // (num_checks,) 1 where what the layers made of the token is finite, else 0
     float* share;                   // (T, E) zeroed: each token's gate weights averaged over the gates
     float* inputs;                  // (layers, T, hidden) attention inputs to fill, or null
 };
