@@ -4,6 +4,8 @@
 // memory in one go, once per step for all tokens.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -21,7 +23,8 @@ struct FreeDeleter {
     void operator()(void* memory) const { std::free(memory); }
 };
 
-// Zeroed memory on cache lines.
+// Zeroed memory on cache lines; much of it on huge pages, if the kernel gives them to who asks: a step reads weights from
+// one end to the other, and would look up an address for every 4 KiB.
 template <class T>
 class Buffer {
   public:
@@ -31,9 +34,13 @@ class Buffer {
     // Grow to `count` values; contents are lost (and zero) when it grows.
     void resize(int64_t count) {
         if (count <= size_) return;
-        const size_t bytes = round_up(count * static_cast<int64_t>(sizeof(T)), kCacheLine);
-        memory_.reset(static_cast<T*>(std::aligned_alloc(kCacheLine, bytes)));
+        constexpr int64_t kHugePage = 2 << 20;
+        const bool is_huge = count * static_cast<int64_t>(sizeof(T)) >= 4 * kHugePage;
+        const int64_t unit = is_huge ? kHugePage : kCacheLine;
+        const size_t bytes = round_up(count * static_cast<int64_t>(sizeof(T)), unit);
+        memory_.reset(static_cast<T*>(std::aligned_alloc(unit, bytes)));
         if (!memory_) throw std::bad_alloc();
+        if (is_huge) madvise(memory_.get(), bytes, MADV_HUGEPAGE);
         std::memset(static_cast<void*>(memory_.get()), 0, bytes);
         size_ = count;
     }
@@ -55,22 +62,27 @@ struct Packed {
     int64_t depth = 0;         // K, padding left out
     int64_t steps = 0;         // padded K / KP
     int width = kPanel;
-    Buffer<T> data;
+    T* start = nullptr;
+    Buffer<T> own;             // empty where a larger buffer holds several matrices
 
-    // `tail` steps of zeros follow the last panel, for readers that go beyond it.
-    void allocate(int64_t n, int64_t k, int panel_width, int64_t depth_unit, int64_t tail = 0) {
+    // Its size, in values; `tail` steps of zeros follow the last panel, for readers that go beyond it.
+    int64_t measure(int64_t n, int64_t k, int panel_width, int64_t depth_unit, int64_t tail = 0) {
         num_columns = n;
         depth = k;
         width = panel_width;
         steps = round_up(k, depth_unit) / Lane<T>::KP;
-        data.resize((round_up(n, width) * steps + tail * width) * Lane<T>::KP);
+        return (round_up(n, width) * steps + tail * width) * Lane<T>::KP;
+    }
+    void allocate(int64_t n, int64_t k, int panel_width, int64_t depth_unit, int64_t tail = 0) {
+        own.resize(measure(n, k, panel_width, depth_unit, tail));
+        start = own.get();
     }
 
     int64_t num_panels() const { return (num_columns + width - 1) / width; }
-    const T* panel(int64_t index) const { return data.get() + index * width * steps * Lane<T>::KP; }
+    const T* panel(int64_t index) const { return start + index * width * steps * Lane<T>::KP; }
     T* at(int64_t column, int64_t k) {
         constexpr int KP = Lane<T>::KP;
-        T* panel_start = data.get() + column / width * width * steps * KP;
+        T* panel_start = start + column / width * width * steps * KP;
         return panel_start + (k / KP * width + column % width) * KP + k % KP;
     }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "tiles.h"
@@ -97,17 +98,27 @@ struct Model {
     Shape shape;
     std::vector<Layer<T>> layers;
     Packed<T> head;
+    Buffer<T> weights;    // of all matrices
     Buffer<T> embedding;  // (vocab, hidden) row-major; empty when tied
     std::vector<float> final_norm;
     std::vector<float> cosine, sine;  // (max_positions, head_dim / 2)
 
     explicit Model(const Shape& s) : shape(s), layers(s.layers) {
+        // In the order in which a step reads them; a panel is a whole number of cache lines.
+        std::vector<std::pair<Packed<T>*, int64_t>> places;
+        int64_t size = 0;
+        const auto add = [&](Packed<T>& matrix, int64_t n, int64_t k) {
+            places.emplace_back(&matrix, size);
+            size += matrix.measure(n, k, kPanel, kDepthUnit);
+        };
         for (auto& layer : layers) {
-            layer.qkv.allocate(s.qkv_width(), s.hidden, kPanel, kDepthUnit);
+            add(layer.qkv, s.qkv_width(), s.hidden);
             for (int projection : {kO, kGate, kUp, kDown})
-                layer.matrix(projection).allocate(s.d_out(projection), s.d_in(projection), kPanel, kDepthUnit);
+                add(layer.matrix(projection), s.d_out(projection), s.d_in(projection));
         }
-        head.allocate(s.vocab, s.hidden, kPanel, kDepthUnit);
+        add(head, s.vocab, s.hidden);
+        weights.resize(size);
+        for (const auto& [matrix, place] : places) matrix->start = weights.get() + place;
         if (!s.is_tied) embedding.resize(int64_t{s.vocab} * s.hidden);
         const int64_t table = int64_t{s.max_positions} * (s.head_dim / 2);
         cosine.resize(table);
