@@ -101,8 +101,12 @@ class LoraStage : public Stage<T> {
             if (&own == &scratch_[0]) hidden_.resize(own.hidden_size);
             team_.barrier();
         }
-        this->take(own, static_cast<int64_t>(own.units.size()), 1,
-                   [&](int64_t unit, int64_t) { lora_down_unit(own, own.units[unit], input, lda); });
+        own.gathered_tokens = nullptr;
+        this->take(own, static_cast<int64_t>(own.units.size()), has_projection_router_ ? 1 : group.count,
+                   [&](int64_t first, int64_t count) {
+                       for (int64_t unit = first; unit < first + count; ++unit)
+                           lora_down_unit(own, own.units[unit], input, lda);
+                   });
     }
 
     // Add a projection's updates to `out` (rows, ldc), the results of its columns [from, from + columns) for tokens
@@ -186,23 +190,32 @@ class LoraStage : public Stage<T> {
         own.units.clear();
         own.most_rows = 0;
         int64_t widest = 0;
-        for (int i = 0; i < group.count; ++i) {
+        for (int i = 0; i < group.count; ++i) own.updates[i].clear();
+        // Projections whose tokens are grouped alike stand next to each other in every unit of work.
+        const int together = has_projection_router_ ? 1 : group.count;
+        for (int start = 0; start < group.count; start += together) {
+            Grouping& grouping = own.groupings[start];
             if (has_projection_router_)
-                own.groupings[i].build(gates_[i], step.num_tokens, step.num_slots, step.adapters);
-            else if (group.first == kQ && i == 0)  // the layer's other groups reuse it
-                own.groupings[0].build(layer_gates_, step.num_tokens, step.num_slots, step.adapters);
-            const Grouping& grouping = own.groupings[has_projection_router_ ? i : 0];
-            own.updates[i].clear();
+                grouping.build(gates_[start], step.num_tokens, step.num_slots, step.adapters);
+            else if (group.first == kQ)  // the layer's other groups reuse it
+                grouping.build(layer_gates_, step.num_tokens, step.num_slots, step.adapters);
             for (size_t g = 0; g < grouping.slots.size(); ++g) {
-                const LoraPair<T>& lora = pair(layer, group.first + i, grouping.slots[g]);
-                if (lora.rank == 0) continue;
                 const int32_t first = grouping.first[g], count = grouping.first[g + 1] - first;
-                own.updates[i].push_back({&lora, &grouping.token[first], &grouping.weight[first], count, own.hidden_size});
-                own.hidden_size += count * lora.width();
-                own.most_rows = std::max<int64_t>(own.most_rows, count);
-                widest = std::max(widest, lora.width());
-                const int32_t index = static_cast<int32_t>(own.updates[i].size()) - 1;
-                for (int32_t entry = 0; entry < count; entry += kUnitRows<T>) own.units.push_back({i, index, entry});
+                int32_t projections[3], num_projections = 0;
+                for (int i = start; i < start + together; ++i) {
+                    const LoraPair<T>& lora = pair(layer, group.first + i, grouping.slots[g]);
+                    if (lora.rank == 0) continue;
+                    own.updates[i].push_back(
+                        {&lora, &grouping.token[first], &grouping.weight[first], count, own.hidden_size});
+                    own.hidden_size += count * lora.width();
+                    own.most_rows = std::max<int64_t>(own.most_rows, count);
+                    widest = std::max(widest, lora.width());
+                    projections[num_projections++] = i;
+                }
+                for (int32_t entry = 0; entry < count; entry += kUnitRows<T>)
+                    for (int32_t p = 0; p < num_projections; ++p)
+                        own.units.push_back(
+                            {projections[p], static_cast<int32_t>(own.updates[projections[p]].size()) - 1, entry});
             }
         }
         own.hidden_size += kUpdateRows<T> * widest;  // whole tiles are read
@@ -215,8 +228,10 @@ class LoraStage : public Stage<T> {
         const int32_t* tokens = update.tokens + unit.entry;
         const T* left = input + tokens[0] * lda;
         if (tokens[count - 1] - tokens[0] != count - 1) {  // not neighbours
-            for (int64_t r = 0; r < count; ++r)
-                std::memcpy(static_cast<void*>(own.gathered.get() + r * lda), input + tokens[r] * lda, lora.a.steps * 4);
+            if (own.gathered_tokens != tokens)  // else they are those of the unit before
+                for (int64_t r = 0; r < count; ++r)
+                    std::memcpy(static_cast<void*>(own.gathered.get() + r * lda), input + tokens[r] * lda, lora.a.steps * 4);
+            own.gathered_tokens = tokens;
             left = own.gathered.get();
         }
         T* out = hidden_.get() + update.hidden + unit.entry * width;

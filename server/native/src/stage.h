@@ -44,6 +44,7 @@ struct Scratch {
     Buffer<float> columns;    // results of the panels at work
     Buffer<float> narrow;     // (kUnitRows, 64): a few panels of an adapter
     Buffer<T> gathered;       // (kUnitRows, padded d_in)
+    const int32_t* gathered_tokens = nullptr;  // whose rows `gathered` holds
     AttentionTile<T> tile;
     ShortlistScratch shortlist;
     std::vector<float> greatest;      // (num_logits,) over the columns this thread computed
