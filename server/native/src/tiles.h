@@ -61,7 +61,7 @@ class Ahead {
     bool is_long() const { return is_long_; }
 
     // Once for every panel, 32 rows and 32 values of what is summed.
-    template <_mm_hint kHint>
+    template <bool kIntoFirst>
     void fetch() {
         for (int64_t i = 0; i < lines_at_once_; ++i, line_ += kCacheLine) {
             if (left_ == 0) {
@@ -73,7 +73,10 @@ class Ahead {
                 }
             }
             --left_;
-            _mm_prefetch(line_, kHint);
+            if constexpr (kIntoFirst)
+                _mm_prefetch(line_, _MM_HINT_T0);
+            else
+                _mm_prefetch(line_, _MM_HINT_T1);
         }
     }
 
@@ -163,7 +166,7 @@ inline void multiply_panel_tiles(const Bf16* a, int64_t lda, int64_t rows, const
         zero_sums();
         for (int64_t k = 0; k < blocks; ++k) {
             const char* w = right + k * kTile * step_bytes;
-            ahead.fetch<kPasses ? _MM_HINT_T1 : _MM_HINT_T0>();
+            ahead.fetch<!kPasses>();
             _tile_loadd(6, w, step_bytes);
             _tile_loadd(7, w + kCacheLine, step_bytes);
             load_upper<kPasses>(upper + k * 2 * kTile, a_bytes);
