@@ -61,7 +61,7 @@ class ModelRunner:
                 cursor += len(targets[index])
             last[index] = cursor
             cursor += 1
-        best, best_ids = computed.greatest or ([found.tolist() for found in greatest(logits)] if last else ([], []))
+        best, best_ids = computed.greatest or [found.tolist() for found in greatest(logits)]
         finite = {index: math.isfinite(best[where]) for index, where in last.items()}
         if computed.finite is not None:
             finite |= zip(checks, computed.finite.tolist(), strict=True)

@@ -36,7 +36,8 @@ class Filters(NamedTuple):
 def in_blocks(rows: Tensor, fill: float) -> Tensor:
     """(S, V) -> (S, ceil(V / BLOCK), BLOCK), padded with `fill` at the end."""
     missing = -rows.shape[-1] % BLOCK
-    return (F.pad(rows, (0, missing), value=fill) if missing else rows).reshape(rows.shape[0], -1, BLOCK)
+    padded = F.pad(rows, (0, missing), value=fill) if missing else rows
+    return padded.reshape(rows.shape[0], padded.shape[1] // BLOCK, BLOCK)
 
 
 def greatest(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """The runner on tiny models of several architectures, held to transformers' own `generate` and forward."""
 
 from collections.abc import Callable
+from collections.abc import Sequence as ListLike
 from typing import Any, NamedTuple
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 import transformers
 from torch import nn
 
+from server.engine.graph import GraphOutput
+from server.engine.layout import StepLayout
 from server.engine.model_runner import ModelRunner
 from server.engine.packing import pad_tokens
 from server.engine.sequence import SamplingParams, ScheduledBatch, ScheduledSequence, Sequence, TraceLevel
@@ -300,6 +303,39 @@ def test_a_row_that_is_not_finite_fails_alone_and_its_blocks_are_cleaned(
     assert attention.cache is not None
     for tensor in (*attention.cache.keys.values(), *attention.cache.values.values()):
         assert torch.isfinite(tensor).all()
+
+
+class AskedGraph:
+    """A graph that notes at which positions logits were wanted, and where only whether all is finite."""
+
+    num_layers = 3
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[int], list[int]]] = []
+
+    def forward(
+        self, layout: StepLayout, positions: ListLike[int], *, checks: ListLike[int] = (), collect_layers: bool
+    ) -> GraphOutput:
+        del layout, collect_layers
+        self.asked.append((list(positions), list(checks)))
+        finite = torch.ones(len(checks), dtype=torch.bool) if checks else None
+        return GraphOutput(torch.zeros(len(positions), 320), None, finite=finite)
+
+    def clear(self, blocks: ListLike[int]) -> None:
+        raise AssertionError(f"nothing is poisoned, but {blocks} are cleared")
+
+
+def test_logits_are_computed_where_a_token_is_sampled_or_scored_and_nowhere_else() -> None:
+    graph = AskedGraph()
+    runner = ModelRunner(graph, block_size=BLOCK_SIZE)
+    whole, begun, scored = make_sequence(1), make_sequence(20), make_sequence(40, prompt_logprobs=1)
+    rows = (ScheduledSequence(whole, 20), ScheduledSequence(begun, 5), ScheduledSequence(scored, 3))
+    outputs = runner.run(ScheduledBatch(rows)).outputs
+    assert graph.asked == [([19, 25, 26, 27, 27], [24])]
+    assert [output.token_id for output in outputs] == [0, None, None]
+    assert len(outputs[2].prompt_logprobs) == 3
+    runner.run(ScheduledBatch((ScheduledSequence(begun, 5),)))
+    assert graph.asked[1:] == [([], [4])], "a step of nothing but beginnings"
 
 
 def test_buckets_hold_what_they_are_asked_to() -> None:

@@ -1,14 +1,26 @@
 """Which compiled library is taken, and that there is one where there can be."""
 
+import ctypes
 import shutil
+import sysconfig
+from pathlib import Path
 
-from server.native.library import VARIANTS, cpu_features, libraries, num_cores
+from server.native import library
+from server.native.library import INTERFACE_VERSION, VARIANTS, cpu_features, libraries, num_cores
 
 
 def test_every_library_was_built_that_this_cpu_can_run() -> None:
     """The installation goes on when compiling one fails: that must show here, not as a page of skipped tests."""
     if shutil.which("c++"):
-        assert len(libraries()) == sum(needed <= cpu_features() for _, needed in VARIANTS)
+        runnable = [name for name, needed in VARIANTS if needed <= cpu_features()]
+        assert [name for name in runnable if _interface_of(name) != INTERFACE_VERSION] == []
+        assert libraries() or not runnable
+
+
+def _interface_of(name: str) -> int | None:
+    """Version of a built library's interface; None if it was not built."""
+    path = Path(library.__file__).parent / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return int(ctypes.CDLL(str(path)).lm_interface_version()) if path.is_file() else None
 
 
 def test_cores_are_counted_once() -> None:

@@ -43,7 +43,7 @@ class Attention {
     }
 
   private:
-    // Where the keys and values of one chunk lie, by groups of 16.
+    // Where the keys and values of one chunk lie, by groups of 16; none behind the last chunk.
     struct Chunk {
         const T* keys[kChunk / kVec];
         const T* values[kChunk / kVec];
@@ -63,7 +63,7 @@ class Attention {
         Chunk chunk(int32_t start) const {
             const int32_t size = shape.block_size;
             Chunk found;
-            found.groups = static_cast<int>(std::min<int32_t>(kChunk, round_up(count - start, kVec)) / kVec);
+            found.groups = std::clamp((count - start + kVec - 1) / kVec, 0, kChunk / kVec);
             for (int group = 0; group < found.groups; ++group) {
                 const int32_t key = start + group * kVec, offset = key % size;
                 const int64_t block = blocks[key / size];
@@ -104,28 +104,31 @@ class Attention {
                 mix_tile(tile.weights + half * kTile * kChunk, tile.output.get() + row * dim, dim, chunk.values,
                          chunk.groups);
             };
-            Chunk before{}, now = keys.chunk(0), next = now;
-            int row_before = -1, half = 0;
+            const int last_row = (rows - 1) / kTile * kTile;
+            Chunk before{}, now = keys.chunk(0), next = keys.chunk(kChunk);
+            int half = 0;
             score(now, 0, half);
-            for (int32_t start = 0; start < keys.count; start += kChunk, now = next) {
-                const bool has_next = start + kChunk < keys.count;
-                if (has_next) next = keys.chunk(start + kChunk);
-                const Chunk after = start + 2 * kChunk < keys.count ? keys.chunk(start + 2 * kChunk) : Chunk{};
+            for (int32_t start = 0; start < keys.count; start += kChunk) {
+                const Chunk after = keys.chunk(start + 2 * kChunk);
                 for (int row = 0; row < rows; row += kTile, half = 1 - half) {
-                    if (has_next) fetch(keys, after, next, row, rows);
-                    if (row + kTile < rows)
+                    fetch(keys, after, next, row, rows);
+                    if (row < last_row)
                         score(now, row + kTile, 1 - half);
-                    else if (has_next)
+                    else if (next.groups > 0)
                         score(next, 0, 1 - half);
-                    if (row_before >= 0) mix(before, row_before, 1 - half);
+                    if (row > 0)
+                        mix(now, row - kTile, 1 - half);
+                    else if (start > 0)
+                        mix(before, last_row, 1 - half);
                     softmax(keys.shape, tile, tile.scores + half * kTile * kChunk,
                             tile.weights + half * kTile * kChunk, positions, row, std::min(kTile, rows - row), start,
                             now.groups);
-                    before = now;
-                    row_before = row;
                 }
+                before = now;
+                now = next;
+                next = after;
             }
-            mix(before, row_before, 1 - half);
+            mix(before, last_row, 1 - half);
         }
     }
 

@@ -37,12 +37,12 @@ class Forward : public AttentionStage<T> {
     using Stage<T>::depth;
     using Stage<T>::norm;
     using Stage<T>::normed_row;
-    using LoraStage<T>::route;
-    using LoraStage<T>::routed_at_once;
+    using GateStage<T>::route;
+    using GateStage<T>::routed_at_once;
     using LoraStage<T>::lora_down;
     using LoraStage<T>::lora_up;
-    using LoraStage<T>::has_gates_;
-    using LoraStage<T>::has_projection_router_;
+    using GateStage<T>::has_gates_;
+    using GateStage<T>::has_projection_router_;
     using AttentionStage<T>::tasks_;
     using AttentionStage<T>::rotate_and_cache;
     using AttentionStage<T>::attend;
@@ -109,9 +109,9 @@ class Forward : public AttentionStage<T> {
     // belong into the same columns of `out`, rows of `stride` values: at once if `is_in_place`, else
     // `finish(place, rows, column, columns, results, ldc)` takes them there from a buffer.
     template <class Finish>
-    void project(Own& own, Group group, const Packed<T>& weight, const T* input, int64_t lda, int64_t first,
-                 int64_t count, float* out, int64_t stride, bool is_in_place, Finish finish) {
-        const int64_t tokens = step_->num_tokens;
+    void project(Own& own, Group group, const Packed<T>& weight, const T* input, int64_t first, int64_t count, float* out,
+                 int64_t stride, bool is_in_place, Finish finish) {
+        const int64_t tokens = step_->num_tokens, lda = depth(group.first), at_once = rows_at_once(own);
         // The matrix unit takes one panel after the other anyway.
         const int64_t panels_at_once = kHasTiles<T> ? 1 : count;
         for (int64_t panel = first; panel < first + count; panel += panels_at_once) {
@@ -119,9 +119,9 @@ class Forward : public AttentionStage<T> {
             const bool is_last = panel + panels_at_once == first + count;
             const T* next = is_last ? after(weight, first, count) : weight.panel(panel + 1);
             Ahead ahead(weight, panel, panels_at_once, next, tokens);
-            const int64_t at_once = rows_at_once(own);
+            const int64_t columns = std::min(width, stride - column);
             for (int64_t begin = 0; begin < tokens; begin += at_once) {
-                const int64_t now = std::min(at_once, tokens - begin), columns = std::min(width, stride - column);
+                const int64_t now = std::min(at_once, tokens - begin);
                 float* place = out + begin * stride + column;
                 float* results = is_in_place ? place : own.columns.get();
                 const int64_t ldc = is_in_place ? stride : width;
@@ -163,8 +163,8 @@ class Forward : public AttentionStage<T> {
         const int64_t width = shape_.qkv_width(), begin_column = first * kPanel;
         const int64_t columns = std::min(width - begin_column, count * kPanel);
         const bool is_whole = columns == count * kPanel;  // else the padding of the last panel would be the next row
-        project(own, kAttentionIn, model_.layers[layer].qkv, normed_.get(), depth(kQ), first, count, qkv_.get(), width,
-                is_whole, [&](float* out, int64_t rows, int64_t, int64_t columns, const float* results, int64_t ldc) {
+        project(own, kAttentionIn, model_.layers[layer].qkv, normed_.get(), first, count, qkv_.get(), width, is_whole,
+                [&](float* out, int64_t rows, int64_t, int64_t columns, const float* results, int64_t ldc) {
                     for (int64_t r = 0; r < rows; ++r) std::copy_n(results + r * ldc, columns, out + r * width);
                 });
         for (int projection : {kQ, kK, kV}) add_bias(layer, projection, begin_column, columns);
@@ -184,7 +184,7 @@ class Forward : public AttentionStage<T> {
                              int64_t count) {
         const std::vector<float>& bias = model_.layers[layer].bias[group.first];
         const int64_t width = shape_.hidden;
-        project(own, group, weight, input, depth(group.first), first, count, residual_.get(), width, false,
+        project(own, group, weight, input, first, count, residual_.get(), width, false,
                 [&](float* out, int64_t rows, int64_t column, int64_t columns, const float* results, int64_t ldc) {
                     for (int64_t r = 0; r < rows; ++r, out += width, results += ldc) {
                         for (int64_t c = 0; c < columns; ++c) out[c] += results[c];

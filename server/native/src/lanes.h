@@ -110,36 +110,32 @@ inline bool is_finite(const float* x, int64_t n) {
 
 constexpr float kLog2E = 1.44269504088896341f;
 
-// 2 to the x for x <= 0, to about 1e-7 relative; 0 below -126, and not a number stays so. The polynomial interpolates
-// at Chebyshev's nodes over [-0.5, 0.5].
-inline __m512 exp2_16(__m512 x) {
-    const __mmask16 is_zero = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_LT_OQ);
-    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 r = _mm512_sub_ps(x, n);
-    __m512 p = _mm512_set1_ps(1.546973198e-04f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.340043217e-03f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.618025603e-03f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.550327214e-02f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402265121e-01f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931472067e-01f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_maskz_scalef_ps(_mm512_knot(is_zero), p, n);
-}
-
-// The same for weights that are rounded to T: in bfloat16 (4e-3) a polynomial to 4e-6 is enough.
-template <class T>
-inline __m512 weight_exp2_16(__m512 x) {
-    if constexpr (sizeof(T) == sizeof(float)) return exp2_16(x);
-    // Masked, not clamped: a result that is too small for a normal number costs the CPU more than a hundred cycles.
+// 2 to the x for x <= 0; 0 below -126, and not a number stays so. `c`: coefficients of a polynomial over [-0.5, 0.5],
+// highest first. Masked, not clamped: a result too small for a normal number costs the CPU more than a hundred cycles.
+template <int N>
+inline __m512 power_of_two(const float (&c)[N], __m512 x) {
     const __mmask16 is_some = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
     const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 r = _mm512_sub_ps(x, n);
-    __m512 p = _mm512_set1_ps(9.666368515e-03f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.592197584e-02f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402234904e-01f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931210452e-01f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    __m512 p = _mm512_set1_ps(c[0]);
+    for (int i = 1; i < N; ++i) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c[i]));
     return _mm512_maskz_scalef_ps(is_some, p, n);
+}
+
+// Interpolated at Chebyshev's nodes; to 1e-7, and to 4e-6 relative.
+inline constexpr float kExp2[] = {1.546973198e-04f, 1.340043217e-03f, 9.618025603e-03f, 5.550327214e-02f,
+                                  2.402265121e-01f, 6.931472067e-01f, 1.0f};
+inline constexpr float kCoarseExp2[] = {9.666368515e-03f, 5.592197584e-02f, 2.402234904e-01f, 6.931210452e-01f, 1.0f};
+
+inline __m512 exp2_16(__m512 x) { return power_of_two(kExp2, x); }
+
+// For weights that are rounded to T: bfloat16 is off by up to 4e-3 anyway.
+template <class T>
+inline __m512 weight_exp2_16(__m512 x) {
+    if constexpr (sizeof(T) == sizeof(float))
+        return exp2_16(x);
+    else
+        return power_of_two(kCoarseExp2, x);
 }
 
 constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }

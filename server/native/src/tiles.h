@@ -136,23 +136,12 @@ inline void zero_sums() {
     _tile_zero(3);
 }
 
-// A tile of the left side. kPasses: by the first-level cache, which keeps the panel on the right.
-template <bool kPasses>
-inline void load_upper(const Bf16* from, int64_t bytes) {
-    if constexpr (kPasses)
-        _tile_stream_loadd(4, from, bytes);
-    else
-        _tile_loadd(4, from, bytes);
-}
-template <bool kPasses>
-inline void load_lower(const Bf16* from, int64_t bytes) {
-    if constexpr (kPasses)
-        _tile_stream_loadd(5, from, bytes);
-    else
-        _tile_loadd(5, from, bytes);
-}
-
-// C (rows, 32) = A times one panel.
+// C (rows, 32) = A times one panel. kPasses: A passes by the first-level cache, which keeps the panel.
+#define LM_LOAD_LEFT(tile, from)                     \
+    if constexpr (kPasses)                           \
+        _tile_stream_loadd(tile, from, a_bytes);     \
+    else                                             \
+        _tile_loadd(tile, from, a_bytes)
 template <bool kPasses>
 inline void multiply_panel_tiles(const Bf16* a, int64_t lda, int64_t rows, const Packed<Bf16>& weight, int64_t panel,
                                  float* c, int64_t ldc, Ahead& ahead) {
@@ -169,11 +158,11 @@ inline void multiply_panel_tiles(const Bf16* a, int64_t lda, int64_t rows, const
             ahead.fetch<!kPasses>();
             _tile_loadd(6, w, step_bytes);
             _tile_loadd(7, w + kCacheLine, step_bytes);
-            load_upper<kPasses>(upper + k * 2 * kTile, a_bytes);
+            LM_LOAD_LEFT(4, upper + k * 2 * kTile);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
             if (has_second) {
-                load_lower<kPasses>(lower + k * 2 * kTile, a_bytes);
+                LM_LOAD_LEFT(5, lower + k * 2 * kTile);
                 _tile_dpbf16ps(2, 5, 6);
                 _tile_dpbf16ps(3, 5, 7);
             }
@@ -187,6 +176,7 @@ inline void multiply_panel_tiles(const Bf16* a, int64_t lda, int64_t rows, const
         }
     }
 }
+#undef LM_LOAD_LEFT
 
 // As multiply_panels, for panels of 32 columns. `a` and `c` must have rows up to a multiple of 32.
 inline void multiply_tiles(const Bf16* a, int64_t lda, int64_t rows, const Packed<Bf16>& weight, int64_t first,
