@@ -53,7 +53,7 @@ def forward(model: Any, device: torch.device, watch: Any) -> None:
     for count in (20, 9, 1):  # a whole prompt, a chunk, decoding
         layout = lay_out(ScheduledBatch(tuple(ScheduledSequence(sequence, count) for sequence in sequences)))
         with torch.inference_mode(), watch():
-            side.graph.forward(layout, [layout.num_tokens - 1], collect_layers=True)
+            side.graph.forward(layout, [layout.num_tokens - 1], checks=[0, 1], collect_layers=True)
         for sequence in sequences:
             sequence.num_computed_tokens += count
 
