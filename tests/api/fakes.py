@@ -258,6 +258,16 @@ class Harness:
             time.sleep(0.005)
 
     @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Meanwhile the engine takes no step, so that what is submitted stays queued."""
+        released = threading.Event()
+        self.engine.call_between_steps(released.wait)
+        try:
+            yield
+        finally:
+            released.set()
+
+    @contextlib.contextmanager
     def serve(self, *, waits: bool = True) -> Iterator[httpx.Client]:
         """The app on a loopback port, ready unless `waits` is False; a client for it."""
         server = uvicorn.Server(

@@ -272,7 +272,8 @@ def test_full_queue_is_503_with_retry_after_and_takes_back_the_rest() -> None:
     harness = Harness(max_waiting_requests=0)
     with harness.serve() as client:
         # 16 sequences may run at once; the 17th prompt would have to wait.
-        response = client.post(COMPLETIONS, json={"model": "auto", "prompt": ["a"] * 17, "max_tokens": 400})
+        with harness.held():
+            response = client.post(COMPLETIONS, json={"model": "auto", "prompt": ["a"] * 17})
         error = refusal(response, 503)
         assert (error["code"], error["type"]) == ("server_overloaded", "overloaded_error")
         assert response.headers["retry-after"] == "1"

@@ -110,7 +110,7 @@ def test_overload_is_retried_by_the_client(harness: Harness) -> None:
     del harness
     crowded = Harness(max_waiting_requests=0)
     with crowded.serve() as client, openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="x", max_retries=0) as sdk:
-        with pytest.raises(openai.InternalServerError) as caught:
+        with crowded.held(), pytest.raises(openai.InternalServerError) as caught:
             sdk.completions.create(model="auto", prompt=["x"] * 30)
         assert caught.value.status_code == 503
 
