@@ -16,7 +16,14 @@ from router_training.forward import answer_losses
 from router_training.joint_settings import JointConfig
 from router_training.roster import FIRST_SLOT
 from router_training.trainable import TrainableAdapter, TrainableAdapters
-from router_training.trainer import StepMetrics, chat_weights, members_of_step, micro_batches, scheduled_rate
+from router_training.trainer import (
+    StepMetrics,
+    chat_weights,
+    check_finite,
+    members_of_step,
+    micro_batches,
+    scheduled_rate,
+)
 from server.errors import ConfigError
 from server.routing.attach import RoutedModel
 from server.routing.context import build_gate_batch
@@ -69,7 +76,8 @@ class HardTrainer:
         members = members_of_step(self._own[slot], step, config.batch_size)
         self._optimiser.zero_grad(set_to_none=True)
         loss = self._backward(members, slot)
-        norm = torch.nn.utils.clip_grad_norm_(adapter.parameters, config.max_gradient_norm)
+        norm = float(torch.nn.utils.clip_grad_norm_(adapter.parameters, config.max_gradient_norm))
+        check_finite(self.next_step, loss, [norm], "--hard-lr")
         rate = scheduled_rate(step, config.hard_steps, config.hard_learning_rate, config.warmup_fraction)
         self._optimiser.param_groups[0]["lr"] = rate
         self._optimiser.step()
@@ -83,7 +91,7 @@ class HardTrainer:
             entropy=None,
             adapter_id=None,
             learning_rate=rate,
-            gradient_norm=float(norm),
+            gradient_norm=norm,
             tokens=sum(map(len, members)),
             seconds=time.perf_counter() - started,
         )

@@ -103,8 +103,8 @@ def entropy_term(probabilities: Tensor, weights: Tensor | None = None) -> Tensor
 
 
 def token_entropy(probabilities: Tensor) -> Tensor:
-    """H(p) in nats, (..., T)."""
-    entropy: Tensor = torch.special.entr(probabilities).sum(dim=-1)
+    """H(p) in nats, (..., T). Its gradient is finite where a probability is too small for a number and so zero."""
+    entropy: Tensor = torch.special.entr(probabilities.where(probabilities != 0, 1.0)).sum(dim=-1)
     return entropy
 
 

@@ -23,6 +23,7 @@ from router_training.gates import RouterParameters, TrainingBatch
 from router_training.loss import RouterLosses, distilled_losses, router_losses
 from router_training.settings import TrainingConfig
 from router_training.trainable import Preservation, TrainableAdapters
+from server.errors import LoraMixerError
 from server.routing.attach import RoutedModel
 from server.routing.context import RoutingBatch
 
@@ -35,6 +36,12 @@ FINAL_LEARNING_RATE_RATIO = 0.1
 
 Guide = Callable[[Sequence[TokenSequence], int], tuple[Tensor, Tensor]]
 """(sequences, padded length) -> gates (T, E) and (T,) bool where they hold; see `gates.TrainingBatch`."""
+
+
+class TrainingDivergedError(LoraMixerError):
+    """The loss or its gradient is not a finite number; router and optimiser are as they were before the step."""
+
+    default_code = "training_diverged"
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,7 @@ class Trainer:
             on_step(self.step())
 
     def step(self) -> StepMetrics:
-        """One optimiser step."""
+        """One optimiser step. Raises TrainingDivergedError."""
         started, step, config = time.perf_counter(), self.next_step, self._config
         mode = "straight_through" if step >= config.straight_through_from else "dense"
         members = members_of_step(self._sequences, step, config.batch_size)
@@ -168,9 +175,12 @@ class Trainer:
         the router's gradient is by far the larger and would scale the adapters' down."""
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        norms = []
+        norms = [
+            float(torch.nn.utils.clip_grad_norm_(group["params"], self._config.max_gradient_norm))
+            for group in self._optimiser.param_groups
+        ]
+        check_finite(self.next_step, loss.item(), norms, "--lr")
         for group, peak in zip(self._optimiser.param_groups, self._peaks, strict=True):
-            norms.append(float(torch.nn.utils.clip_grad_norm_(group["params"], self._config.max_gradient_norm)))
             group["lr"] = learning_rate_at(self.next_step, self._config, peak)
         self._optimiser.step()
         if self._soft:
@@ -217,6 +227,15 @@ class Trainer:
         if self._task_losses is None:
             return torch.ones(len(labels))
         return torch.tensor([1 / self._task_losses[label] for label in labels.tolist()])
+
+
+def check_finite(step: int, loss: float, norms: Sequence[float], flag: str) -> None:
+    """Before an optimiser steps: it would make every row not a number. Raises TrainingDivergedError."""
+    if not all(map(math.isfinite, [loss, *norms])):
+        raise TrainingDivergedError(
+            f"step {step}: the loss ({loss:g}) or its gradient (norm {max(norms):g}) is not a finite number, so "
+            f"nothing was learned from it; start again with a lower {flag}"
+        )
 
 
 def members_of_step(sequences: Sequence[TokenSequence], step: int, batch_size: int) -> list[TokenSequence]:

@@ -21,6 +21,7 @@ VARIANTS = (
     ("_llama_amx", {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"}),
     ("_llama_avx512_bf16", {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
     ("_llama_avx512", {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+    ("_llama_avx2", {"avx2", "fma"}),
 )
 """Libraries, best first, with the CPU features each needs, named as in /proc/cpuinfo."""
 

@@ -89,6 +89,14 @@ def test_whole_loss_has_the_closed_form_gradient_averaged_over_gates(sign: int) 
         torch.testing.assert_close(gradient[index], expected, atol=1e-6, rtol=0)
 
 
+def test_entropy_has_a_gradient_where_a_probability_is_too_small_for_a_number() -> None:
+    logits = torch.tensor([[0.0, 1.0, -1000.0], [0.0, 1.0, -90.0], [0.0, -1000.0, -1000.0]])
+    assert 0 in torch.softmax(logits, dim=-1)
+    gradient = autograd_gradient(entropy_of, logits)
+    expected = autograd_gradient(entropy_of, logits.double())  # there a probability of -90 is far from the least one
+    torch.testing.assert_close(gradient, expected.float(), atol=1e-7, rtol=0)
+
+
 def test_uniform_gates_give_balance_one_and_the_largest_entropy_without_gradient() -> None:
     logits = torch.zeros(NUM_TOKENS, NUM_ADAPTERS, dtype=torch.float64)
     uniform = torch.softmax(logits, dim=-1)

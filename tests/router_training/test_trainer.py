@@ -16,7 +16,7 @@ from router_training.forward import answer_logits, answer_losses
 from router_training.gates import RouterParameters, TrainingBatch
 from router_training.roster import Roster
 from router_training.settings import TrainingConfig
-from router_training.trainer import StepMetrics, Trainer, chat_weights, learning_rate_at
+from router_training.trainer import StepMetrics, Trainer, TrainingDivergedError, chat_weights, learning_rate_at
 from server.routing.context import RoutingBatch
 from server.routing.router import Granularity
 
@@ -82,6 +82,21 @@ def test_training_lowers_the_loss_and_ends_on_serving_gates(
     make_trainer(roster, make_sequences(24), granularity=granularity, steps=24).run(steps.append)
     assert mean_of("lm_loss", steps[-4:]) < mean_of("lm_loss", steps[:4])  # 4 batches are one pass
     assert [metrics.mode for metrics in steps] == ["dense"] * 16 + ["straight_through"] * 8
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_rows(
+    roster: Roster, make_sequences: Sequences, monkeypatch: pytest.MonkeyPatch, wrong: float
+) -> None:
+    trainer = make_trainer(roster, make_sequences(24))
+    trainer.step()
+    before = {key: row.clone() for key, row in trainer.router.detached().items()}
+    own = trainer._lm_losses
+    monkeypatch.setattr(trainer, "_lm_losses", lambda batch, routing: own(batch, routing) * wrong)
+    with pytest.raises(TrainingDivergedError, match=r"step 1: .* lower --lr"):
+        trainer.run()
+    assert trainer.next_step == 1
+    assert all(torch.equal(row, before[key]) for key, row in trainer.router.detached().items())
 
 
 def test_adapter_id_loss_leads_each_token_to_its_own_adapter(roster: Roster, make_sequences: Sequences) -> None:

@@ -28,7 +28,7 @@ class Attention {
         }
         for (int r = 0; r < rows; ++r) {
             tile.greatest[r] = kMinusInf;
-            _mm512_store_ps(tile.sum + r * kVec, _mm512_setzero_ps());
+            store(tile.sum + r * kVec, zeros());
         }
         const Keys keys{shape, cache, layer, kv_head, blocks, *std::max_element(positions, positions + rows) + 1};
         if (is_tiled)
@@ -36,9 +36,9 @@ class Attention {
         else
             run_vectors(keys, queries, positions, rows, tile);
         for (int r = 0; r < rows; ++r) {
-            const __m512 scale = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(_mm512_load_ps(tile.sum + r * kVec)));
+            const Vec scale = all(1.0f / sum_of(load(tile.sum + r * kVec)));
             const float* output = tile.output.get() + r * dim;
-            for (int64_t c = 0; c < dim; c += kVec) store16(out[r] + c, _mm512_mul_ps(load16(output + c), scale));
+            for (int64_t c = 0; c < dim; c += kVec) store16(out[r] + c, load16(output + c) * scale);
         }
     }
 
@@ -80,11 +80,15 @@ class Attention {
         const int steps = static_cast<int>(dim / Lane<T>::KP);
         for (int32_t start = 0; start < keys.count; start += kChunk) {
             const Chunk chunk = keys.chunk(start);
-            switch (chunk.groups) {
-                case 1: score_rows<1>(queries, rows, chunk.keys, step_bytes, steps, tile.scores); break;
-                case 2: score_rows<2>(queries, rows, chunk.keys, step_bytes, steps, tile.scores); break;
-                case 3: score_rows<3>(queries, rows, chunk.keys, step_bytes, steps, tile.scores); break;
-                default: score_rows<4>(queries, rows, chunk.keys, step_bytes, steps, tile.scores); break;
+            for (int group = 0; group < chunk.groups; group += kScoreGroups) {
+                const T* const* groups = chunk.keys + group;
+                float* scores = tile.scores + group * kVec;
+                switch (std::min(kScoreGroups, chunk.groups - group)) {
+                    case 1: score_rows<1>(queries, rows, groups, step_bytes, steps, scores); break;
+                    case 2: score_rows<2>(queries, rows, groups, step_bytes, steps, scores); break;
+                    case 3: score_rows<3>(queries, rows, groups, step_bytes, steps, scores); break;
+                    default: score_rows<4>(queries, rows, groups, step_bytes, steps, scores); break;
+                }
             }
             softmax(keys.shape, tile, tile.scores, tile.weights, positions, 0, rows, start, chunk.groups);
             for (int64_t column = 0; column < dim; column += 2 * kVec) mix_values(chunk, dim, rows, column, tile);
@@ -145,12 +149,17 @@ class Attention {
                 _mm_prefetch(reinterpret_cast<const char*>(values.values[group]) + line * kCacheLine, _MM_HINT_T0);
     }
 
+    // Query rows, and groups of 16 keys, whose sums are kept in registers; rows of an output that is mixed.
+    static constexpr int kScoreRows = kSums >= 24 ? 4 : 3, kScoreGroups = kSums >= 24 ? 4 : 2;
+    static constexpr int kMixRows = kSums >= 24 ? 6 : 3;
+
     // Scores of `rows` queries against G groups of 16 keys.
     template <int G>
     static void score_rows(const T* const* queries, int rows, const T* const* keys, int64_t step_bytes, int steps,
                            float* scores) {
         int r = 0;
-        for (; r + 4 <= rows; r += 4) score<4, G>(queries + r, keys, step_bytes, steps, scores + r * kChunk);
+        for (; r + kScoreRows <= rows; r += kScoreRows)
+            score<kScoreRows, G>(queries + r, keys, step_bytes, steps, scores + r * kChunk);
         switch (rows - r) {
             case 3: score<3, G>(queries + r, keys, step_bytes, steps, scores + r * kChunk); break;
             case 2: score<2, G>(queries + r, keys, step_bytes, steps, scores + r * kChunk); break;
@@ -161,26 +170,26 @@ class Attention {
 
     template <int R, int G>
     static void score(const T* const* queries, const T* const* keys, int64_t step_bytes, int steps, float* scores) {
-        __m512 sums[R][G];
+        Vec sums[R][G];
         for (int r = 0; r < R; ++r)
-            for (int g = 0; g < G; ++g) sums[r][g] = _mm512_setzero_ps();
+            for (int g = 0; g < G; ++g) sums[r][g] = zeros();
         for (int k = 0; k < steps; ++k) {
-            __m512i w[G];
+            IntVec w[G];
             for (int g = 0; g < G; ++g)
-                w[g] = _mm512_loadu_si512(reinterpret_cast<const char*>(keys[g]) + k * step_bytes);
+                w[g] = load_lanes(reinterpret_cast<const char*>(keys[g]) + k * step_bytes);
             for (int r = 0; r < R; ++r)
                 for (int g = 0; g < G; ++g)
                     sums[r][g] =
                         Lane<T>::multiply_add(sums[r][g], reinterpret_cast<const char*>(queries[r]) + k * 4, w[g]);
         }
         for (int r = 0; r < R; ++r)
-            for (int g = 0; g < G; ++g) _mm512_store_ps(scores + r * kChunk + g * kVec, sums[r][g]);
+            for (int g = 0; g < G; ++g) store(scores + r * kChunk + g * kVec, sums[r][g]);
     }
 
     // output += weights times values, for 32 columns.
     static void mix_values(const Chunk& chunk, int64_t dim, int rows, int64_t column, AttentionTile<T>& tile) {
         int r = 0;
-        for (; r + 6 <= rows; r += 6) mix<6>(chunk, dim, r, column, tile);
+        for (; r + kMixRows <= rows; r += kMixRows) mix<kMixRows>(chunk, dim, r, column, tile);
         for (; r + 3 <= rows; r += 3) mix<3>(chunk, dim, r, column, tile);
         for (; r < rows; ++r) mix<1>(chunk, dim, r, column, tile);
     }
@@ -191,14 +200,14 @@ class Attention {
         const bool has_second = column + kVec < dim;
         const int64_t second = has_second ? kVec : 0;
         float* output = tile.output.get() + first * dim + column;
-        __m512 sums[R][2];
+        Vec sums[R][2];
         for (int r = 0; r < R; ++r)
             for (int v = 0; v < 2; ++v) sums[r][v] = load16(output + r * dim + v * second);
         for (int group = 0; group < chunk.groups; ++group) {
             const T* lanes = chunk.values[group] + column * KP;
             for (int k = 0; k < kVec / KP; ++k) {
-                const __m512i w0 = _mm512_loadu_si512(lanes + int64_t{k} * dim * KP);
-                const __m512i w1 = _mm512_loadu_si512(lanes + (int64_t{k} * dim + second) * KP);
+                const IntVec w0 = load_lanes(lanes + int64_t{k} * dim * KP);
+                const IntVec w1 = load_lanes(lanes + (int64_t{k} * dim + second) * KP);
                 for (int r = 0; r < R; ++r) {
                     const void* left = tile.weights + (first + r) * kChunk + group * kVec + k * KP;
                     sums[r][0] = Lane<T>::multiply_add(sums[r][0], left, w0);

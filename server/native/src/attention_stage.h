@@ -62,9 +62,9 @@ class AttentionStage : public LoraStage<T> {
             float* x = row + head * dim;
             int64_t d = 0;
             for (; d + kVec <= half; d += kVec) {
-                const __m512 low = load16(x + d), high = load16(x + half + d), c = load16(cosine + d), s = load16(sine + d);
-                store16(x + d, _mm512_fmsub_ps(low, c, _mm512_mul_ps(high, s)));
-                store16(x + half + d, _mm512_fmadd_ps(high, c, _mm512_mul_ps(low, s)));
+                const Vec low = load16(x + d), high = load16(x + half + d), c = load16(cosine + d), s = load16(sine + d);
+                store16(x + d, multiply_subtract(low, c, high * s));
+                store16(x + half + d, multiply_add(high, c, low * s));
             }
             for (; d < half; ++d) {
                 const float low = x[d], high = x[d + half];

@@ -227,14 +227,11 @@ class Forward : public AttentionStage<T> {
                 for (int64_t c = 0; c < columns; ++c) gate_up[i * kPanel + c] += bias[begin_column + c];
         alignas(kCacheLine) T values[kPanel];
         for (int v = 0; v < kPanel; v += kVec) {
-            const __m512 x = load16(gate_up + v);
+            const Vec x = load16(gate_up + v);
             // x * sigmoid(x) with an exponential that cannot overflow; NaN goes through.
-            const __m512 e = exp2_16(_mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(-kLog2E)));
-            const __m512 one = _mm512_set1_ps(1.0f);
-            const __mmask16 is_negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
-            const __m512 numerator = _mm512_mask_mov_ps(one, is_negative, e);
-            const __m512 silu = _mm512_mul_ps(x, _mm512_div_ps(numerator, _mm512_add_ps(one, e)));
-            store16(values + v, _mm512_mul_ps(silu, load16(gate_up + kPanel + v)));
+            const Vec e = exp2_16(absolute(x) * all(-kLog2E)), one = all(1.0f);
+            const Vec silu = x * (select(is_less(x, zeros()), e, one) / (one + e));
+            store16(values + v, silu * load16(gate_up + kPanel + v));
         }
         std::memcpy(static_cast<void*>(out), values, columns * sizeof(T));
     }
@@ -256,16 +253,15 @@ class Forward : public AttentionStage<T> {
     }
 
     static void find_greatest(const float* row, int64_t columns, int64_t begin_column, float& greatest, int32_t& id) {
-        __m512 tops = _mm512_set1_ps(kMinusInf);
-        __mmask16 is_nan = 0;
+        Vec tops = all(kMinusInf);
+        Mask found_nan = is_nan(tops);
         for (int64_t c = 0; c < columns; c += kVec) {
-            const __mmask16 inside = columns - c >= kVec ? 0xffff : static_cast<__mmask16>((1u << (columns - c)) - 1);
-            const __m512 x = _mm512_maskz_loadu_ps(inside, row + c);
-            tops = _mm512_mask_max_ps(tops, inside, tops, x);
-            is_nan |= _mm512_mask_cmp_ps_mask(inside, x, x, _CMP_UNORD_Q);
+            const Vec x = load_some(lanes_below(columns - c), row + c, all(kMinusInf));
+            tops = maximum(tops, x);
+            found_nan = found_nan | is_nan(x);
         }
-        if (is_nan) greatest = NAN;
-        const float top = _mm512_reduce_max_ps(tops);
+        if (bits_of(found_nan)) greatest = NAN;
+        const float top = greatest_of(tops);
         if (!(top > greatest)) return;  // also once it is not a number
         greatest = top;
         id = static_cast<int32_t>(begin_column + (std::find(row, row + columns, top) - row));

@@ -16,7 +16,7 @@
 namespace lm {
 
 constexpr int kPanel = 32;       // columns of a panel
-constexpr int kTileRows = 12;    // rows whose sums are kept in registers: 12 x 2 vectors, and 3 for operands
+constexpr int kTileRows = kSums >= 24 ? 12 : 6;  // rows whose sums are kept in registers
 constexpr int kDepthUnit = 32;   // K is padded to whole tiles of the matrix unit
 
 struct FreeDeleter {
@@ -102,18 +102,18 @@ template <class T, int MR, int NV>
 inline __attribute__((always_inline)) void multiply_tile(const T* a, int64_t lda, const char* const* right,
                                                          int64_t step_bytes, int64_t steps, float* c, int64_t ldc,
                                                          bool accumulate) {
-    __m512 sums[MR][NV];
+    Vec sums[MR][NV];
     for (int m = 0; m < MR; ++m)
         for (int v = 0; v < NV; ++v)
-            sums[m][v] = accumulate ? _mm512_loadu_ps(c + m * ldc + v * kVec) : _mm512_setzero_ps();
+            sums[m][v] = accumulate ? load(c + m * ldc + v * kVec) : zeros();
     const char* columns[NV];
     for (int v = 0; v < NV; ++v) columns[v] = right[v];
     const char* rows[MR];
     for (int m = 0; m < MR; ++m) rows[m] = reinterpret_cast<const char*>(a + m * lda);
     for (int64_t k = 0; k < steps; ++k) {
-        __m512i w[NV];
+        IntVec w[NV];
         for (int v = 0; v < NV; ++v) {
-            w[v] = _mm512_loadu_si512(columns[v] + k * step_bytes);
+            w[v] = load_lanes(columns[v] + k * step_bytes);
             _mm_prefetch(columns[v] + k * step_bytes + 2048, _MM_HINT_T0);
         }
 #pragma GCC unroll 12
@@ -123,7 +123,7 @@ inline __attribute__((always_inline)) void multiply_tile(const T* a, int64_t lda
         }
     }
     for (int m = 0; m < MR; ++m)
-        for (int v = 0; v < NV; ++v) _mm512_storeu_ps(c + m * ldc + v * kVec, sums[m][v]);
+        for (int v = 0; v < NV; ++v) store(c + m * ldc + v * kVec, sums[m][v]);
 }
 
 template <class T, int NV>
@@ -131,7 +131,7 @@ void multiply_rows(int64_t rows, const T* a, int64_t lda, const char* const* rig
                    float* c, int64_t ldc, bool accumulate) {
 #define LM_ROWS(MR)                                                                              \
     case MR:                                                                                     \
-        if constexpr (MR * NV <= 24)                                                             \
+        if constexpr (MR <= kTileRows && MR * NV <= kSums)                                       \
             multiply_tile<T, MR, NV>(a, lda, right, step_bytes, steps, c, ldc, accumulate);      \
         break;
     switch (rows) {
@@ -141,38 +141,41 @@ void multiply_rows(int64_t rows, const T* a, int64_t lda, const char* const* rig
 #undef LM_ROWS
 }
 
+// Vectors of columns whose sums for so many rows are kept in registers, a power of two. Few rows leave registers free:
+// take several panels at once, so that enough sums are under way.
+constexpr int64_t vectors_at_once(int64_t rows) {
+    if (kSums >= 24) return rows <= 2 ? 8 : rows <= 6 ? 4 : 2;
+    return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+}
+
 // C (rows, width * count) (+)= A times `count` neighbouring panels from `first`; ldc counts float32 values.
 template <class T>
 void multiply_panels(const T* a, int64_t lda, int64_t rows, const Packed<T>& weight, int64_t first, int64_t count,
                      float* c, int64_t ldc, bool accumulate = false) {
-    const int64_t step_bytes = weight.width * 4;
-    const int vectors = weight.width / kVec;
+    const int64_t step_bytes = weight.width * 4, vectors = weight.width / kVec, total = count * vectors;
     const char* right[8];
-    int64_t done = 0;
-    while (done < count) {
-        // Few rows leave registers free: take several panels at once, so that enough sums are under way.
-        int64_t now = std::min<int64_t>(count - done, rows <= 2 ? 8 / vectors : rows <= 6 ? 4 / vectors : 1);
+    int64_t now = 0;
+    for (int64_t done = 0; done < total; done += now) {
+        now = std::min(total - done, vectors_at_once(rows));
         while (now & (now - 1)) now &= now - 1;  // a power of two
-        for (int64_t p = 0; p < now; ++p)
-            for (int v = 0; v < vectors; ++v)
-                right[p * vectors + v] =
-                    reinterpret_cast<const char*>(weight.panel(first + done + p)) + v * kVec * 4;
+        for (int64_t v = 0; v < now; ++v)
+            right[v] = reinterpret_cast<const char*>(weight.panel(first + (done + v) / vectors)) +
+                       (done + v) % vectors * kVec * 4;
         for (int64_t row = 0; row < rows; row += kTileRows) {
             const int64_t now_rows = std::min<int64_t>(kTileRows, rows - row);
             const T* left = a + row * lda;
-            float* out = c + row * ldc + done * weight.width;
-            const auto multiply = [&](auto vectors_at_once) {
-                multiply_rows<T, vectors_at_once()>(now_rows, left, lda, right, step_bytes, weight.steps, out, ldc,
-                                                    accumulate);
+            float* out = c + row * ldc + done * kVec;
+            const auto multiply = [&](auto count_of_vectors) {
+                multiply_rows<T, count_of_vectors()>(now_rows, left, lda, right, step_bytes, weight.steps, out, ldc,
+                                                     accumulate);
             };
-            switch (now * vectors) {
+            switch (now) {
                 case 1: multiply(std::integral_constant<int, 1>()); break;
                 case 2: multiply(std::integral_constant<int, 2>()); break;
                 case 4: multiply(std::integral_constant<int, 4>()); break;
                 default: multiply(std::integral_constant<int, 8>()); break;
             }
         }
-        done += now;
     }
 }
 

@@ -136,7 +136,7 @@ class LoraStage : public GateStage<T> {
                 const float* from = narrow + r * ldc - first;
                 T* to = out + r * width;
                 int64_t k = first;
-                for (; k + kVec <= stop; k += kVec) store16(to + k, _mm512_mul_ps(load16(from + k), _mm512_set1_ps(gate)));
+                for (; k + kVec <= stop; k += kVec) store16(to + k, load16(from + k) * all(gate));
                 for (; k < stop; ++k) from_float(gate * from[k], to + k);
             }
         }

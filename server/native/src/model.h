@@ -164,10 +164,7 @@ struct Cache {
             alignas(kCacheLine) T narrow[kVec];
             for (int64_t d = 0; d < dim; d += kVec) {
                 store16(narrow, load16(value + d));
-                const __m512i wide = _mm512_cvtepu16_epi32(_mm256_load_si256(reinterpret_cast<const __m256i*>(narrow)));
-                const bool is_odd = offset % KP;
-                _mm512_mask_storeu_epi16(row + d * KP, is_odd ? 0xaaaaaaaau : 0x55555555u,
-                                         is_odd ? _mm512_slli_epi32(wide, 16) : wide);
+                store_halves(row + d * KP, offset % KP, &narrow->bits);
             }
         }
     }

@@ -30,18 +30,18 @@ struct GateSet {
 // Dot products of `x` (n,) with N rows, each summed as if it were alone.
 template <int N, class T>
 inline void dots(const T* x, const float* const* rows, int64_t n, float* out) {
-    __m512 sums[N][2];
-    for (int i = 0; i < N; ++i) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
+    Vec sums[N][2];
+    for (int i = 0; i < N; ++i) sums[i][0] = sums[i][1] = zeros();
     int64_t k = 0;
     for (; k + 2 * kVec <= n; k += 2 * kVec) {
-        const __m512 low = load16(x + k), high = load16(x + k + kVec);
+        const Vec low = load16(x + k), high = load16(x + k + kVec);
         for (int i = 0; i < N; ++i) {
-            sums[i][0] = _mm512_fmadd_ps(low, _mm512_loadu_ps(rows[i] + k), sums[i][0]);
-            sums[i][1] = _mm512_fmadd_ps(high, _mm512_loadu_ps(rows[i] + k + kVec), sums[i][1]);
+            sums[i][0] = multiply_add(low, load(rows[i] + k), sums[i][0]);
+            sums[i][1] = multiply_add(high, load(rows[i] + k + kVec), sums[i][1]);
         }
     }
     for (int i = 0; i < N; ++i) {
-        out[i] = _mm512_reduce_add_ps(_mm512_add_ps(sums[i][0], sums[i][1]));
+        out[i] = sum_of(sums[i][0] + sums[i][1]);
         for (int64_t j = k; j < n; ++j) out[i] = std::fma(to_float(x[j]), rows[i][j], out[i]);
     }
 }
@@ -52,10 +52,10 @@ inline void slot_logits(const T* x, int64_t d_in, const Router& router, int gate
                         float* out) {
     const float* rows[4];
     for (int i = 0; i < count; ++i) rows[i] = router.rows[gate] + slots[i] * d_in;
-    if (count == 4)
-        dots<4>(x, rows, d_in, out);
-    else
-        for (int i = 0; i < count; ++i) dots<1>(x, rows + i, d_in, out + i);
+    constexpr int kAtOnce = kSums >= 24 ? 4 : 2;
+    int i = 0;
+    for (; i + kAtOnce <= count; i += kAtOnce) dots<kAtOnce>(x, rows + i, d_in, out + i);
+    for (; i < count; ++i) dots<1>(x, rows + i, d_in, out + i);
     for (int i = 0; i < count; ++i) {
         if (router.biases[gate]) out[i] += router.biases[gate][slots[i]];
         out[i] /= router.temperature;

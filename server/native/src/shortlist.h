@@ -58,16 +58,12 @@ struct ShortlistScratch {
     std::vector<int32_t> slots;
 };
 
-inline __mmask16 lanes_below(int32_t count) {
-    return count >= kVec ? 0xffff : static_cast<__mmask16>((1u << count) - 1);
-}
-
 // The k-th greatest of n values; minus infinity where there are fewer. `greatest` is scratch.
 inline float kth_greatest(const float* values, int32_t n, int32_t k, std::vector<float>& greatest) {
     greatest.assign(k, kMinusInf);  // rising
     for (int32_t i = 0; i < n; i += kVec) {
-        const __m512 block = _mm512_maskz_loadu_ps(lanes_below(n - i), values + i);
-        __mmask16 higher = _mm512_mask_cmp_ps_mask(lanes_below(n - i), block, _mm512_set1_ps(greatest[0]), _CMP_GT_OQ);
+        const Vec block = load_some(lanes_below(n - i), values + i, all(kMinusInf));
+        uint32_t higher = bits_of(is_greater(block, all(greatest[0])));
         for (; higher; higher &= higher - 1) {
             const float value = values[i + __builtin_ctz(higher)];
             if (!(value > greatest[0])) continue;
@@ -82,10 +78,10 @@ inline float kth_greatest(const float* values, int32_t n, int32_t k, std::vector
 // At least the length of `x` (n,).
 template <class T>
 float length_of(const T* x, int64_t n) {
-    __m512 squares = _mm512_setzero_ps();
+    Vec squares = zeros();
     int64_t k = 0;
-    for (; k + kVec <= n; k += kVec) squares = _mm512_fmadd_ps(load16(x + k), load16(x + k), squares);
-    float total = _mm512_reduce_add_ps(squares);
+    for (; k + kVec <= n; k += kVec) squares = multiply_add(load16(x + k), load16(x + k), squares);
+    float total = sum_of(squares);
     for (; k < n; ++k) total += to_float(x[k]) * to_float(x[k]);
     return 1.001f * std::sqrt(total);
 }
@@ -95,38 +91,37 @@ float length_of(const T* x, int64_t n) {
 template <class T>
 bool make_shortlist(const ShortlistRouter<T>& router, const Prototypes<T>& prototypes, const float* biases,
                     const Plan& plan, const float* scores, float length, ShortlistScratch& own) {
-    const __m512 rounding = _mm512_set1_ps(1.0f / (1 << 21)), tiny = _mm512_set1_ps(kTiny), zero = _mm512_setzero_ps();
+    const Vec rounding = all(1.0f / (1 << 21)), tiny = all(kTiny), zero = zeros();
     const bool is_whole = plan.num_slots == router.num_slots;
     own.lower.resize(round_up(plan.num_slots, kVec));
     own.upper.resize(own.lower.size());
-    __m512 poison = _mm512_set1_ps(length * 0.0f);
+    Vec poison = all(length * 0.0f);
     for (int32_t i = 0; i < plan.num_slots; i += kVec) {
-        const __mmask16 inside = lanes_below(plan.num_slots - i);
-        const __m512i slots = _mm512_maskz_loadu_epi32(inside, plan.slots + i);
-        __m512 score, slack;
+        const Mask inside = lanes_below(plan.num_slots - i);
+        const IntVec slots = load_some(inside, plan.slots + i);
+        Vec score, slack;
         if (is_whole) {
-            score = _mm512_maskz_loadu_ps(inside, scores + i);
-            slack = _mm512_maskz_loadu_ps(inside, prototypes.slack.data() + i);
+            score = load_some(inside, scores + i, zero);
+            slack = load_some(inside, prototypes.slack.data() + i, zero);
         } else {
-            const __m512i places = _mm512_mask_i32gather_epi32(slots, inside, slots, router.place.data(), 4);
-            score = _mm512_mask_i32gather_ps(zero, inside, places, scores, 4);
-            slack = _mm512_mask_i32gather_ps(zero, inside, places, prototypes.slack.data(), 4);
+            const IntVec places = gather(inside, router.place.data(), slots);
+            score = gather(inside, scores, places);
+            slack = gather(inside, prototypes.slack.data(), places);
         }
-        const __m512 bias = biases ? _mm512_mask_i32gather_ps(zero, inside, slots, biases, 4) : zero;
-        const __m512 margin = _mm512_fmadd_ps(slack, _mm512_set1_ps(length),
-                                              _mm512_fmadd_ps(_mm512_abs_ps(bias), rounding, tiny));
-        score = _mm512_add_ps(score, bias);
-        const __m512 lower = _mm512_sub_ps(score, margin), upper = _mm512_add_ps(score, margin);
-        poison = _mm512_fmadd_ps(lower, zero, _mm512_fmadd_ps(upper, zero, poison));
-        _mm512_mask_storeu_ps(&own.lower[i], inside, lower);
-        _mm512_mask_storeu_ps(&own.upper[i], inside, upper);
+        const Vec bias = biases ? gather(inside, biases, slots) : zero;
+        const Vec margin = multiply_add(slack, all(length), multiply_add(absolute(bias), rounding, tiny));
+        score = score + bias;
+        const Vec lower = score - margin, upper = score + margin;
+        poison = multiply_add(lower, zero, multiply_add(upper, zero, poison));
+        store_some(&own.lower[i], inside, lower);
+        store_some(&own.upper[i], inside, upper);
     }
-    if (_mm512_cmp_ps_mask(poison, zero, _CMP_EQ_OQ) != 0xffff) return false;
-    const __m512 bound = _mm512_set1_ps(kth_greatest(own.lower.data(), plan.num_slots, plan.top_k, own.greatest));
+    if (bits_of(is_equal(poison, zero)) != 0xffff) return false;
+    const Vec bound = all(kth_greatest(own.lower.data(), plan.num_slots, plan.top_k, own.greatest));
     own.slots.clear();
     for (int32_t i = 0; i < plan.num_slots; i += kVec) {
-        const __m512 upper = _mm512_maskz_loadu_ps(lanes_below(plan.num_slots - i), &own.upper[i]);
-        __mmask16 may_win = _mm512_mask_cmp_ps_mask(lanes_below(plan.num_slots - i), upper, bound, _CMP_GE_OQ);
+        const Mask inside = lanes_below(plan.num_slots - i);
+        uint32_t may_win = bits_of(inside & is_at_least(load_some(inside, &own.upper[i], zero), bound));
         for (; may_win; may_win &= may_win - 1) own.slots.push_back(plan.slots[i + __builtin_ctz(may_win)]);
     }
     return true;

@@ -21,43 +21,39 @@ void softmax_groups(const Shape& shape, AttentionTile<T>& tile, const float* sco
                     const int32_t* positions, int first, int rows, int32_t start) {
     const float scale = shape.attention_scale * kLog2E, slack = kSlack / scale;
     const int64_t dim = shape.head_dim;
-    const __m512 wide_scale = _mm512_set1_ps(scale);
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const Vec wide_scale = all(scale);
     for (int r = first; r < first + rows; ++r, scores += kChunk, weights += kChunk) {
-        __m512 s[G];
-        for (int g = 0; g < G; ++g) s[g] = _mm512_load_ps(scores + g * kVec);
+        Vec s[G];
+        for (int g = 0; g < G; ++g) s[g] = load(scores + g * kVec);
         const int32_t last = positions[r] - start;  // the last visible key of the chunk, if >= 0
         if (last < G * kVec - 1)
-            for (int g = 0; g < G; ++g) {
-                const __mmask16 visible = _mm512_cmple_epi32_mask(lane, _mm512_set1_epi32(last - g * kVec));
-                s[g] = _mm512_mask_mov_ps(_mm512_set1_ps(kMinusInf), visible, s[g]);
-            }
-        __m512 greatest = s[0];
-        for (int g = 1; g < G; ++g) greatest = _mm512_max_ps(s[g], greatest);
+            for (int g = 0; g < G; ++g) s[g] = select(lanes_below(last - g * kVec + 1), s[g], all(kMinusInf));
+        Vec greatest = s[0];
+        for (int g = 1; g < G; ++g) greatest = maximum(s[g], greatest);
         const bool is_first = tile.greatest[r] == kMinusInf;
-        if (is_first || _mm512_cmp_ps_mask(greatest, _mm512_set1_ps(tile.greatest[r] + slack), _CMP_GT_OQ)) {
-            const float top = _mm512_reduce_max_ps(greatest);
+        if (is_first || bits_of(is_greater(greatest, all(tile.greatest[r] + slack)))) {
+            const float top = greatest_of(greatest);
             if (top == kMinusInf) {  // nothing visible yet: not a number would follow from -inf - -inf
                 std::memset(static_cast<void*>(weights), 0, kChunk * sizeof(T));
                 continue;
             }
             if (!is_first) {
-                const __m512 shrink = exp2_16(_mm512_set1_ps((tile.greatest[r] - top) * scale));
+                const Vec shrink = exp2_16(all((tile.greatest[r] - top) * scale));
                 float* sum = tile.sum + r * kVec;
-                _mm512_store_ps(sum, _mm512_mul_ps(_mm512_load_ps(sum), shrink));
+                store(sum, load(sum) * shrink);
                 float* output = tile.output.get() + r * dim;
-                for (int64_t c = 0; c < dim; c += kVec) store16(output + c, _mm512_mul_ps(load16(output + c), shrink));
+                for (int64_t c = 0; c < dim; c += kVec) store16(output + c, load16(output + c) * shrink);
             }
             tile.greatest[r] = top;
         }
-        const __m512 shift = _mm512_set1_ps(tile.greatest[r] * scale);
-        __m512 sum = _mm512_load_ps(tile.sum + r * kVec);
+        const Vec shift = all(tile.greatest[r] * scale);
+        Vec sum = load(tile.sum + r * kVec);
         for (int g = 0; g < G; ++g) {
-            const __m512 weight = weight_exp2_16<T>(_mm512_fmsub_ps(s[g], wide_scale, shift));
-            sum = _mm512_add_ps(sum, weight);
+            const Vec weight = weight_exp2_16<T>(multiply_subtract(s[g], wide_scale, shift));
+            sum = sum + weight;
             store16(weights + g * kVec, weight);
         }
-        _mm512_store_ps(tile.sum + r * kVec, sum);
+        store(tile.sum + r * kVec, sum);
     }
 }
 

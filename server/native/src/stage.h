@@ -136,15 +136,15 @@ class Stage {
 
     // RMSNorm in float32, rounded once: the input of the next projections.
     void norm(const float* x, const std::vector<float>& weight, T* out) const {
-        __m512 squares = _mm512_setzero_ps();
+        Vec squares = zeros();
         const int64_t n = shape_.hidden;
         int64_t k = 0;
-        for (; k + kVec <= n; k += kVec) squares = _mm512_fmadd_ps(load16(x + k), load16(x + k), squares);
-        float total = _mm512_reduce_add_ps(squares);
+        for (; k + kVec <= n; k += kVec) squares = multiply_add(load16(x + k), load16(x + k), squares);
+        float total = sum_of(squares);
         for (int64_t j = k; j < n; ++j) total += x[j] * x[j];
         const float scale = 1.0f / std::sqrt(total / static_cast<float>(n) + shape_.norm_eps);
         for (k = 0; k + kVec <= n; k += kVec)
-            store16(out + k, _mm512_mul_ps(_mm512_mul_ps(load16(x + k), _mm512_set1_ps(scale)), load16(&weight[k])));
+            store16(out + k, load16(x + k) * all(scale) * load16(&weight[k]));
         for (; k < n; ++k) from_float(x[k] * scale * weight[k], out + k);
     }
 

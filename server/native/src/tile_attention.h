@@ -9,7 +9,7 @@ constexpr int kChunk = 64;  // keys
 
 // Query rows that are computed together: several tiles' worth share the keys that they bring into the caches.
 template <class T>
-constexpr int kQueryRows = kHasTiles<T> ? 3 * kTile : kTileRows;
+constexpr int kQueryRows = kHasTiles<T> ? 3 * kTile : 12;
 
 // Up to kQueryRows query rows (tokens x heads of one K/V head) of one sequence.
 template <class T>

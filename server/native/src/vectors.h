@@ -1,0 +1,21 @@
+// Vectors of 16 float32 or int32 values, and what the kernels do with them: one register with AVX-512, two with AVX2.
+//
+// Both files offer the same names; where they say nothing else, a function treats each of the 16 places alone and
+// rounds as the other file's does.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace lm {
+
+constexpr int kVec = 16;  // values of a vector
+
+}  // namespace lm
+
+#ifdef __AVX512F__
+#include "vectors_avx512.h"
+#else
+#include "vectors_avx2.h"
+#endif
