@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from router_training.answer_flags import add_answer
-from router_training.flags import add_inputs, add_settings, add_sources, settings_from
+from router_training.flags import add_inputs, add_settings, add_sources, config_from, settings_from
 from router_training.joint_flags import add_joint
 from router_training.report import comparison_table, evaluation_text, read_record, rendered
 from router_training.settings import TrainingConfig
 from router_training.study_flags import add_study, add_study_report
-from server.config import load_config
 from server.errors import ConfigError, LoraMixerError
 
 
@@ -107,7 +106,7 @@ def _train(options: argparse.Namespace) -> int:
     from router_training.run import EVALUATION_NAME, train
 
     settings = settings_from(options, TrainingConfig)
-    train(load_config(options.config), options.data, options.out, settings, validation_rows=options.validation_rows)
+    train(config_from(options), options.data, options.out, settings, validation_rows=options.validation_rows)
     print(rendered(options.out / EVALUATION_NAME))
     print(f"The router artefact is in {options.out}.", file=sys.stderr)
     return 0
@@ -118,7 +117,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from router_training.run import evaluate_folder, write_json
     from router_training.suite import SuiteOptions
 
-    config = load_config(options.config)
+    config = config_from(options)
     router = options.router or config.router_folder
     if router is None:
         raise ConfigError("the config names no router; pass --router DIR")
@@ -156,7 +155,7 @@ def _background(options: argparse.Namespace) -> int:
     from router_training.background import add_background
     from router_training.run import load_with_progress
 
-    config = load_config(options.config)
+    config = config_from(options)
     router = options.router or config.router_folder
     if router is None:
         raise ConfigError("the config names no router; pass --router DIR")

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from server.config import load_config
+from router_training.flags import add_config, config_from
 from server.errors import ConfigError
 
 INVENTION_FLAGS = ("seed", "temperature", "top_p", "max_question_tokens", "exclude")
@@ -14,9 +14,7 @@ INVENTION_FLAGS = ("seed", "temperature", "top_p", "max_question_tokens", "exclu
 
 def add_answer(parser: argparse.ArgumentParser) -> None:
     """All flags of the command."""
-    parser.add_argument(
-        "--config", type=Path, default=Path("adapters.yaml"), metavar="FILE", help="base model (adapters.yaml)"
-    )
+    add_config(parser)
     questions = parser.add_mutually_exclusive_group(required=True)
     questions.add_argument("--prompts", type=Path, metavar="FILE", help="text file with one question a line")
     questions.add_argument("--invent", type=int, metavar="N", help="N questions that the base model makes up itself")
@@ -54,11 +52,11 @@ def _answer(options: argparse.Namespace) -> int:
             listed = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise ConfigError(f"without --invent there is no use for {listed}")
         prompts = read_prompts(options.prompts)
-        roster = load_with_progress(load_config(options.config))
+        roster = load_with_progress(config_from(options))
     else:
         excluded = read_questions(given.pop("exclude", []))
         settings = InventionSettings(options.invent, **given)
-        roster = load_with_progress(load_config(options.config))
+        roster = load_with_progress(config_from(options))
         with Progress("questions", total=settings.count, unit="question") as progress:
             prompts = invent_questions(roster, settings, excluded=excluded, on_round=progress.advance)
     with Progress("answers", total=len(prompts), unit="chat") as progress:

@@ -4,10 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from router_training.flags import add_inputs, add_settings, settings_from
+from router_training.flags import add_inputs, add_settings, config_from, settings_from
 from router_training.joint_settings import JointConfig
 from router_training.report import rendered
-from server.config import load_config
 
 DEFAULTS = JointConfig()
 
@@ -66,7 +65,7 @@ def _joint(options: argparse.Namespace) -> int:
     from router_training.run import EVALUATION_NAME
 
     settings = settings_from(options, JointConfig)
-    config = load_config(options.config)
+    config = config_from(options)
     train_joint(config, options.data, options.out, settings, validation_rows=options.validation_rows)
     print(rendered(options.out / EVALUATION_NAME))
     print(f"Serve them with: lora-mixer serve --config {options.out / 'adapters.yaml'}", file=sys.stderr)

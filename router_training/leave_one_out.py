@@ -25,12 +25,12 @@ from router_training.background import (
 from router_training.data import Chat, Split, TrainingDataError, read_splits
 from router_training.encoding import TokenSequence
 from router_training.evaluation import evaluate_policy
+from router_training.flags import add_sources, config_from
 from router_training.report import markdown_table
 from router_training.roster import FIRST_SLOT, Roster
 from router_training.run import load_with_progress, write_json
 from server.adapters.calibration import Calibration, Calibrator
 from server.adapters.examples import encode_examples
-from server.config import load_config
 from server.errors import ConfigError
 from server.routing.policy import BASE_DIGEST, BASE_SLOT, GatePlan, routed_plan
 from server.routing.prototypes import HotRow
@@ -155,17 +155,14 @@ def replace_table(document: Path, content: str, start: str, end: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m router_training.leave_one_out", description=__doc__)
-    parser.add_argument("--config", type=Path, default=Path("adapters.yaml"), metavar="FILE")
-    parser.add_argument(
-        "--data", type=Path, action="append", required=True, metavar="DIR", help="as for lora-mixer-train"
-    )
+    add_sources(parser)
     parser.add_argument("--only", nargs="*", metavar="NAME", help="adapters to hold out (default: all)")
     parser.add_argument("--own-chats", type=int, default=12, help="validation chats of the held-out task (default 12)")
     parser.add_argument("--other-chats", type=int, default=5, help="validation chats of each other task (default 5)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/leave_one_out.json"), metavar="FILE")
     parser.add_argument("--document", type=Path, metavar="FILE", help="Markdown file whose table is replaced")
     options = parser.parse_args(arguments)
-    config = load_config(options.config)
+    config = config_from(options)
     if config.router_folder is None:
         raise ConfigError("the config names no router to leave adapters out of")
     artefact = load_artefact(config.router_folder)

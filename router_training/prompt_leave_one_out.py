@@ -19,7 +19,7 @@ from torch import Tensor
 from router_training.background import CHATS_PER_ADAPTER
 from router_training.data import Chat, read_splits
 from router_training.encoding import TokenSequence, encode_chats
-from router_training.flags import add_settings, add_sources, settings_from
+from router_training.flags import add_settings, add_sources, config_from, settings_from
 from router_training.frames import chat_frame
 from router_training.leave_one_out import replace_table
 from router_training.mixing import draw_question_mix, encode_mix, question_settings
@@ -29,7 +29,7 @@ from router_training.roster import BASE_TASK
 from router_training.run import write_json
 from router_training.settings import TrainingConfig
 from server.adapters.examples import encode_examples
-from server.config import ServerConfig, cache_folder, load_config
+from server.config import ServerConfig, cache_folder
 from server.model.loader import LoadedModel, load_base_model
 from server.routing.chat_frame import ChatFrame
 from server.routing.prompt_columns import base_place, column_from_questions, make_column, shares
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--document", type=Path, metavar="FILE", help="Markdown file whose table is replaced")
     options = parser.parse_args(arguments)
     settings = settings_from(options, TrainingConfig).model_copy(update={"prompt_gate": True})
-    material = gather(load_config(options.config), options.data, settings, options.rows)
+    material = gather(config_from(options), options.data, settings, options.rows)
     record = json.loads(options.out.read_text()) if options.out.exists() else {"adapters": {}}
     record |= {"rows": options.rows, "settings": settings.record()}
     whole = material.fit(None)

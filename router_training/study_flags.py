@@ -5,8 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from router_training.flags import add_sources
-from server.config import load_config
+from router_training.flags import add_sources, config_from
 
 RECORD = Path("benchmarks/results/routing_study.json")
 DOCUMENT = Path("docs/routing-study.md")
@@ -87,7 +86,7 @@ def _study(options: argparse.Namespace) -> int:
     runs = read_plan(options.plan)
     chosen = choose(runs, options.only)
     Entries.read(options.json)  # A file that is no record is refused before anything is done.
-    inputs = StudyInputs(load_config(options.config), options.data, runs)
+    inputs = StudyInputs(config_from(options), options.data, runs)
     # The record covers the whole plan, whichever part of it this process does.
     whole = Study(inputs, runs, options.out, record=options.json)
     failed = []

@@ -19,6 +19,14 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
+def has_bfloat16() -> bool:
+    """Whether torch has fast products of bfloat16 on this CPU; otherwise it computes them value by value."""
+    import torch
+
+    found: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return found
+
+
 def version_facts() -> dict[str, str]:
     """Versions of what computes."""
     versions = {"lora_mixer": __version__, "python": platform.python_version()}

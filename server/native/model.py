@@ -57,7 +57,7 @@ def why_not(model: nn.Module, *, block_size: int) -> str | None:
     if cosine.shape[1] != _head_dim(config) or not all(torch.equal(t[:, :half], t[:, half:]) for t in (cosine, sine)):
         return "the model's rotary encoding is not Llama's"
     if not libraries():
-        return "no compiled library fits this CPU (it needs AVX-512, and a C++ compiler at installation)"
+        return "no compiled library fits this CPU (it needs AVX2, and a C++ compiler at installation)"
     return None
 
 

@@ -16,7 +16,7 @@ class Attention {
   public:
     // Row r of `queries` (rows, head_dim) belongs to position `positions[r]` of the sequence with `blocks`.
     static void run(const Shape& shape, const Cache<T>& cache, int layer, int kv_head, const int32_t* blocks,
-                    const T* const* queries, const int32_t* positions, int rows, T* const* out, AttentionTile<T>& tile) {
+                    const T* const* queries, const int32_t* positions, int rows, Left<T>* const* out, AttentionTile<T>& tile) {
         const int64_t dim = shape.head_dim;  // a multiple of 16
         const bool is_tiled = kHasTiles<T> && dim % (2 * kTile) == 0;
         tile.output.resize(kQueryRows<T> * dim);
@@ -38,7 +38,7 @@ class Attention {
         for (int r = 0; r < rows; ++r) {
             const Vec scale = all(1.0f / sum_of(load(tile.sum + r * kVec)));
             const float* output = tile.output.get() + r * dim;
-            for (int64_t c = 0; c < dim; c += kVec) store16(out[r] + c, load16(output + c) * scale);
+            for (int64_t c = 0; c < dim; c += kVec) store_left<T>(out[r] + c, load16(output + c) * scale);
         }
     }
 
@@ -91,7 +91,8 @@ class Attention {
                 }
             }
             softmax(keys.shape, tile, tile.scores, tile.weights, positions, 0, rows, start, chunk.groups);
-            for (int64_t column = 0; column < dim; column += 2 * kVec) mix_values(chunk, dim, rows, column, tile);
+            for (int64_t column = 0; column < dim; column += kMixColumns * kVec)
+                mix_values(chunk, dim, rows, column, tile);
         }
     }
 
@@ -149,9 +150,9 @@ class Attention {
                 _mm_prefetch(reinterpret_cast<const char*>(values.values[group]) + line * kCacheLine, _MM_HINT_T0);
     }
 
-    // Query rows, and groups of 16 keys, whose sums are kept in registers; rows of an output that is mixed.
-    static constexpr int kScoreRows = kSums >= 24 ? 4 : 3, kScoreGroups = kSums >= 24 ? 4 : 2;
-    static constexpr int kMixRows = kSums >= 24 ? 6 : 3;
+    // What registers keep the sums of: scores of so many queries and groups of 16 keys; rows of an output, and vectors.
+    static constexpr int kScoreRows = 4, kScoreGroups = kSums >= 24 ? 4 : 1;
+    static constexpr int kMixRows = kSums >= 24 ? 6 : 4, kMixColumns = kSums >= 24 ? 2 : 1;
 
     // Scores of `rows` queries against G groups of 16 keys.
     template <int G>
@@ -186,7 +187,7 @@ class Attention {
             for (int g = 0; g < G; ++g) store(scores + r * kChunk + g * kVec, sums[r][g]);
     }
 
-    // output += weights times values, for 32 columns.
+    // output += weights times values, for kMixColumns vectors of columns.
     static void mix_values(const Chunk& chunk, int64_t dim, int rows, int64_t column, AttentionTile<T>& tile) {
         int r = 0;
         for (; r + kMixRows <= rows; r += kMixRows) mix<kMixRows>(chunk, dim, r, column, tile);
@@ -196,27 +197,26 @@ class Attention {
 
     template <int R>
     static void mix(const Chunk& chunk, int64_t dim, int first, int64_t column, AttentionTile<T>& tile) {
-        constexpr int KP = Lane<T>::KP;
-        const bool has_second = column + kVec < dim;
-        const int64_t second = has_second ? kVec : 0;
+        constexpr int KP = Lane<T>::KP, V = kMixColumns;
+        int64_t places[V];  // of the vectors; the last one twice where there are no more
+        for (int v = 0; v < V; ++v) places[v] = std::min<int64_t>(v * kVec, dim - column - kVec);
         float* output = tile.output.get() + first * dim + column;
-        Vec sums[R][2];
+        Vec sums[R][V];
         for (int r = 0; r < R; ++r)
-            for (int v = 0; v < 2; ++v) sums[r][v] = load16(output + r * dim + v * second);
+            for (int v = 0; v < V; ++v) sums[r][v] = load(output + r * dim + places[v]);
         for (int group = 0; group < chunk.groups; ++group) {
             const T* lanes = chunk.values[group] + column * KP;
             for (int k = 0; k < kVec / KP; ++k) {
-                const IntVec w0 = load_lanes(lanes + int64_t{k} * dim * KP);
-                const IntVec w1 = load_lanes(lanes + (int64_t{k} * dim + second) * KP);
+                IntVec w[V];
+                for (int v = 0; v < V; ++v) w[v] = load_lanes(lanes + (int64_t{k} * dim + places[v]) * KP);
                 for (int r = 0; r < R; ++r) {
                     const void* left = tile.weights + (first + r) * kChunk + group * kVec + k * KP;
-                    sums[r][0] = Lane<T>::multiply_add(sums[r][0], left, w0);
-                    sums[r][1] = Lane<T>::multiply_add(sums[r][1], left, w1);
+                    for (int v = 0; v < V; ++v) sums[r][v] = Lane<T>::multiply_add(sums[r][v], left, w[v]);
                 }
             }
         }
         for (int r = 0; r < R; ++r)
-            for (int v = has_second ? 1 : 0; v >= 0; --v) store16(output + r * dim + v * second, sums[r][v]);
+            for (int v = 0; v < V; ++v) store(output + r * dim + places[v], sums[r][v]);
     }
 };
 

@@ -85,7 +85,7 @@ class AttentionStage : public LoraStage<T> {
     void attend(Own& own, int layer, const AttentionTask& task) {
         const MixedTiles tiles(int64_t{task.num_tokens} * task.num_heads);
         const T* queries[kQueryRows<T>];
-        T* out[kQueryRows<T>];
+        Left<T>* out[kQueryRows<T>];
         int32_t positions[kQueryRows<T>];
         int count = 0;
         for (int32_t t = task.first_token; t < task.first_token + task.num_tokens; ++t)

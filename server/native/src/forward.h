@@ -97,7 +97,7 @@ class Forward : public AttentionStage<T> {
         if (id == 0) join_greatest();
     }
 
-    void route_all(Own& own, int layer, Group group, const T* input) {
+    void route_all(Own& own, int layer, Group group, const Left<T>* input) {
         row_pieces(own, step_->num_tokens, routed_at_once(), [&](int64_t first, int64_t count) {
             route(own, layer, group, input, depth(group.first), first, count);
         });
@@ -109,7 +109,7 @@ class Forward : public AttentionStage<T> {
     // belong into the same columns of `out`, rows of `stride` values: at once if `is_in_place`, else
     // `finish(place, rows, column, columns, results, ldc)` takes them there from a buffer.
     template <class Finish>
-    void project(Own& own, Group group, const Packed<T>& weight, const T* input, int64_t first, int64_t count, float* out,
+    void project(Own& own, Group group, const Packed<T>& weight, const Left<T>* input, int64_t first, int64_t count, float* out,
                  int64_t stride, bool is_in_place, Finish finish) {
         const int64_t tokens = step_->num_tokens, lda = depth(group.first), at_once = rows_at_once(own);
         // The matrix unit takes one panel after the other anyway.
@@ -180,7 +180,7 @@ class Forward : public AttentionStage<T> {
             for (int64_t c = from; c < to; ++c) qkv_.get()[t * shape_.qkv_width() + c] += bias[c - column];
     }
 
-    void project_to_residual(Own& own, int layer, Group group, const Packed<T>& weight, const T* input, int64_t first,
+    void project_to_residual(Own& own, int layer, Group group, const Packed<T>& weight, const Left<T>* input, int64_t first,
                              int64_t count) {
         const std::vector<float>& bias = model_.layers[layer].bias[group.first];
         const int64_t width = shape_.hidden;
@@ -197,7 +197,7 @@ class Forward : public AttentionStage<T> {
     // silu(gate) * up for one panel of each at a time: both results are at hand before they leave the caches.
     void project_gate_up(Own& own, int layer, int64_t first, int64_t count) {
         const Layer<T>& weights = model_.layers[layer];
-        const T* input = normed_.get();
+        const Left<T>* input = normed_.get();
         const int64_t lda = depth(kQ), width = depth(kDown), tokens = step_->num_tokens;
         constexpr int64_t ldc = 2 * kPanel;
         for (int64_t panel = first; panel < first + count; ++panel) {
@@ -210,7 +210,7 @@ class Forward : public AttentionStage<T> {
                 multiply_weight(input + begin * lda, lda, stop - begin, weights.gate, panel, 1, gate, ldc, to_up);
                 for (int64_t row = begin; row < stop; row += at_once, gate += at_once * ldc) {
                     const int64_t now = std::min(at_once, stop - row);
-                    T* out = activated_.get() + row * width + column;
+                    Left<T>* out = activated_.get() + row * width + column;
                     claim(out, width, now, columns);
                     multiply_weight(input + row * lda, lda, now, weights.up, panel, 1, gate + kPanel, ldc, to_next);
                     if (has_updates(own))
@@ -221,19 +221,19 @@ class Forward : public AttentionStage<T> {
         }
     }
 
-    void activate(int layer, float* gate_up, int64_t begin_column, int64_t columns, T* out) const {
+    void activate(int layer, float* gate_up, int64_t begin_column, int64_t columns, Left<T>* out) const {
         for (int i = 0; i < 2; ++i)
             if (const auto& bias = model_.layers[layer].bias[kGate + i]; !bias.empty())
                 for (int64_t c = 0; c < columns; ++c) gate_up[i * kPanel + c] += bias[begin_column + c];
-        alignas(kCacheLine) T values[kPanel];
+        alignas(kCacheLine) Left<T> values[kPanel];
         for (int v = 0; v < kPanel; v += kVec) {
             const Vec x = load16(gate_up + v);
             // x * sigmoid(x) with an exponential that cannot overflow; NaN goes through.
             const Vec e = exp2_16(absolute(x) * all(-kLog2E)), one = all(1.0f);
             const Vec silu = x * (select(is_less(x, zeros()), e, one) / (one + e));
-            store16(values + v, silu * load16(gate_up + kPanel + v));
+            store_left<T>(values + v, silu * load16(gate_up + kPanel + v));
         }
-        std::memcpy(static_cast<void*>(out), values, columns * sizeof(T));
+        std::copy_n(values, columns, out);
     }
 
     void project_logits(Own& own, int64_t first, int64_t count) {

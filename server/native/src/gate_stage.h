@@ -43,7 +43,7 @@ class GateStage : public Stage<T> {
     }
 
     // Gates of tokens [first, first + count) for one group of projections; `input` has rows of `lda` values.
-    void route(Own& own, int layer, Group group, const T* input, int64_t lda, int64_t first, int64_t count) {
+    void route(Own& own, int layer, Group group, const Left<T>* input, int64_t lda, int64_t first, int64_t count) {
         if (!has_gates_) return;
         const Step& step = *step_;
         for (int64_t t = first, stop; t < first + count; t = stop) {
@@ -91,7 +91,7 @@ class GateStage : public Stage<T> {
     const Plan& plan_of(int64_t token) const { return step_->plans[step_->plan_of_token[token]]; }
 
     // Gates of tokens [first, stop), at most kTileRows, of one router for one projection.
-    void decide(Own& own, int layer, int projection, const T* input, int64_t lda, int64_t first, int64_t stop,
+    void decide(Own& own, int layer, int projection, const Left<T>* input, int64_t lda, int64_t first, int64_t stop,
                 const Router& router, GateSet& out) {
         const int gate = layer * kNumProjections + projection;
         for (int64_t t = first; t < stop; ++t) out.count[t] = 0;
@@ -103,12 +103,12 @@ class GateStage : public Stage<T> {
         if (is_served) {
             const Packed<T>& rows = shortlist->gates[gate].rows;
             scores.resize(kTileRows * shortlist->width());
-            multiply_panels(input + first * lda, lda, stop - first, rows, 0, rows.num_panels(), scores.data(),
+            multiply_panels<T>(input + first * lda, lda, stop - first, rows, 0, rows.num_panels(), scores.data(),
                             shortlist->width());
         }
         for (int64_t t = first; t < stop; ++t) {
             const Plan& plan = plan_of(t);
-            const T* x = input + t * lda;
+            const Left<T>* x = input + t * lda;
             const bool is_short =
                 is_served && shortlist->serves(plan) &&
                 make_shortlist(*shortlist, shortlist->gates[gate], router.biases[gate], plan,

@@ -1,7 +1,7 @@
 // Products with weights that are packed once: C (M, N) = A (M, K) W^T, W (N, K).
 //
-// Packed layout: panels of 32 output columns; a panel is K / KP steps of 32 lanes. A panel is what a thread reads from
-// memory in one go, once per step for all tokens.
+// Packed layout: panels of 32 output columns; a panel is K / KP steps of 32 lanes, or twice as many of 16 where registers
+// hold the sums of no more. A panel is what a thread reads from memory in one go, once per step for all tokens.
 #pragma once
 
 #include <sys/mman.h>
@@ -16,7 +16,8 @@
 namespace lm {
 
 constexpr int kPanel = 32;       // columns of a panel
-constexpr int kTileRows = kSums >= 24 ? 12 : 6;  // rows whose sums are kept in registers
+constexpr int kTileRows = kSums >= 24 ? 12 : 5;  // rows whose sums are kept in registers
+constexpr int kBeside = kSums >= 24 ? kPanel : kVec;  // columns whose lanes of one step lie side by side
 constexpr int kDepthUnit = 32;   // K is padded to whole tiles of the matrix unit
 
 struct FreeDeleter {
@@ -80,11 +81,18 @@ struct Packed {
 
     int64_t num_panels() const { return (num_columns + width - 1) / width; }
     const T* panel(int64_t index) const { return start + index * width * steps * Lane<T>::KP; }
+    int64_t beside() const { return std::min(width, kBeside); }
     T* at(int64_t column, int64_t k) {
         constexpr int KP = Lane<T>::KP;
-        T* panel_start = start + column / width * width * steps * KP;
-        return panel_start + (k / KP * width + column % width) * KP + k % KP;
+        const int64_t step = column / beside() * steps + k / KP;
+        return start + (step * beside() + column % beside()) * KP + k % KP;
     }
+    // The first 16 lanes of a vector of columns, 0 on the left of its panel; those of the next step follow `step_bytes` on.
+    const char* vector(int64_t panel_index, int64_t index) const {
+        const T* lanes = const_cast<Packed*>(this)->at(panel_index * width + index * kVec, 0);
+        return reinterpret_cast<const char*>(lanes);
+    }
+    int64_t step_bytes() const { return beside() * 4; }
 
     // Columns [first, first + n) from row-major `weight` (n, depth), whose rows are `stride` values apart.
     template <class S>
@@ -97,38 +105,58 @@ struct Packed {
     float value(int64_t column, int64_t k) const { return to_float(*const_cast<Packed*>(this)->at(column, k)); }
 };
 
+// sums (MR, 16 NV) += one lane of each row, whose values `left` points at, times NV vectors of lanes.
+template <class T, int MR, int NV>
+inline __attribute__((always_inline)) void add_lanes(Vec (&sums)[MR][NV], const Left<T>* const (&left)[MR],
+                                                     const IntVec (&right)[NV]) {
+    if constexpr (kWidens<T>) {
+        // One value of the lanes after the other: registers do not hold both.
+        const auto add = [&](auto part) {
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) {
+                const Vec w = Lane<T>::template part<part()>(right[v]);
+#pragma GCC unroll 12
+                for (int m = 0; m < MR; ++m) sums[m][v] = multiply_add(all(left[m][part()]), w, sums[m][v]);
+            }
+        };
+        add(std::integral_constant<int, 0>());
+        add(std::integral_constant<int, 1>());
+    } else {
+#pragma GCC unroll 12
+        for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) sums[m][v] = Lane<T>::multiply_add(sums[m][v], left[m], right[v]);
+        }
+    }
+}
+
 // C (MR, 16 NV) (+)= A (MR, K) times NV columns of vectors; vector v of step k lies at right[v] + k * step_bytes.
 template <class T, int MR, int NV>
-inline __attribute__((always_inline)) void multiply_tile(const T* a, int64_t lda, const char* const* right,
+inline __attribute__((always_inline)) void multiply_tile(const Left<T>* a, int64_t lda, const char* const* right,
                                                          int64_t step_bytes, int64_t steps, float* c, int64_t ldc,
                                                          bool accumulate) {
     Vec sums[MR][NV];
     for (int m = 0; m < MR; ++m)
-        for (int v = 0; v < NV; ++v)
-            sums[m][v] = accumulate ? load(c + m * ldc + v * kVec) : zeros();
+        for (int v = 0; v < NV; ++v) sums[m][v] = accumulate ? load(c + m * ldc + v * kVec) : zeros();
     const char* columns[NV];
     for (int v = 0; v < NV; ++v) columns[v] = right[v];
-    const char* rows[MR];
-    for (int m = 0; m < MR; ++m) rows[m] = reinterpret_cast<const char*>(a + m * lda);
     for (int64_t k = 0; k < steps; ++k) {
+        const Left<T>* left[MR];
+        for (int m = 0; m < MR; ++m) left[m] = a + m * lda + k * Lane<T>::KP;
         IntVec w[NV];
         for (int v = 0; v < NV; ++v) {
             w[v] = load_lanes(columns[v] + k * step_bytes);
             _mm_prefetch(columns[v] + k * step_bytes + 2048, _MM_HINT_T0);
         }
-#pragma GCC unroll 12
-        for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 8
-            for (int v = 0; v < NV; ++v) sums[m][v] = Lane<T>::multiply_add(sums[m][v], rows[m] + k * 4, w[v]);
-        }
+        add_lanes<T, MR, NV>(sums, left, w);
     }
     for (int m = 0; m < MR; ++m)
         for (int v = 0; v < NV; ++v) store(c + m * ldc + v * kVec, sums[m][v]);
 }
 
 template <class T, int NV>
-void multiply_rows(int64_t rows, const T* a, int64_t lda, const char* const* right, int64_t step_bytes, int64_t steps,
-                   float* c, int64_t ldc, bool accumulate) {
+void multiply_rows(int64_t rows, const Left<T>* a, int64_t lda, const char* const* right, int64_t step_bytes,
+                   int64_t steps, float* c, int64_t ldc, bool accumulate) {
 #define LM_ROWS(MR)                                                                              \
     case MR:                                                                                     \
         if constexpr (MR <= kTileRows && MR * NV <= kSums)                                       \
@@ -145,35 +173,38 @@ void multiply_rows(int64_t rows, const T* a, int64_t lda, const char* const* rig
 // take several panels at once, so that enough sums are under way.
 constexpr int64_t vectors_at_once(int64_t rows) {
     if (kSums >= 24) return rows <= 2 ? 8 : rows <= 6 ? 4 : 2;
-    return rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+    return rows == 1 ? 4 : rows == 2 ? 2 : 1;
 }
 
 // C (rows, width * count) (+)= A times `count` neighbouring panels from `first`; ldc counts float32 values.
 template <class T>
-void multiply_panels(const T* a, int64_t lda, int64_t rows, const Packed<T>& weight, int64_t first, int64_t count,
+void multiply_panels(const Left<T>* a, int64_t lda, int64_t rows, const Packed<T>& weight, int64_t first, int64_t count,
                      float* c, int64_t ldc, bool accumulate = false) {
-    const int64_t step_bytes = weight.width * 4, vectors = weight.width / kVec, total = count * vectors;
+    const int64_t vectors = weight.width / kVec, total = count * vectors, step_bytes = weight.step_bytes();
+    const int64_t tiles = (rows + kTileRows - 1) / kTileRows, at_once = (rows + tiles - 1) / tiles;  // of one height
     const char* right[8];
-    int64_t now = 0;
-    for (int64_t done = 0; done < total; done += now) {
-        now = std::min(total - done, vectors_at_once(rows));
-        while (now & (now - 1)) now &= now - 1;  // a power of two
-        for (int64_t v = 0; v < now; ++v)
-            right[v] = reinterpret_cast<const char*>(weight.panel(first + (done + v) / vectors)) +
-                       (done + v) % vectors * kVec * 4;
-        for (int64_t row = 0; row < rows; row += kTileRows) {
-            const int64_t now_rows = std::min<int64_t>(kTileRows, rows - row);
-            const T* left = a + row * lda;
-            float* out = c + row * ldc + done * kVec;
-            const auto multiply = [&](auto count_of_vectors) {
-                multiply_rows<T, count_of_vectors()>(now_rows, left, lda, right, step_bytes, weight.steps, out, ldc,
-                                                     accumulate);
-            };
-            switch (now) {
-                case 1: multiply(std::integral_constant<int, 1>()); break;
-                case 2: multiply(std::integral_constant<int, 2>()); break;
-                case 4: multiply(std::integral_constant<int, 4>()); break;
-                default: multiply(std::integral_constant<int, 8>()); break;
+    // Rows of float32 are the larger side: a tile of them stays in the first-level cache, else 16 columns do.
+    const int64_t block = kWidens<T> ? at_once : rows;
+    for (int64_t begin = 0; begin < rows; begin += block) {
+        const int64_t stop = std::min(begin + block, rows), most = vectors_at_once(stop - begin);
+        int64_t now = 0;
+        for (int64_t done = 0; done < total; done += now) {
+            now = std::min(total - done, most);
+            while (now & (now - 1)) now &= now - 1;  // a power of two
+            for (int64_t v = 0; v < now; ++v)
+                right[v] = weight.vector(first + (done + v) / vectors, (done + v) % vectors);
+            for (int64_t row = begin; row < stop; row += at_once) {
+                const auto multiply = [&](auto count_of_vectors) {
+                    multiply_rows<T, count_of_vectors()>(std::min(at_once, stop - row), a + row * lda, lda, right,
+                                                         step_bytes, weight.steps, c + row * ldc + done * kVec, ldc,
+                                                         accumulate);
+                };
+                switch (now) {
+                    case 1: multiply(std::integral_constant<int, 1>()); break;
+                    case 2: multiply(std::integral_constant<int, 2>()); break;
+                    case 4: multiply(std::integral_constant<int, 4>()); break;
+                    default: multiply(std::integral_constant<int, 8>()); break;
+                }
             }
         }
     }

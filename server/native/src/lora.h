@@ -24,7 +24,7 @@ class LoraStage : public GateStage<T> {
     using GateStage<T>::layer_gates_;
 
     // Rank space of a group: for each projection and each (token, adapter) the row g * (A x), padded to lanes of B.
-    void lora_down(Own& own, int layer, Group group, const T* input, int64_t lda) {
+    void lora_down(Own& own, int layer, Group group, const Left<T>* input, int64_t lda) {
         if (!has_gates_) return;
         list_updates(own, layer, group);
         if (own.units.empty()) return;
@@ -107,20 +107,20 @@ class LoraStage : public GateStage<T> {
         own.hidden_size += kUpdateRows<T> * widest;  // whole tiles are read
     }
 
-    void lora_down_unit(Own& own, const Unit& unit, const T* input, int64_t lda) {
+    void lora_down_unit(Own& own, const Unit& unit, const Left<T>* input, int64_t lda) {
         const Update<T>& update = own.updates[unit.projection][unit.update];
         const LoraPair<T>& lora = *update.pair;
         const int64_t count = std::min<int64_t>(kUnitRows<T>, update.count - unit.entry), width = lora.width();
         const int32_t* tokens = update.tokens + unit.entry;
-        const T* left = input + tokens[0] * lda;
+        const Left<T>* left = input + tokens[0] * lda;
         if (tokens[count - 1] - tokens[0] != count - 1) {  // not neighbours
             if (own.gathered_tokens != tokens)  // else they are those of the unit before
                 for (int64_t r = 0; r < count; ++r)
-                    std::memcpy(static_cast<void*>(own.gathered.get() + r * lda), input + tokens[r] * lda, lora.a.steps * 4);
+                    std::copy_n(input + tokens[r] * lda, lora.a.steps * Lane<T>::KP, own.gathered.get() + r * lda);
             own.gathered_tokens = tokens;
             left = own.gathered.get();
         }
-        T* out = hidden_.get() + update.hidden + unit.entry * width;
+        Left<T>* out = hidden_.get() + update.hidden + unit.entry * width;
         float* narrow = own.narrow.get();
         const MixedTiles tiles(count);
         constexpr int64_t kAtOnce = 4;  // panels of 16
@@ -129,21 +129,21 @@ class LoraStage : public GateStage<T> {
             if constexpr (kHasTiles<T>)
                 multiply_narrow_tiles(left, lda, count, lora.a, panel, now, narrow, ldc);
             else
-                multiply_panels(left, lda, count, lora.a, panel, now, narrow, ldc);
+                multiply_panels<T>(left, lda, count, lora.a, panel, now, narrow, ldc);
             const int64_t first = panel * kVec, stop = std::min<int64_t>(width, first + ldc);
             for (int64_t r = 0; r < count; ++r) {
                 const float gate = update.weights[unit.entry + r];
                 const float* from = narrow + r * ldc - first;
-                T* to = out + r * width;
+                Left<T>* to = out + r * width;
                 int64_t k = first;
-                for (; k + kVec <= stop; k += kVec) store16(to + k, load16(from + k) * all(gate));
-                for (; k < stop; ++k) from_float(gate * from[k], to + k);
+                for (; k + kVec <= stop; k += kVec) store_left<T>(to + k, load16(from + k) * all(gate));
+                for (; k < stop; ++k) store_left<T>(to + k, gate * from[k]);
             }
         }
     }
 
     // out += B hidden for up to kUpdateRows tokens. Sums go on from what `out` holds, in any arrangement of the tokens.
-    void add_update(Own& own, const LoraPair<T>& lora, const T* hidden, const int32_t* tokens, int64_t count,
+    void add_update(Own& own, const LoraPair<T>& lora, const Left<T>* hidden, const int32_t* tokens, int64_t count,
                     int64_t from, int64_t columns, int64_t begin, float* out, int64_t ldc) {
         const int64_t width = lora.width(), first = from / kPanel, stop = (from + columns + kPanel - 1) / kPanel;
         // Whole panels of neighbours need no copy; the matrix unit writes all rows of a tile, so there must be as many.
@@ -162,12 +162,12 @@ class LoraStage : public GateStage<T> {
         }
     }
 
-    static void add_panels(const T* hidden, int64_t width, int64_t count, const Packed<T>& b, int64_t first,
+    static void add_panels(const Left<T>* hidden, int64_t width, int64_t count, const Packed<T>& b, int64_t first,
                            int64_t num_panels, float* out, int64_t ldc) {
         if constexpr (kHasTiles<T>)
             for (int64_t i = 0; i < num_panels; ++i) add_mixed_tiles(hidden, width, b, first + i, out + i * kPanel, ldc);
         else
-            multiply_panels(hidden, width, count, b, first, num_panels, out, ldc, true);
+            multiply_panels<T>(hidden, width, count, b, first, num_panels, out, ldc, true);
     }
 
     // Columns of the tokens' rows of `out` into rows of a panel, or back.
@@ -186,7 +186,7 @@ class LoraStage : public GateStage<T> {
         }
     }
 
-    Buffer<T> hidden_;       // rank space of one group of projections
+    Buffer<Left<T>> hidden_;  // rank space of one group of projections
 };
 
 }  // namespace lm

@@ -43,7 +43,7 @@ struct Scratch {
     int64_t most_rows = 0;              // tokens of its largest update
     Buffer<float> columns;    // results of the panels at work
     Buffer<float> narrow;     // (kUnitRows, 64): a few panels of an adapter
-    Buffer<T> gathered;       // (kUnitRows, padded d_in)
+    Buffer<Left<T>> gathered; // (kUnitRows, padded d_in)
     const int32_t* gathered_tokens = nullptr;  // whose rows `gathered` holds
     AttentionTile<T> tile;
     ShortlistScratch shortlist;
@@ -132,10 +132,10 @@ class Stage {
     }
 
     int64_t depth(int projection) const { return round_up(shape_.d_in(projection), kDepthUnit); }
-    T* normed_row(int64_t row) { return normed_.get() + row * depth(kQ); }
+    Left<T>* normed_row(int64_t row) { return normed_.get() + row * depth(kQ); }
 
     // RMSNorm in float32, rounded once: the input of the next projections.
-    void norm(const float* x, const std::vector<float>& weight, T* out) const {
+    void norm(const float* x, const std::vector<float>& weight, Left<T>* out) const {
         Vec squares = zeros();
         const int64_t n = shape_.hidden;
         int64_t k = 0;
@@ -144,14 +144,14 @@ class Stage {
         for (int64_t j = k; j < n; ++j) total += x[j] * x[j];
         const float scale = 1.0f / std::sqrt(total / static_cast<float>(n) + shape_.norm_eps);
         for (k = 0; k + kVec <= n; k += kVec)
-            store16(out + k, load16(x + k) * all(scale) * load16(&weight[k]));
-        for (; k < n; ++k) from_float(x[k] * scale * weight[k], out + k);
+            store_left<T>(out + k, load16(x + k) * all(scale) * load16(&weight[k]));
+        for (; k < n; ++k) store_left<T>(out + k, x[k] * scale * weight[k]);
     }
 
     // What the routers of a layer read, for calibration.
     void copy_input(int layer, int64_t t) const {
         float* out = step_->inputs + (int64_t{layer} * step_->num_tokens + t) * shape_.hidden;
-        const T* x = normed_.get() + t * depth(kQ);
+        const Left<T>* x = normed_.get() + t * depth(kQ);
         for (int64_t k = 0; k < shape_.hidden; ++k) out[k] = to_float(x[k]);
     }
 
@@ -164,10 +164,10 @@ class Stage {
     std::vector<std::atomic<int32_t>> counters_;
     Buffer<float> residual_;  // (T, hidden)
     Buffer<float> qkv_;       // (padded T, qkv_width): whole tiles are written
-    Buffer<T> normed_;        // (T, padded hidden): input of q, k, v or of gate and up
     Buffer<T> query_;         // (T, heads * head_dim), rotated
-    Buffer<T> attended_;      // (T, padded heads * head_dim): input of o
-    Buffer<T> activated_;     // (T, padded intermediate): input of down
+    Buffer<Left<T>> normed_;     // (T, padded hidden): input of q, k, v or of gate and up
+    Buffer<Left<T>> attended_;   // (T, padded heads * head_dim): input of o
+    Buffer<Left<T>> activated_;  // (T, padded intermediate): input of down
 };
 
 }  // namespace lm

@@ -258,12 +258,12 @@ struct MixedTiles {
 
 // The base model's products: on the matrix unit where there is one, which alone is fast enough to read ahead for.
 template <class T>
-void multiply_weight(const T* a, int64_t lda, int64_t rows, const Packed<T>& weight, int64_t first, int64_t count,
+void multiply_weight(const Left<T>* a, int64_t lda, int64_t rows, const Packed<T>& weight, int64_t first, int64_t count,
                      float* c, int64_t ldc, Ahead& ahead) {
     if constexpr (kHasTiles<T>)
         multiply_tiles(a, lda, rows, weight, first, count, c, ldc, ahead);
     else
-        multiply_panels(a, lda, rows, weight, first, count, c, ldc);
+        multiply_panels<T>(a, lda, rows, weight, first, count, c, ldc);
 }
 
 }  // namespace lm

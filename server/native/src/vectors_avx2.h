@@ -13,7 +13,7 @@ struct Mask {
     __m256 low, high;
 };
 
-constexpr int kSums = 6;  // vectors of sums that registers hold beside the operands
+constexpr int kSums = 5;  // vectors of sums that registers hold beside the operands
 
 inline Vec zeros() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline Vec all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -138,7 +138,19 @@ inline Vec scaled(Mask mask, Vec x, Vec n) {
             _mm256_and_ps(_mm256_mul_ps(x.high, power(n.high)), mask.high)};
 }
 
-// 16 bfloat16 as float32, and back: to nearest, ties to even; what is not a number stays so.
+// The nearest bfloat16, ties to even, as float32; what is not a number stays so.
+inline Vec narrowed(Vec x) {
+    const auto nearest = [](__m256 value) {
+        const __m256i wide = _mm256_castps_si256(value);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(wide, 16), _mm256_set1_epi32(1));
+        const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(wide, odd), _mm256_set1_epi32(0x7fff));
+        const __m256i quiet = _mm256_or_si256(wide, _mm256_set1_epi32(0x400000));
+        return _mm256_blendv_epi8(sum, quiet, _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q)));
+    };
+    return high_halves({nearest(x.low), nearest(x.high)});
+}
+
+// 16 bfloat16 as float32, and back, rounded as `narrowed` does.
 inline Vec load_narrow(const uint16_t* x) {
     const auto wide = [](const uint16_t* from) {
         return _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))), 16);
@@ -146,16 +158,10 @@ inline Vec load_narrow(const uint16_t* x) {
     return as_floats({wide(x), wide(x + 8)});
 }
 inline void store_narrow(uint16_t* out, Vec x) {
-    const auto upper_bits = [](__m256 value) {
-        const __m256i wide = _mm256_castps_si256(value);
-        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(wide, 16), _mm256_set1_epi32(1));
-        const __m256i nearest = _mm256_add_epi32(_mm256_add_epi32(wide, odd), _mm256_set1_epi32(0x7fff));
-        const __m256i quiet = _mm256_or_si256(wide, _mm256_set1_epi32(0x400000));
-        const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
-        return _mm256_srli_epi32(_mm256_blendv_epi8(nearest, quiet, is_nan), 16);
-    };
+    const auto upper_bits = [](__m256 value) { return _mm256_srli_epi32(_mm256_castps_si256(value), 16); };
+    const Vec nearest = narrowed(x);
     // Packing takes turns between the 128-bit halves of its operands.
-    const __m256i mixed = _mm256_packus_epi32(upper_bits(x.low), upper_bits(x.high));
+    const __m256i mixed = _mm256_packus_epi32(upper_bits(nearest.low), upper_bits(nearest.high));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute4x64_epi64(mixed, 0b11011000));
 }
 

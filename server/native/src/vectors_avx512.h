@@ -68,7 +68,16 @@ inline IntVec gather(Mask mask, const int32_t* table, IntVec index) {
 // x times 2 to the n, whole from -126 to 127, in places of the mask, 0 elsewhere; the result must be a normal number.
 inline Vec scaled(Mask mask, Vec x, Vec n) { return _mm512_maskz_scalef_ps(mask, x, n); }
 
-// 16 bfloat16 as float32, and back: to nearest, ties to even; what is not a number stays so.
+// The nearest bfloat16, ties to even, as float32; what is not a number stays so.
+inline Vec narrowed(Vec x) {
+    const __m512i wide = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(wide, 16), _mm512_set1_epi32(1));
+    const __m512i nearest = _mm512_add_epi32(_mm512_add_epi32(wide, odd), _mm512_set1_epi32(0x7fff));
+    const __m512i quiet = _mm512_or_si512(wide, _mm512_set1_epi32(0x400000));
+    return high_halves(_mm512_mask_mov_epi32(nearest, is_nan(x), quiet));
+}
+
+// 16 bfloat16 as float32, and back, rounded as `narrowed` does.
 inline Vec load_narrow(const uint16_t* x) {
     const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
@@ -79,11 +88,7 @@ inline void store_narrow(uint16_t* out, Vec x) {
     const __m256bh narrow = _mm512_cvtneps_pbh(x);
     std::memcpy(static_cast<void*>(out), &narrow, sizeof narrow);
 #else
-    const __m512i wide = _mm512_castps_si512(x);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(wide, 16), _mm512_set1_epi32(1));
-    const __m512i nearest = _mm512_add_epi32(_mm512_add_epi32(wide, odd), _mm512_set1_epi32(0x7fff));
-    const __m512i quiet = _mm512_or_si512(wide, _mm512_set1_epi32(0x400000));
-    const __m512i bits = _mm512_srli_epi32(_mm512_mask_mov_epi32(nearest, is_nan(x), quiet), 16);
+    const __m512i bits = _mm512_srli_epi32(_mm512_castps_si512(narrowed(x)), 16);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(bits));
 #endif
 }
