@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 
 from router_training.settings import GateMode, TrainingConfig, WarmStart
-from server.config import DType, ServerConfig, load_config
+from server.config import BaseModelConfig, ServerConfig, load_config
 from server.errors import ConfigError
 from server.machine import has_bfloat16
 from server.routing.router import Granularity
@@ -38,7 +38,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=get_args(DType),
+        choices=get_args(BaseModelConfig.model_fields["dtype"].annotation),
         help="precision to compute in (default: base_model.dtype of the config); float32 is several times as fast on "
         "CPUs without bfloat16 arithmetic",
     )

