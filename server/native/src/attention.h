@@ -16,7 +16,8 @@ class Attention {
   public:
     // Row r of `queries` (rows, head_dim) belongs to position `positions[r]` of the sequence with `blocks`.
     static void run(const Shape& shape, const Cache<T>& cache, int layer, int kv_head, const int32_t* blocks,
-                    const T* const* queries, const int32_t* positions, int rows, Left<T>* const* out, AttentionTile<T>& tile) {
+                    const T* const* queries, const int32_t* positions, int rows, Left<T>* const* out,
+                    AttentionTile<T>& tile) {
         const int64_t dim = shape.head_dim;  // a multiple of 16
         const bool is_tiled = kHasTiles<T> && dim % (2 * kTile) == 0;
         tile.output.resize(kQueryRows<T> * dim);

@@ -109,8 +109,8 @@ class Forward : public AttentionStage<T> {
     // belong into the same columns of `out`, rows of `stride` values: at once if `is_in_place`, else
     // `finish(place, rows, column, columns, results, ldc)` takes them there from a buffer.
     template <class Finish>
-    void project(Own& own, Group group, const Packed<T>& weight, const Left<T>* input, int64_t first, int64_t count, float* out,
-                 int64_t stride, bool is_in_place, Finish finish) {
+    void project(Own& own, Group group, const Packed<T>& weight, const Left<T>* input, int64_t first, int64_t count,
+                 float* out, int64_t stride, bool is_in_place, Finish finish) {
         const int64_t tokens = step_->num_tokens, lda = depth(group.first), at_once = rows_at_once(own);
         // The matrix unit takes one panel after the other anyway.
         const int64_t panels_at_once = kHasTiles<T> ? 1 : count;
@@ -180,8 +180,8 @@ class Forward : public AttentionStage<T> {
             for (int64_t c = from; c < to; ++c) qkv_.get()[t * shape_.qkv_width() + c] += bias[c - column];
     }
 
-    void project_to_residual(Own& own, int layer, Group group, const Packed<T>& weight, const Left<T>* input, int64_t first,
-                             int64_t count) {
+    void project_to_residual(Own& own, int layer, Group group, const Packed<T>& weight, const Left<T>* input,
+                             int64_t first, int64_t count) {
         const std::vector<float>& bias = model_.layers[layer].bias[group.first];
         const int64_t width = shape_.hidden;
         project(own, group, weight, input, first, count, residual_.get(), width, false,

@@ -1,7 +1,7 @@
 // Products with weights that are packed once: C (M, N) = A (M, K) W^T, W (N, K).
 //
-// Packed layout: panels of 32 output columns; a panel is K / KP steps of 32 lanes, or twice as many of 16 where registers
-// hold the sums of no more. A panel is what a thread reads from memory in one go, once per step for all tokens.
+// Packed layout: panels of 32 output columns; a panel is K / KP steps of 32 lanes, or twice as many of 16 where
+// registers hold the sums of no more. A panel is what a thread reads from memory in one go, once per step for all tokens.
 #pragma once
 
 #include <sys/mman.h>

@@ -79,7 +79,8 @@ inline Mask operator&(Mask a, Mask b) { return {_mm256_and_ps(a.low, b.low), _mm
 
 inline Mask lanes_below(int64_t count) {
     const __m256i limit = _mm256_set1_epi32(static_cast<int32_t>(count < kVec ? count : kVec));
-    const __m256i low = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), high = _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15);
+    const __m256i low = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i high = _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15);
     return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(limit, low)), _mm256_castsi256_ps(_mm256_cmpgt_epi32(limit, high))};
 }
 template <int kHow>
