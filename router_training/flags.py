@@ -47,10 +47,12 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 def config_from(options: argparse.Namespace) -> ServerConfig:
     """The config that the flags name. Says on stderr where another --dtype would be far faster on this CPU."""
     config = load_config(options.config)
-    base_model = config.base_model.model_copy(update={"dtype": options.dtype or config.base_model.dtype})
-    if base_model.dtype == "bfloat16" and options.dtype is None and not has_bfloat16():
+    if options.dtype is not None:
+        base_model = config.base_model.model_copy(update={"dtype": options.dtype})
+        return config.model_copy(update={"base_model": base_model})
+    if config.base_model.dtype == "bfloat16" and not has_bfloat16():
         print("This CPU has no bfloat16 arithmetic: --dtype float32 is several times as fast.", file=sys.stderr)
-    return config.model_copy(update={"base_model": base_model})
+    return config
 
 
 def add_sources(parser: argparse.ArgumentParser) -> None:

@@ -20,11 +20,11 @@ def machine_facts() -> dict[str, Any]:
 
 
 def has_bfloat16() -> bool:
-    """Whether torch has fast products of bfloat16 on this CPU; otherwise it computes them value by value."""
+    """Whether torch multiplies bfloat16 in hardware on this CPU, not value by value; true where torch cannot tell."""
     import torch
 
-    found: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return found
+    # Builds without oneDNN, as for ARM, lack the operator too.
+    return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def version_facts() -> dict[str, str]:

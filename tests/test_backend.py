@@ -9,13 +9,14 @@ import torch
 
 from server.backend import build_backend
 from server.config import ServerSettings
+from server.machine import has_bfloat16
 from server.routing.attach import attach_routing
 
 SETTINGS = ServerSettings(backend="torch", kv_cache_mib=1, max_adapters=2)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "has_bfloat16", "warns"),
+    ("dtype", "is_fast", "warns"),
     [(torch.bfloat16, False, True), (torch.bfloat16, True, False), (torch.float32, False, False)],
 )
 def test_torch_in_bfloat16_on_a_cpu_without_it_is_slow_and_said_so(
@@ -23,10 +24,21 @@ def test_torch_in_bfloat16_on_a_cpu_without_it_is_slow_and_said_so(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     dtype: torch.dtype,
-    has_bfloat16: bool,
+    is_fast: bool,
     warns: bool,
 ) -> None:
-    monkeypatch.setattr("server.backend.has_bfloat16", lambda: has_bfloat16)
+    monkeypatch.setattr("server.backend.has_bfloat16", lambda: is_fast)
     with caplog.at_level(logging.WARNING):
         assert build_backend(attach_routing(tiny_llama().to(dtype), num_slots=3), SETTINGS, 64).name == "torch"
     assert ("base_model.dtype float32" in caplog.text) is warns
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_whether_bfloat16_is_fast_is_asked_of_onednn_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, supported: bool
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    assert has_bfloat16() is supported
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.delattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
+    assert has_bfloat16()
