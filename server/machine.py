@@ -24,7 +24,8 @@ def has_bfloat16() -> bool:
     import torch
 
     # Builds without oneDNN, as for ARM, lack the operator too.
-    return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return not has_onednn or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def version_facts() -> dict[str, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
 
 SOURCES = Path("server/native/src")
 RECIPE = "pyproject.toml"
@@ -18,16 +19,16 @@ class BuildLibraries(build_ext):  # type: ignore[misc]  # setuptools has no stub
     """`build_ext` for libraries that are one source file under several sets of flags."""
 
     def finalize_options(self) -> None:
-        """Every header counts as an input of every library."""
+        """Every library depends on every header, and on the flags."""
         super().finalize_options()
         self.parallel = True
         for library in self.extensions or ():
-            library.depends = sorted(str(path) for path in SOURCES.glob("*.h"))
+            library.depends = [RECIPE, *sorted(str(path) for path in SOURCES.glob("*.h"))]
 
     def build_extension(self, ext: Extension) -> None:
         """Compile one library, or take the source tree's, where an earlier editable installation has put it."""
         target, built = Path(self.get_ext_fullpath(ext.name)), Path(self.get_ext_filename(ext.name))
-        if not self.force and _is_newer(built, [*ext.sources, *ext.depends, RECIPE]):
+        if not self.force and not newer_group([*ext.sources, *ext.depends], str(built), "newer"):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(built, target)
             return
@@ -35,9 +36,3 @@ class BuildLibraries(build_ext):  # type: ignore[misc]  # setuptools has no stub
         own = copy.copy(self)
         own.build_temp = str(Path(self.build_temp) / ext.name)
         super(BuildLibraries, own).build_extension(ext)
-
-
-def _is_newer(built: Path, inputs: list[str]) -> bool:
-    """Whether a file is there and younger than all that it is made of."""
-    times = [path.stat().st_mtime for path in map(Path, inputs) if path.exists()]
-    return built.exists() and built.stat().st_mtime > max(times, default=0.0)
