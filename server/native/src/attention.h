@@ -152,8 +152,8 @@ class Attention {
     }
 
     // What registers keep the sums of: scores of so many queries and groups of 16 keys; rows of an output, and vectors.
-    static constexpr int kScoreRows = 4, kScoreGroups = kSums >= 24 ? 4 : 1;
-    static constexpr int kMixRows = kSums >= 24 ? 6 : 4, kMixColumns = kSums >= 24 ? 2 : 1;
+    static constexpr int kScoreRows = 4, kScoreGroups = kHasManyRegisters ? 4 : 1;
+    static constexpr int kMixRows = kHasManyRegisters ? 6 : 4, kMixColumns = kHasManyRegisters ? 2 : 1;
 
     // Scores of `rows` queries against G groups of 16 keys.
     template <int G>

@@ -15,10 +15,10 @@
 
 namespace lm {
 
-constexpr int kPanel = 32;       // columns of a panel
-constexpr int kTileRows = kSums >= 24 ? 12 : 5;  // rows whose sums are kept in registers
-constexpr int kBeside = kSums >= 24 ? kPanel : kVec;  // columns whose lanes of one step lie side by side
-constexpr int kDepthUnit = 32;   // K is padded to whole tiles of the matrix unit
+constexpr int kPanel = 32;                                  // columns of a panel
+constexpr int kBeside = kHasManyRegisters ? kPanel : kVec;  // columns whose lanes of one step lie side by side
+constexpr int kTileRows = kHasManyRegisters ? 12 : 5;       // rows whose sums are kept in registers
+constexpr int kDepthUnit = 32;                              // K is padded to whole tiles of the matrix unit
 
 struct FreeDeleter {
     void operator()(void* memory) const { std::free(memory); }
@@ -88,6 +88,11 @@ struct Packed {
         const int64_t step = column / beside() * steps + k / KP;
         return start + (step * beside() + column % beside()) * KP + k % KP;
     }
+    // The first lanes of a vector of columns, vectors counted from column 0; without a division, for small products.
+    const char* lanes(int64_t vector) const {
+        const int64_t column = vector * kVec, odd = beside() > kVec ? column % kPanel : 0;
+        return reinterpret_cast<const char*>(start + ((column - odd) * steps + odd) * Lane<T>::KP);
+    }
 
     // Columns [first, first + n) from row-major `weight` (n, depth), whose rows are `stride` values apart.
     template <class S>
@@ -106,16 +111,16 @@ inline __attribute__((always_inline)) void add_lanes(Vec (&sums)[MR][NV], const 
                                                      const IntVec (&right)[NV]) {
     if constexpr (kWidens<T>) {
         // One value of the lanes after the other: registers do not hold both.
-        const auto add = [&](auto part) {
+        const auto add = [&](int value, auto values_of) {
 #pragma GCC unroll 8
             for (int v = 0; v < NV; ++v) {
-                const Vec w = Lane<T>::template part<part()>(right[v]);
+                const Vec w = values_of(right[v]);
 #pragma GCC unroll 12
-                for (int m = 0; m < MR; ++m) sums[m][v] = multiply_add(all(left[m][part()]), w, sums[m][v]);
+                for (int m = 0; m < MR; ++m) sums[m][v] = multiply_add(all(left[m][value]), w, sums[m][v]);
             }
         };
-        add(std::integral_constant<int, 0>());
-        add(std::integral_constant<int, 1>());
+        add(0, [](IntVec lanes) { return low_halves(lanes); });
+        add(1, [](IntVec lanes) { return high_halves(lanes); });
     } else {
 #pragma GCC unroll 12
         for (int m = 0; m < MR; ++m) {
@@ -167,41 +172,47 @@ void multiply_rows(int64_t rows, const Left<T>* a, int64_t lda, const char* cons
 // Vectors of columns whose sums for so many rows are kept in registers, a power of two. Few rows leave registers free:
 // take several panels at once, so that enough sums are under way.
 constexpr int64_t vectors_at_once(int64_t rows) {
-    if (kSums >= 24) return rows <= 2 ? 8 : rows <= 6 ? 4 : 2;
+    if (kHasManyRegisters) return rows <= 2 ? 8 : rows <= 6 ? 4 : 2;
     return rows == 1 ? 4 : rows == 2 ? 2 : 1;
+}
+constexpr bool all_tiles_fit() {  // `multiply_rows` leaves out the others
+    for (int rows = 1; rows <= kTileRows; ++rows)
+        if (rows * vectors_at_once(rows) > kSums) return false;
+    return kTileRows * vectors_at_once(kTileRows + 1) <= kSums;
+}
+static_assert(all_tiles_fit());
+
+// C (rows, 16 vectors) (+)= A times columns of vectors, for up to kTileRows rows and 1, 2, 4 or 8 vectors.
+template <class T>
+void multiply_block(int64_t vectors, int64_t rows, const Left<T>* a, int64_t lda, const char* const* right,
+                    int64_t step_bytes, int64_t steps, float* c, int64_t ldc, bool accumulate) {
+    switch (vectors) {
+        case 1: multiply_rows<T, 1>(rows, a, lda, right, step_bytes, steps, c, ldc, accumulate); break;
+        case 2: multiply_rows<T, 2>(rows, a, lda, right, step_bytes, steps, c, ldc, accumulate); break;
+        case 4: multiply_rows<T, 4>(rows, a, lda, right, step_bytes, steps, c, ldc, accumulate); break;
+        default: multiply_rows<T, 8>(rows, a, lda, right, step_bytes, steps, c, ldc, accumulate); break;
+    }
 }
 
 // C (rows, width * count) (+)= A times `count` neighbouring panels from `first`; ldc counts float32 values.
 template <class T>
 void multiply_panels(const Left<T>* a, int64_t lda, int64_t rows, const Packed<T>& weight, int64_t first, int64_t count,
                      float* c, int64_t ldc, bool accumulate = false) {
-    const int64_t total = count * weight.width / kVec, step_bytes = weight.step_bytes();
+    const int64_t vectors = weight.width / kVec, total = count * vectors;
     const int64_t tiles = std::max<int64_t>(1, (rows + kTileRows - 1) / kTileRows);
     const int64_t at_once = (rows + tiles - 1) / tiles;  // of one height
     const char* right[8];
     // Rows of float32 are the larger side: a tile of them stays in the first-level cache, else 16 columns do.
     const int64_t block = kWidens<T> ? at_once : rows;
-    for (int64_t begin = 0; begin < rows; begin += block) {
-        const int64_t stop = std::min(begin + block, rows), most = vectors_at_once(stop - begin);
-        int64_t now = 0;
-        for (int64_t done = 0; done < total; done += now) {
-            now = std::min(total - done, most);
+    for (int64_t begin = 0, stop; begin < rows; begin = stop) {
+        stop = std::min(begin + block, rows);
+        for (int64_t done = 0, now; done < total; done += now) {
+            now = std::min(total - done, vectors_at_once(stop - begin));
             while (now & (now - 1)) now &= now - 1;  // a power of two
-            for (int64_t v = 0; v < now; ++v)
-                right[v] = reinterpret_cast<const char*>(weight.at(first * weight.width + (done + v) * kVec, 0));
-            for (int64_t row = begin; row < stop; row += at_once) {
-                const auto multiply = [&](auto count_of_vectors) {
-                    multiply_rows<T, count_of_vectors()>(std::min(at_once, stop - row), a + row * lda, lda, right,
-                                                         step_bytes, weight.steps, c + row * ldc + done * kVec, ldc,
-                                                         accumulate);
-                };
-                switch (now) {
-                    case 1: multiply(std::integral_constant<int, 1>()); break;
-                    case 2: multiply(std::integral_constant<int, 2>()); break;
-                    case 4: multiply(std::integral_constant<int, 4>()); break;
-                    default: multiply(std::integral_constant<int, 8>()); break;
-                }
-            }
+            for (int64_t v = 0; v < now; ++v) right[v] = weight.lanes(first * vectors + done + v);
+            for (int64_t row = begin; row < stop; row += at_once)
+                multiply_block<T>(now, std::min(at_once, stop - row), a + row * lda, lda, right, weight.step_bytes(),
+                                  weight.steps, c + row * ldc + done * kVec, ldc, accumulate);
         }
     }
 }

@@ -48,7 +48,7 @@ inline Vec load16(const Bf16* x) { return load_narrow(&x->bits); }
 inline void store16(float* out, Vec x) { store(out, x); }
 inline void store16(Bf16* out, Vec x) { store_narrow(&out->bits, x); }
 
-// One lane of type T, its arithmetic, and how many values it holds. `part` is the values of that number of 16 lanes.
+// One lane of type T, its arithmetic, and how many values it holds.
 template <class T>
 struct Lane;
 
@@ -59,10 +59,6 @@ struct Lane<float> {
         float a;
         std::memcpy(&a, left, sizeof a);
         return lm::multiply_add(all(a), as_floats(right), sum);
-    }
-    template <int N>
-    static inline Vec part(IntVec lanes) {
-        return as_floats(lanes);
     }
 };
 
@@ -80,22 +76,13 @@ struct Lane<Bf16> {
         return lm::multiply_add(high_halves(pair), high_halves(right), sum);
 #endif
     }
-    template <int N>
-    static inline Vec part(IntVec lanes) {
-        return N == 0 ? low_halves(lanes) : high_halves(lanes);
-    }
 };
 
 // Whether the left sides of products are kept as float32, rounded to T all the same: with AVX2 taking each pair of
 // bfloat16 apart again for every 16 columns costs a third of a product. The sums are the same ones. (With AVX-512 alone
 // it is not done: the rows of a tile, and their pointers, are too many for the registers that gcc has left.)
-#ifdef __AVX512F__
 template <class T>
-constexpr bool kWidens = false;
-#else
-template <class T>
-constexpr bool kWidens = std::is_same_v<T, Bf16>;
-#endif
+constexpr bool kWidens = std::is_same_v<T, Bf16> && !kHasManyRegisters;
 template <class T>
 using Left = std::conditional_t<kWidens<T>, float, T>;
 
@@ -110,10 +97,7 @@ template <class T>
 inline void store_left(Left<T>* out, float x) {
     T nearest;
     from_float(x, &nearest);
-    if constexpr (kWidens<T>)
-        *out = to_float(nearest);
-    else
-        *out = nearest;
+    from_float(to_float(nearest), out);
 }
 
 inline bool is_finite(const float* x, int64_t n) {

@@ -52,7 +52,7 @@ inline void slot_logits(const T* x, int64_t d_in, const Router& router, int gate
                         float* out) {
     const float* rows[4];
     for (int i = 0; i < count; ++i) rows[i] = router.rows[gate] + slots[i] * d_in;
-    constexpr int kAtOnce = kSums >= 24 ? 4 : 2;
+    constexpr int kAtOnce = kHasManyRegisters ? 4 : 2;
     int i = 0;
     for (; i + kAtOnce <= count; i += kAtOnce) dots<kAtOnce>(x, rows + i, d_in, out + i);
     for (; i < count; ++i) dots<1>(x, rows + i, d_in, out + i);

@@ -7,10 +7,17 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace lm {
 
 constexpr int kVec = 16;  // values of a vector
+#ifdef __AVX512F__
+constexpr bool kHasManyRegisters = true;
+#else
+constexpr bool kHasManyRegisters = false;
+#endif
+constexpr int kSums = kHasManyRegisters ? 24 : 5;  // vectors of sums that registers hold beside the operands
 
 }  // namespace lm
 

@@ -13,8 +13,6 @@ struct Mask {
     __m256 low, high;
 };
 
-constexpr int kSums = 5;  // vectors of sums that registers hold beside the operands
-
 inline Vec zeros() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline Vec all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline IntVec all_ints(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }

@@ -7,8 +7,6 @@ using Vec = __m512;
 using IntVec = __m512i;
 using Mask = __mmask16;
 
-constexpr int kSums = 24;  // vectors of sums that registers hold beside the operands
-
 inline Vec zeros() { return _mm512_setzero_ps(); }
 inline Vec all(float x) { return _mm512_set1_ps(x); }
 inline IntVec all_ints(int32_t x) { return _mm512_set1_epi32(x); }
