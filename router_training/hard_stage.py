@@ -66,7 +66,7 @@ class HardTrainer:
             on_step(self.step())
 
     def step(self) -> StepMetrics:
-        """One optimiser step of one adapter."""
+        """One optimiser step of one adapter. Raises TrainingDivergedError."""
         started, config = time.perf_counter(), self._config
         index, step = divmod(self.next_step, config.hard_steps)
         adapter = self._adapters.adapters[index]

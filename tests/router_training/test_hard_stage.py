@@ -13,7 +13,7 @@ from router_training.hard_stage import HardTrainer
 from router_training.joint_settings import JointConfig
 from router_training.roster import Roster
 from router_training.trainable import TrainableAdapters, fresh_adapters
-from router_training.trainer import StepMetrics, scheduled_rate
+from router_training.trainer import StepMetrics, TrainingDivergedError, scheduled_rate
 from server.errors import ConfigError
 
 Sequences = Callable[..., list[TokenSequence]]
@@ -58,6 +58,19 @@ def peft_trained(model: Any, start: dict[str, torch.Tensor], own: list[TokenSequ
         optimiser.param_groups[0]["lr"] = scheduled_rate(step, 5, 0.02, CONFIG.warmup_fraction)
         optimiser.step()
     return {name: parameter.detach() for name, parameter in parameters.items()}
+
+
+def test_a_loss_that_is_no_number_leaves_the_adapters(roster: Roster, make_sequences: Sequences) -> None:
+    adapters = fresh(roster)
+    trainer = HardTrainer(roster.routed, adapters, make_sequences(18), CONFIG)
+    trainer.step()
+    with torch.no_grad():
+        next(iter(adapters.adapters[0].parameters)).fill_(torch.inf)
+    before = adapters.state()
+    with pytest.raises(TrainingDivergedError, match=r"step 1: .* lower --hard-lr"):
+        trainer.run()
+    for name, state in adapters.state().items():
+        assert all(torch.equal(value, before[name][key]) for key, value in state.items())
 
 
 def test_the_hard_stage_trains_each_adapter_as_peft_trains_it_alone(
