@@ -161,7 +161,7 @@ def question_loss(features: Tensor, rows: Tensor, batch: Sequence[Question], swi
 
 
 def log_posterior(emissions: Tensor, switches: Tensor) -> Tensor:
-    """As `prompt_gate.smoothed` for a batch (S, L, C) with `switches` (S, L), in logarithms and differentiable: the
+    """As `task_chain.smoothed` for a batch (S, L, C) with `switches` (S, L), in logarithms and differentiable: the
     same chain, held to it by a test. Padding at the end must have zero emissions: it says nothing."""
     length, count = emissions.shape[1:]
     stays = torch.eye(count, dtype=torch.bool)
@@ -182,7 +182,7 @@ def log_posterior(emissions: Tensor, switches: Tensor) -> Tensor:
 class PromptReader:
     """A prompt gate over one roster: the spans of training sequences, each read once."""
 
-    def __init__(self, gate: PromptGate, roster: Roster, *, unguided: Iterable[TokenSequence] = ()) -> None:
+    def __init__(self, gate: PromptGate, roster: Roster, *, top_k: int, unguided: Iterable[TokenSequence] = ()) -> None:
         """Of `unguided` sequences the gate says nothing. A column more than adapters is the null expert's."""
         first_slot = BASE_SLOT if gate.scores.shape[1] > len(roster.adapters) else FIRST_SLOT
         self._gate = gate
@@ -192,7 +192,7 @@ class PromptReader:
         self._digests = roster.digest_of_slot
         self._num_slots = roster.routed.num_slots
         self._known: dict[tuple[int, ...], tuple[PlanSpan, ...]] = {s.token_ids: () for s in unguided}
-        self._plan = GatePlan(Policy.ROUTED, b"", allowed_slots=tuple(self._columns))
+        self._plan = GatePlan(Policy.ROUTED, b"", allowed_slots=tuple(self._columns), top_k=top_k)
 
     def fixed_gates(self, sequences: Sequence[TokenSequence], length: int) -> tuple[Tensor, Tensor]:
         """Gates (T, E) float32 of the sequences padded to `length`, and (T,) bool where they hold."""
@@ -203,8 +203,8 @@ class PromptReader:
             for stop, plan in self._spans(sequence):
                 if plan is not self._plan:
                     decides[row, start:stop] = True
-                    for slot in plan.slots:
-                        gates[row, start:stop, slot] = 1.0
+                    for slot, weight in plan.weights:
+                        gates[row, start:stop, slot] = weight
                 start = stop
         return gates.flatten(0, 1), decides.flatten()
 
@@ -242,11 +242,14 @@ def train_prompt_gate(
         )
 
 
-def guide_of(gate: PromptGate | None, roster: Roster, sequences: Sequence[TokenSequence]) -> Guide | None:
+def guide_of(
+    gate: PromptGate | None, roster: Roster, sequences: Sequence[TokenSequence], *, top_k: int
+) -> Guide | None:
     """What a trainer of these sequences is guided by: the gate, but for one chat in `UNGUIDED_EVERY`."""
     if gate is None:
         return None
-    return PromptReader(gate, roster, unguided=sequences[UNGUIDED_EVERY - 1 :: UNGUIDED_EVERY]).fixed_gates
+    unguided = sequences[UNGUIDED_EVERY - 1 :: UNGUIDED_EVERY]
+    return PromptReader(gate, roster, top_k=top_k, unguided=unguided).fixed_gates
 
 
 def _statistics(questions: Sequence[Question], vocabulary: int, num_choices: int) -> QuestionStatistics | None:

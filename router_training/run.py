@@ -204,7 +204,7 @@ def prepare_trainer(
         prior=prior,
         task_losses=task_losses,
         teacher=lambda batch: gate_batch(roster.routed, batch, own),
-        guide=guide_of(prompt_gate, roster, sequences),
+        guide=guide_of(prompt_gate, roster, sequences, top_k=settings.top_k),
         soft=soft,
     )
     if state is not None:

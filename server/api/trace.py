@@ -57,11 +57,17 @@ class RoutingTrace:
         return {**summary, "prompt": self._prompt()} if self._spans else summary
 
     def _prompt(self) -> list[dict[str, Any]]:
-        """Stretches of the prompt's beginning in order, and whose they are; None where the router decides."""
+        """Stretches of the prompt's beginning in order, and whose they are; None where the router decides. Where the
+        prompt gate is not sure, the likeliest adapter and the weights of all that act."""
         stretches, start = [], 0
         for stop, plan in self._spans:
-            name = None if plan is self._plan else self._names[next(iter(plan.slots), BASE_SLOT)]
-            stretches.append({"tokens": stop - start, "adapter": name})
+            weights = plan.weights or ((BASE_SLOT, 1.0),)
+            likeliest, _ = max(weights, key=lambda pair: pair[1])
+            stretch: dict[str, Any] = {"tokens": stop - start}
+            stretch["adapter"] = None if plan is self._plan else self._names[likeliest]
+            if len(weights) > 1:
+                stretch["weights"] = self._by_name(weights)
+            stretches.append(stretch)
             start = stop
         return stretches
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from server.routing.plan_course import ENDLESS, NO_COURSE, NO_TURNS, AnswerTurns, PlanCourse, PlanSpan, Turn
 from server.routing.policy import BASE_PLAN, BASE_SLOT, GatePlan, Policy, fixed_plan
-from server.routing.prompt_gate import FAINT_NEWCOMER_SHARE, PromptGate
+from server.routing.prompt_gate import FAINT_NEWCOMER_SHARE, Mixture, PromptGate
 
 
 def prompt_course(
@@ -27,9 +27,9 @@ def prompt_course(
     Each question is decided by itself, so that later turns of a conversation change nothing before them. A first one
     that no choice is sure of is the base model's if it may be chosen: most such are nobody's, and an adapter finds its
     way back in the answer, which the router decides. (A later one may mean something in its conversation.) The answer's
-    header follows the first stretch with an adapter: the first task is answered first, and the line ends before the
-    others' answers follow those (`AnswerTurns`); but no trained one where the question may be a newcomer's. A newcomer
-    that has a question for certain answers it alone, up to the next one.
+    header follows whoever is likely first: the first task is answered first, and the line ends before the others'
+    answers follow those (`AnswerTurns`); but no trained one where the question may be a newcomer's. A newcomer that has
+    a question for certain answers it alone, up to the next one.
 
     `column_of_slot` (V,) each. None at all where an allowed choice has no scores: the gate would give that one's
     prompts to others. `newcomers`: slots that the gate was not trained with. `answer_ends`: line ends in a row that end
@@ -42,7 +42,7 @@ def prompt_course(
     new_columns = [index for index, slot in enumerate(slots) if slot in newcomers]
     base_column = slots.index(BASE_SLOT) if BASE_SLOT in slots else None
     draft = _Draft(plan, token_ids)
-    only = cache(partial(_only, digest_of_slot))  # equal plans are one object
+    plan_of = cache(partial(_plan_of, digest_of_slot, slots))  # equal plans are one object
     for index, (start, stop) in enumerate(gate.frame.user_messages(token_ids)):
         is_first = index == 0
         draft.answer(start - (start if is_first else len(gate.frame.header)))
@@ -50,29 +50,44 @@ def prompt_course(
         if start == stop:
             continue
         reading = gate.decide(
-            token_ids[start:stop], columns, newcomers=new_columns, base=base_column, base_takes_rest=is_first
+            token_ids[start:stop],
+            columns,
+            newcomers=new_columns,
+            base=base_column,
+            base_takes_rest=is_first,
+            top_k=plan.top_k,
         )
-        own = [None if choice is None else slots[choice] for choice in reading.choices]
-        plans = [plan if slot is None else only(slot) for slot in own]
+        given = list(zip(reading.choices, reading.mixtures, strict=True))
+        plans = [plan if choice is None else plan_of(mixture) for choice, mixture in given]
         leads = not is_first or start <= gate.settings.max_opening_tokens
         draft.fill(start, plans[0] if leads else plan)
         draft.owners += plans
-        tasks = [slot for slot, _ in groupby(slot for slot in own if slot not in (None, BASE_SLOT))]
-        is_safe = tasks and (tasks[0] in newcomers or reading.newcomer_share <= FAINT_NEWCOMER_SHARE)
-        if is_safe and gate.frame.is_answered(token_ids, stop):
+        tasks = [choice for choice, _ in groupby(one for one in reading.choices if one not in (None, base_column))]
+        begins = reading.first
+        if reading.newcomer_share > FAINT_NEWCOMER_SHARE:
+            begins = _alone(tasks[0]) if tasks and tasks[0] in new_columns else None
+        if begins is not None and gate.frame.is_answered(token_ids, stop):
             draft.fill(stop, plan)
-            draft.fill(stop + len(gate.frame.answer), only(tasks[0]))
-            known = takewhile(lambda pair: pair[0] in answer_ends, pairwise(tasks))
-            waiting = tuple(Turn(answer_ends[task], only(following)) for task, following in known)
+            draft.fill(stop + len(gate.frame.answer), plan_of(begins))
+            known = takewhile(lambda pair: slots[pair[0]] in answer_ends, pairwise(tasks))
+            waiting = tuple(Turn(answer_ends[slots[task]], plan_of(_alone(following))) for task, following in known)
             draft.expect(turns=AnswerTurns(gate.frame, waiting) if waiting else NO_TURNS)
         if reading.answers is not None:
-            draft.expect(alone=only(slots[reading.answers]))
+            draft.expect(alone=plan_of(_alone(reading.answers)))
     draft.answer(len(token_ids))
     return draft.course()
 
 
-def _only(digest_of_slot: Mapping[int, str], slot: int) -> GatePlan:
-    return BASE_PLAN if slot == BASE_SLOT else fixed_plan(Policy.PINNED, {slot: 1.0}, digest_of_slot)
+def _alone(choice: int) -> Mixture:
+    return ((choice, 1.0),)
+
+
+def _plan_of(digest_of_slot: Mapping[int, str], slots: Sequence[int], mixture: Mixture) -> GatePlan:
+    weights = {slots[choice]: weight for choice, weight in mixture if slots[choice] != BASE_SLOT}
+    if not weights:
+        return BASE_PLAN
+    is_alone = list(weights.values()) == [1.0]
+    return fixed_plan(Policy.PINNED if is_alone else Policy.WEIGHTED, weights, digest_of_slot)
 
 
 class _Draft:

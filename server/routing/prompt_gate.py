@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,16 +22,22 @@ from torch import Tensor
 
 from server.routing.chat_frame import ChatFrame
 from server.routing.prompt_statistics import QuestionStatistics
+from server.routing.task_chain import ChainPosterior, Floats, smoothed
 
-Floats = npt.NDArray[np.float64]
-
-READS = "every question, the answer's header and turns, nobody's questions to the base model"
+READS = "every question, the answer's header and turns, nobody's questions to the base model, mixtures of the likely"
 """What a gate reads of a chat and decides; belongs to whatever its decisions are kept under."""
 TIMES_CHANCE = 3.0
 """The odds of a choice must also be so many times what they are where nothing is known. Matters in pools of two, and in
 small ones for the base model's lead."""
+SURE = 0.8
+"""Posterior from which a choice has a token, or an answer's header, to itself. Below it the others act too."""
+WEIGHT_STEPS = 8
+"""Weights of a mixture are multiples of one over so many, so that like tokens have one plan."""
 NEWCOMER_CONFIDENCE = 0.7
-"""Least posterior in a pool with choices that the gate was not trained with: scores from a few examples are rougher."""
+"""Least posterior of a token that may be a newcomer's, a choice's that the gate was not trained with: scores from a few
+examples are rougher."""
+MAX_NEWCOMER_TOKEN_SHARE = 0.05
+"""Posterior of all newcomers together up to which a token is none of theirs."""
 NEWCOMER_ARRIVAL = 1e-6
 """Prior probability that a newcomer takes over within a line: its scores are too rough to cut into what others ask."""
 NEWCOMER_ANSWERS = 0.9
@@ -62,6 +69,10 @@ class PromptGateSettings:
     """Tokens of each question that are read; the router has seen enough by then."""
 
 
+Mixture = tuple[tuple[int, float], ...]
+"""(choice, weight) of the choices that act on a token, weights that sum to one: one choice where the gate is sure."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """What a gate makes of one question."""
@@ -69,6 +80,11 @@ class Reading:
     choices: list[int | None]
     """Which of the columns' choices each token is given to; None where the router decides. Only so many tokens as the
     settings say."""
+    mixtures: list[Mixture]
+    """What acts on each token that is given to a choice: that one, and what else the token may be of."""
+    first: Mixture | None
+    """The same of whoever's answer comes first, that of the first adapter with a part of the question; None where
+    nothing is given for sure."""
     newcomer_share: float
     """Mean posterior of all newcomers together, whoever the question is given to."""
     answers: int | None
@@ -96,9 +112,9 @@ class PromptGate:
         *,
         newcomers: Collection[int] = (),
         base: int | None = None,
-    ) -> Floats:
-        """(T, len(columns)): probability that each token belongs to the choice of each column (V,). Ids beyond the
-        table say nothing. `newcomers` and `base` as in `decide`."""
+    ) -> ChainPosterior:
+        """Probability that each token belongs to the choice of each column (V,), and that a choice is the first beside
+        the base model. Ids beyond the table say nothing. `newcomers` and `base` as in `decide`."""
         ids = torch.tensor(token_ids)
         known = (ids < len(self.scores)) & (ids >= 0)
         ids = ids.where(known, 0)
@@ -110,7 +126,7 @@ class PromptGate:
         arrivals = np.repeat(switch[:, None] / max(1, len(columns) - 1), len(columns), axis=1)
         for newcomer in newcomers:
             arrivals[~begins, newcomer] = NEWCOMER_ARRIVAL
-        return smoothed(emissions.numpy(), arrivals)
+        return smoothed(emissions.numpy(), arrivals, background=base)
 
     def begins_line(self, token_ids: Sequence[int]) -> npt.NDArray[np.bool_]:
         """(T,): whether each token is the first of a line, but for the first of all."""
@@ -126,31 +142,35 @@ class PromptGate:
         newcomers: Collection[int] = (),
         base: int | None = None,
         base_takes_rest: bool = False,
+        top_k: int = 2,
     ) -> Reading:
         """What becomes of a question. `newcomers` are columns of choices that the gate was not trained with. `base` is
         the base model's; with `base_takes_rest` it gets a question of which nothing is sure, unless that may be a
-        newcomer's.
+        newcomer's. At most `top_k` adapters act on a token.
         """
-        posterior = self.posterior(
+        posterior, first = self.posterior(
             question[: self.settings.max_question_tokens], columns, newcomers=newcomers, base=base
         )
         best = posterior.argmax(axis=1)
-        is_sure = posterior.max(axis=1) >= self._needed(len(columns), bool(newcomers), base)[best]
-        newcomer_share = float(posterior[:, list(newcomers)].sum(axis=1).mean())
+        shares_of_newcomers = posterior[:, list(newcomers)].sum(axis=1)
+        least = np.where(shares_of_newcomers > MAX_NEWCOMER_TOKEN_SHARE, NEWCOMER_CONFIDENCE, 0.0)
+        is_sure = posterior.max(axis=1) >= np.maximum(least, self._needed(len(columns), base)[best])
+        newcomer_share = float(shares_of_newcomers.mean())
         choices = [index if sure else None for index, sure in zip(best.tolist(), is_sure.tolist(), strict=True)]
+        mixtures = mixtures_of(posterior, top_k, base)
         if base_takes_rest and base is not None and not is_sure.any() and newcomer_share <= MAX_NEWCOMER_SHARE:
-            choices = [base] * len(choices)
+            choices, mixtures = [base] * len(choices), [((base, 1.0),)] * len(choices)
+        begins = mixtures_of(first[None], top_k, base)[0] if is_sure.any() else None
         answers = next((new for new in newcomers if posterior[:, new].min() >= NEWCOMER_ANSWERS), None)
-        return Reading(choices, newcomer_share, answers)
+        return Reading(choices, mixtures, begins, newcomer_share, answers)
 
-    def _needed(self, num_choices: int, with_newcomers: bool, base: int | None) -> Floats:
+    def _needed(self, num_choices: int, base: int | None) -> Floats:
         """(num_choices,): posterior from which a token is given to each: of two, a half is a toss-up."""
         weights = np.ones(num_choices)
         if base is not None:
             weights[base] = math.exp(self.settings.base_lead)
         odds = TIMES_CHANCE * weights / np.maximum(weights.sum() - weights, 1e-9)
-        least = max(self.settings.confidence, NEWCOMER_CONFIDENCE if with_newcomers else 0.0)
-        needed: Floats = np.maximum(least, odds / (1 + odds))
+        needed: Floats = np.maximum(self.settings.confidence, odds / (1 + odds))
         return needed
 
     def columns(self, index_of_slot: Mapping[int, int]) -> dict[int, Tensor]:
@@ -204,32 +224,26 @@ class PromptGate:
         return cls(scores, frame, read, answer_ends=answer_ends)
 
 
-def smoothed(emissions: Floats, arrivals: Floats) -> Floats:
-    """Posterior (T, C) of a hidden Markov chain by the forward-backward algorithm (Rabiner 1989).
+def mixtures_of(posterior: Floats, most: int, base: int | None = None) -> list[Mixture]:
+    """Of each row (C,) of (T, C), who acts: the likeliest alone if it is sure or the base model, else the likeliest
+    adapters, at most `most`, by their shares of what these have. Weights are multiples of one over `WEIGHT_STEPS`,
+    rounded in favour of the likeliest, and sum to one as a router's do.
 
-    emissions (T, C) in nats; `arrivals` (T, C) or what broadcasts to it: probability that a token belongs to a choice
-    if the one before it belongs to another. The first choice is uniform.
+    Where most likely none is to act, faint ones only disturb (docs/prompt-gate.md has the figures).
     """
-    length, count = emissions.shape
-    if count == 1 or length == 0:
-        return np.ones((length, count))
-    arrivals = np.broadcast_to(arrivals, emissions.shape)
-    rest = 1 - arrivals.sum(axis=1)
-    likelihood: Floats = np.exp(emissions - emissions.max(axis=1, keepdims=True))
-    # Far from the best choice is as good as never; zero would divide by zero where everything is.
-    likelihood = np.maximum(likelihood, 1e-30)
-    posterior: Floats = np.empty_like(likelihood)
-    message = likelihood[0] / likelihood[0].sum()
-    posterior[0] = message
-    for position in range(1, length):
-        message = likelihood[position] * (rest[position] * message + arrivals[position])
-        message /= message.sum()
-        posterior[position] = message
-    message = np.ones(count)
-    for position in range(length - 1, 0, -1):
-        message = likelihood[position] * message
-        message /= message.sum()
-        message = rest[position] * message + arrivals[position] @ message
-        posterior[position - 1] *= message
-    posterior /= posterior.sum(axis=1, keepdims=True)
-    return posterior
+    best = posterior.argmax(axis=1)[:, None]
+    is_alone = (posterior.max(axis=1, keepdims=True) >= SURE) | (best == base)
+    likely = posterior.copy()
+    if base is not None:
+        likely[:, base] = 0.0
+    np.put_along_axis(likely, np.argsort(-likely, axis=1, kind="stable")[:, most:], 0.0, axis=1)
+    likely /= np.maximum(likely.sum(axis=1, keepdims=True), 1e-300)
+    weights = np.where(is_alone, 0.0, np.floor(likely * WEIGHT_STEPS) / WEIGHT_STEPS)
+    np.put_along_axis(weights, best, 0.0, axis=1)
+    np.put_along_axis(weights, best, 1 - weights.sum(axis=1, keepdims=True), axis=1)
+    changes = np.flatnonzero((weights[1:] != weights[:-1]).any(axis=1)) + 1
+    mixtures: list[Mixture] = []
+    for start, stop in pairwise([0, *changes.tolist(), len(weights)]):
+        acting = tuple((choice, weight) for choice, weight in enumerate(weights[start].tolist()) if weight)
+        mixtures += [acting] * (stop - start)
+    return mixtures

@@ -89,6 +89,20 @@ def test_of_a_stretch_that_goes_on_in_the_answer_the_prompts_part_is_told(
     assert second == {"tokens": answer["usage"]["prompt_tokens"] - 2, "adapter": "mbpp"}
 
 
+def test_of_an_unsure_stretch_the_weights_of_all_that_act_are_told(
+    harness: Harness, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = {1: "gsm8k", 2: "mbpp"}
+    mixture = fixed_plan(Policy.WEIGHTED, {1: 0.375, 2: 0.625}, digests)
+    monkeypatch.setattr(
+        harness.registry, "prompt_course", lambda *_: PlanCourse((PlanSpan(2, mixture), PlanSpan(3, BASE_PLAN)))
+    )
+    assert trace(client, "summary")["prompt"] == [
+        {"tokens": 2, "adapter": "mbpp", "weights": {"gsm8k": 0.375, "mbpp": 0.625}},
+        {"tokens": 1, "adapter": "base"},
+    ]
+
+
 @pytest.mark.parametrize("level", ["summary", "tokens", "layers"])
 @pytest.mark.parametrize("stop", [None, "wö"])
 def test_streamed_trace_joins_to_that_of_the_whole_answer(client: httpx.Client, level: str, stop: str | None) -> None:

@@ -117,10 +117,12 @@ class Rig:
         params = SamplingParams(temperature=0.0, max_tokens=NUM_NEW, ignore_eos=True)
         prompts = [shared + [5 + index] * (index % 3 + 1) for index in range(10)]
         turns = AnswerTurns(FRAME, (Turn(1, self.plans[2]), Turn(1, BASE_PLAN), Turn(1, self.plans[4])))
+        pinned = fixed_plan(Policy.PINNED, {3: 1.0}, DIGESTS)
+        mixture = fixed_plan(Policy.WEIGHTED, {1: 0.375, 3: 0.625}, DIGESTS)
         courses = {
             1: PlanCourse((PlanSpan(9, self.plans[2]), PlanSpan(14, self.plans[1]), PlanSpan(18, BASE_PLAN))),
             6: PlanCourse(turns=turns),
-            8: PlanCourse((PlanSpan(3, fixed_plan(Policy.PINNED, {3: 1.0}, DIGESTS)),)),
+            8: PlanCourse((PlanSpan(3, pinned), PlanSpan(7, mixture))),
         }
         return [
             EngineSequence(

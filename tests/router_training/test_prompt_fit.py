@@ -36,8 +36,9 @@ from server.errors import ConfigError
 from server.model.tokenizer import ChatTokenizer
 from server.routing.chat_frame import ChatFrame
 from server.routing.plan_course import plan_runs
-from server.routing.prompt_gate import PromptGate, PromptGateSettings, smoothed
+from server.routing.prompt_gate import PromptGate, PromptGateSettings
 from server.routing.router import load_artefact
+from server.routing.task_chain import smoothed
 from tests.router_training.conftest import TOKENS_PER_TASK, byte_tokenizer
 from tests.router_training.test_run import QUICK, run
 
@@ -73,7 +74,7 @@ def test_both_forms_of_the_chain_agree_whatever_the_padding() -> None:
         emissions[row, length:] = 0
     batched = log_posterior(emissions, torch.full(emissions.shape[:2], 0.01)).exp()
     for row, length in enumerate(lengths):
-        alone = smoothed(emissions[row, :length].double().numpy(), np.array(0.01 / 3))
+        alone = smoothed(emissions[row, :length].double().numpy(), np.array(0.01 / 3)).tokens
         np.testing.assert_allclose(batched[row, :length].numpy(), alone, atol=1e-5)
 
 
@@ -90,7 +91,7 @@ def test_the_trainers_chain_changes_where_the_servers_does() -> None:
     emissions = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(1))
     batched = log_posterior(emissions, found).exp()
     for row in range(2):
-        alone = smoothed(emissions[row].double().numpy(), found[row, :, None].double().numpy() / 2)
+        alone = smoothed(emissions[row].double().numpy(), found[row, :, None].double().numpy() / 2).tokens
         np.testing.assert_allclose(batched[row].numpy(), alone, atol=1e-5)
 
 
@@ -204,10 +205,10 @@ def test_the_gate_tells_tasks_apart_and_sees_where_they_change(roster: Roster, m
     gate = fit(roster, framed(make_sequences(60)))
     assert gate.scores.shape == (roster.loaded.vocab_size, 3)
     for held_out in make_sequences(9, seed=5):
-        posterior = gate.posterior(held_out.token_ids, gate.scores.unbind(dim=1))
+        posterior = gate.posterior(held_out.token_ids, gate.scores.unbind(dim=1)).tokens
         assert posterior[:, held_out.label - FIRST_SLOT].min() > gate.settings.confidence
     first, second = (list(range(task * TOKENS_PER_TASK, (task + 1) * TOKENS_PER_TASK)) * 12 for task in (0, 2))
-    both = gate.posterior([*first, *second], gate.scores.unbind(dim=1)).argmax(axis=1).tolist()
+    both = gate.posterior([*first, *second], gate.scores.unbind(dim=1)).tokens.argmax(axis=1).tolist()
     assert both == [0] * len(first) + [2] * len(second)
 
 
@@ -252,7 +253,7 @@ def test_the_trainers_gates_are_the_servers_spans(roster: Roster, make_sequences
     gate = fit(roster, framed(make_sequences(60)))
     batch = collate(sequences)
     longest = batch.token_ids.shape[1]
-    fixed, decides = PromptReader(gate, roster).fixed_gates(sequences, longest)
+    fixed, decides = PromptReader(gate, roster, top_k=3).fixed_gates(sequences, longest)
     router = RouterParameters.zeros(roster.gated_projections(), "layer", 3)
     config = TrainingConfig(top_k=3)
     plans = roster.routed_plans(build_artefact(router.detached(), roster, config, prompt_gate=gate))
@@ -262,8 +263,8 @@ def test_the_trainers_gates_are_the_servers_spans(roster: Roster, make_sequences
         assert spans, "the gate has learnt these tasks"
         start = 0
         for plan, count in plan_runs(spans, plans[0], 0, spans[-1].stop):
-            for slot in plan.slots if plan is not plans[0] else ():
-                expected[row, start : start + count, slot] = 1.0
+            for slot, weight in plan.weights:
+                expected[row, start : start + count, slot] = weight
             start += count
     assert torch.equal(fixed.view_as(expected), expected)
     assert torch.equal(decides, expected.sum(dim=2).flatten() > 0)
@@ -291,10 +292,30 @@ def test_the_trainer_knows_whose_turn_it_is(roster: Roster) -> None:
     gate = PromptGate(scores.half(), frame, answer_ends=(1, 1, 1))
     tokens = (*frame.header, *[11] * 6, *[12] * 6, *frame.answer, 5, 5, 7, 5)
     sequence = TokenSequence(tokens, len(tokens) - 4, FIRST_SLOT)
-    fixed, decides = PromptReader(gate, roster).fixed_gates([sequence], len(tokens))
+    fixed, decides = PromptReader(gate, roster, top_k=3).fixed_gates([sequence], len(tokens))
     first, second = FIRST_SLOT, FIRST_SLOT + 1
     assert decides.tolist() == [True] * 16 + [False, False, True, False]
     assert fixed[decides].argmax(dim=1).tolist() == [first] * 8 + [second] * 6 + [first] * 2 + [second]
+
+    router = RouterParameters.zeros(roster.gated_projections(), "layer", 3)
+    artefact = build_artefact(router.detached(), roster, TrainingConfig(top_k=3), prompt_gate=gate)
+    gates = gate_batch(roster.routed, batch := collate([sequence]), roster.routed_plans(artefact))
+    assert gates is not None
+    with torch.inference_mode():
+        answer_losses(roster.routed, batch, gates)
+    assert torch.allclose(gates.share[decides], fixed[decides])
+
+
+def test_where_the_gate_is_not_sure_the_trainers_gates_have_the_servers_weights(roster: Roster) -> None:
+    frame = ChatFrame((200, 201), 202, (202, 203))
+    scores = torch.zeros(roster.loaded.vocab_size, 3)
+    scores[11, 0] = scores[12, 1] = 0.5
+    gate = PromptGate(scores.half(), frame)
+    tokens = (*frame.header, *[11] * 6, *[12] * 3, *frame.answer, 5, 5)
+    sequence = TokenSequence(tokens, len(tokens) - 2, FIRST_SLOT)
+    fixed, decides = PromptReader(gate, roster, top_k=2).fixed_gates([sequence], len(tokens))
+    assert decides.tolist() == [True] * 13 + [False] * 2
+    assert fixed[decides][:, [FIRST_SLOT, FIRST_SLOT + 1]].tolist() == [[0.875, 0.125]] * 13
 
     router = RouterParameters.zeros(roster.gated_projections(), "layer", 3)
     artefact = build_artefact(router.detached(), roster, TrainingConfig(top_k=3), prompt_gate=gate)
@@ -329,11 +350,11 @@ def test_where_the_gate_decides_the_router_learns_nothing(roster: Roster, make_s
 
 def test_some_chats_are_trained_without_the_gate(roster: Roster, make_sequences: Sequences) -> None:
     sequences = framed(make_sequences(60))
-    guide = guide_of(fit(roster, sequences), roster, sequences[:8])
+    guide = guide_of(fit(roster, sequences), roster, sequences[:8], top_k=2)
     assert guide is not None
     decides = guide(sequences[:8], 64)[1].view(8, 64).any(dim=1)
     assert decides.tolist() == [index % UNGUIDED_EVERY != UNGUIDED_EVERY - 1 for index in range(8)]
-    assert guide_of(None, roster, sequences) is None
+    assert guide_of(None, roster, sequences, top_k=2) is None
 
 
 @pytest.mark.parametrize("flags", [[], ["--null-expert"]], ids=["adapters", "null expert"])

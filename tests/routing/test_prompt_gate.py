@@ -13,7 +13,7 @@ from server.routing.chat_frame import ChatFrame
 from server.routing.plan_course import ENDLESS, NO_TURNS, PlanSpan, clipped, plan_runs
 from server.routing.policy import BASE_PLAN, BASE_SLOT, GatePlan, Policy, routed_plan
 from server.routing.prompt_course import prompt_course
-from server.routing.prompt_gate import PromptGate, PromptGateSettings, smoothed
+from server.routing.prompt_gate import PromptGate, PromptGateSettings, mixtures_of
 
 FRAME = ChatFrame(header=(90, 91, 90), end=99, answer=(99, 61, 62))
 DIGESTS = {1: "d1", 2: "d2"}
@@ -55,36 +55,6 @@ def choices(question: list[int], *, opening: int = 5, gate: PromptGate | None = 
     return found
 
 
-def test_smoothing_equals_the_sum_over_all_paths() -> None:
-    generator = np.random.default_rng(0)
-    emissions, switch = generator.normal(size=(6, 3)) * 2, 0.1
-    expected = np.zeros((6, 3))
-    for path in itertools.product(range(3), repeat=6):
-        changes = sum(first != second for first, second in itertools.pairwise(path))
-        weight = math.exp(sum(emissions[position, choice] for position, choice in enumerate(path)))
-        weight *= (switch / 2) ** changes * (1 - switch) ** (5 - changes)
-        for position, choice in enumerate(path):
-            expected[position, choice] += weight
-    expected /= expected.sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(smoothed(emissions, np.array(switch / 2)), expected, rtol=1e-10)
-
-
-def test_every_token_and_choice_may_have_a_probability_of_its_own_to_arrive() -> None:
-    generator = np.random.default_rng(2)
-    emissions, arrivals = generator.normal(size=(4, 3)), generator.uniform(0, 0.4, size=(4, 3))
-    expected = np.zeros((4, 3))
-    for path in itertools.product(range(3), repeat=4):
-        weight = math.exp(sum(emissions[position, choice] for position, choice in enumerate(path)))
-        for position in range(1, 4):
-            before, choice = path[position - 1], path[position]
-            others = sum(arrivals[position, other] for other in range(3) if other != before)
-            weight *= arrivals[position, choice] if choice != before else 1 - others
-        for position, choice in enumerate(path):
-            expected[position, choice] += weight
-    expected /= expected.sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(smoothed(emissions, arrivals), expected, rtol=1e-10)
-
-
 def test_a_newcomer_takes_over_where_a_line_begins() -> None:
     gate = replace(make_gate(), frame=replace(FRAME, line_ends=((DULL, 1),)))
     columns = [gate.scores[:, slot] for slot in (0, 1, 2)]
@@ -102,17 +72,6 @@ def test_a_second_task_is_found_sooner_where_a_line_begins() -> None:
     question = [A] * 4 + [DULL] + [B] * 3
     for own_gate, found in ((gate, [1] * 5 + [2] * 3), (replace(gate, frame=FRAME), [1] * 8)):
         assert own_gate.decide(question, [weak[slot] for slot in INDICES]).choices == found
-
-
-def test_smoothing_stays_finite_for_long_and_extreme_questions() -> None:
-    emissions = np.random.default_rng(1).normal(size=(3000, 4)) * 300
-    posterior = smoothed(emissions, np.array(1e-3))
-    assert np.isfinite(posterior).all()
-    np.testing.assert_allclose(posterior.sum(axis=1), 1.0, rtol=1e-9)
-
-
-def test_a_single_choice_is_certain() -> None:
-    assert (smoothed(np.zeros((4, 1)), np.array(1e-3)) == 1).all()
 
 
 @pytest.mark.parametrize("make", [list, tuple])
@@ -200,16 +159,13 @@ def test_a_choice_needs_three_times_the_odds_of_chance() -> None:
 
 
 def test_rough_scores_of_newcomers_must_be_surer() -> None:
-    columns = torch.tensor([[0.6, 0.2, 0.2], [0.8, 0.1, 0.1]]).log().unbind(dim=1)
-    gate = PromptGate(torch.zeros(2, 3), FRAME, PromptGateSettings(confidence=0.5))
-    assert [gate.decide([token], columns).choices for token in (0, 1)] == [[0], [0]]
-    assert [gate.decide([token], columns, newcomers=[2]).choices for token in (0, 1)] == [[None], [0]]
-    tokens, plan = prompt([A] * 4), make_plan()
-    for newcomers, changes in ((frozenset({99}), False), (frozenset(plan.allowed_slots[-1:]), True)):
-        weak = make_gate()
-        columns_of = {slot: column * 0.07 for slot, column in weak.columns(INDICES).items()}
-        usual = prompt_spans(weak, plan, columns_of, DIGESTS, tokens)
-        assert (prompt_spans(weak, plan, columns_of, DIGESTS, tokens, newcomers=newcomers) != usual) == changes
+    """And whatever may be theirs; what they have no part in is decided as without them."""
+    columns = torch.tensor([[0.6, 0.2, 0.2], [0.8, 0.1, 0.1], [0.6, 0.38, 0.02]]).log().unbind(dim=1)
+    gate = PromptGate(torch.zeros(3, 3), FRAME, PromptGateSettings(confidence=0.5))
+    assert [gate.decide([token], columns).choices for token in (0, 1, 2)] == [[0], [0], [0]]
+    assert [gate.decide([token], columns, newcomers=[2]).choices for token in (0, 1, 2)] == [[None], [0], [0]]
+    assert [gate.decide([token], columns, newcomers=[0]).choices for token in (0, 1, 2)] == [[None], [0], [None]]
+    assert gate.decide([0], columns, newcomers=[1, 2]).choices == [None]
 
 
 def test_a_newcomer_that_has_a_question_for_certain_answers_it_alone() -> None:
@@ -262,11 +218,12 @@ def test_the_base_model_leads_before_a_question_begins() -> None:
     assert gate.decide([A], columns).choices == [0]
     assert gate.decide([A], columns, base=1).choices == [None], "of two choices one must be surer"
     assert gate.decide([A] * 3, columns, base=1).choices == [0] * 3, "once, not at every token"
-    posterior = gate.posterior([A], columns, base=1)
+    posterior = gate.posterior([A], columns, base=1).tokens
     np.testing.assert_allclose(posterior[0, 1] / posterior[0, 0], math.exp(3.0 - 2.0), rtol=1e-6)
     dull_later = [*prompt([A] * 4), *FRAME.header, DULL, DULL, 99]
     assert owners(dull_later, gate=gate)[-3:] == [None] * 3, "to lead is not to be sure, in a small pool neither"
-    assert make_gate(base_lead=0.0).posterior([A], columns, base=1).tolist() == gate.posterior([A], columns).tolist()
+    leading_nobody = make_gate(base_lead=0.0).posterior([A], columns, base=1).tokens
+    assert leading_nobody.tolist() == gate.posterior([A], columns).tokens.tolist()
 
 
 def test_what_no_choice_is_sure_of_is_left_to_newcomers_it_may_be_of() -> None:
@@ -324,12 +281,80 @@ def test_the_answers_header_follows_the_first_adapter() -> None:
     assert owners(prompt([A] * 6 + [B] * 6)) == [1] * 11 + [2] * 6 + [1] * 3
     assert owners(prompt([BASE] * 6 + [B] * 6)) == [BASE_SLOT] * 11 + [2] * 9
     assert owners(prompt([B] * 6 + [BASE] * 6)) == [2] * 11 + [BASE_SLOT] * 6 + [2] * 3
-    assert owners(prompt([BASE] * 6)) == [BASE_SLOT] * 11 + [None] * 3
+    assert owners(prompt([BASE] * 6)) == [BASE_SLOT] * 14, "and what is nobody's for certain is answered as such"
     assert owners([*prompt([A] * 4)[:-1], 63]) == [1] * 9 + [None] * 3, "another header"
     assert owners(prompt([A] * 4)[:-1]) == [1] * 9 + [None] * 2, "half a header"
     gate = make_gate(max_question_tokens=2)
     spans = prompt_spans(gate, make_plan(), gate.columns(INDICES), DIGESTS, prompt([A] * 4))
     assert [(span.stop, span.plan.slots) for span in spans] == [(7, (1,)), (9, (0, 1, 2)), (12, (1,))]
+
+
+def test_where_it_is_not_sure_the_likeliest_act_by_their_shares() -> None:
+    posterior = np.array([[0.0, 0.6, 0.4], [0.85, 0.1, 0.05], [0.6, 0.38, 0.02], [0.1, 0.79, 0.11], [1 / 3] * 3])
+    assert mixtures_of(posterior, 2) == [
+        ((1, 0.625), (2, 0.375)),
+        ((0, 1.0),),
+        ((0, 0.625), (1, 0.375)),
+        ((1, 1.0),),
+        ((0, 0.5), (1, 0.5)),
+    ]
+    assert mixtures_of(posterior, 2, base=1)[:3] == [((1, 1.0),), ((0, 1.0),), ((0, 1.0),)], "it is no adapter"
+    assert mixtures_of(posterior, 3)[4] == ((0, 0.5), (1, 0.25), (2, 0.25))
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 9])
+def test_weights_of_a_mixture_are_a_routers(most: int) -> None:
+    """At most k, none negative, and of all together one."""
+    posterior = np.random.default_rng(5).dirichlet([0.5] * 9, size=300)
+    for base in (None, 4):
+        for mixture, row in zip(mixtures_of(posterior, most, base), posterior, strict=True):
+            weights = dict(mixture)
+            assert len(weights) <= most
+            assert min(weights.values()) > 0
+            assert sum(weights.values()) == 1.0
+            assert weights[int(row.argmax())] == max(weights.values())
+            assert base not in weights or mixture == ((base, 1.0),)
+
+
+def weights_along(tokens: list[int], **settings: float) -> list[dict[int, float] | None]:
+    """What acts on each token of a prompt; None where the router decides."""
+    gate, plan = make_gate(**settings), make_plan()
+    weak = {slot: column * 0.2 for slot, column in gate.columns(INDICES).items()}
+    spans = prompt_spans(gate, plan, weak, DIGESTS, tokens)
+    return [
+        None if own is plan else dict(own.weights)
+        for own, n in plan_runs(spans, plan, 0, len(tokens))
+        for _ in range(n)
+    ]
+
+
+def test_an_unsure_question_and_its_header_follow_a_mixture() -> None:
+    """0.8 nats a token: of three for one choice and two for another; the base model's part is no adapter's."""
+    mixture = {1: 0.75, 2: 0.25}
+    assert weights_along(prompt([A, A, A, B, B]), base_lead=0.0) == [mixture] * 13
+    assert weights_along(prompt([BASE, BASE, BASE, A, A]), base_lead=0.0) == [{}] * 13
+    assert weights_along(prompt([A, A, A, BASE, BASE]), base_lead=0.0) == [{1: 1.0}] * 13
+    assert weights_along(prompt([A, A, A, A]), base_lead=0.0) == [{1: 1.0}] * 12, "it is sure"
+
+
+def test_equal_mixtures_are_one_plan() -> None:
+    """A batch has a row of gates per plan, and the prefix cache compares them."""
+    gate, plan = make_gate(base_lead=0.0), make_plan()
+    weak = {slot: column * 0.2 for slot, column in gate.columns(INDICES).items()}
+    spans = prompt_spans(gate, plan, weak, DIGESTS, prompt([A, A, A, B, B]))
+    assert [(span.stop, span.plan.policy) for span in spans] == [(13, Policy.WEIGHTED)]
+
+
+def test_the_header_follows_who_is_likely_first_and_not_who_is_sure_later() -> None:
+    """A first task too short to be sure of, and a clear second one: the answer begins with the first task's."""
+    gate = make_gate(base_lead=0.0, switch=0.05, switch_at_lines=0.05)
+    columns = list(gate.columns(INDICES).values())
+    reading = gate.decide([A] + [DULL] * 3 + [B] * 8, [columns[0], columns[1] * 0.6, columns[2]])
+    assert reading.choices[0] is None
+    assert set(reading.choices) == {None, 2}
+    assert reading.first is not None
+    assert dict(reading.first) == {1: 0.625, 2: 0.375}
+    assert gate.decide([DULL], columns).first is None, "nothing is sure"
 
 
 def test_a_gate_that_knows_no_header_leaves_answers_to_the_router() -> None:
