@@ -60,7 +60,7 @@ def document(results: Results, figure_folder: str) -> str:
     evaluations = results.evaluations(main) if main else []
     comparisons = results.comparisons(main) if main else []
     drawn = figures(results, main)
-    parts = [HEAD, _aims(evaluations, comparisons), _what_was_run(results)]
+    parts = [HEAD, _aims(results, main), _what_was_run(results)]
     parts += [_policies(results, comparisons), _tasks(evaluations)]
     parts += [_metrics(results, main), _ablations(results), _usage(comparisons)]
     parts += [_data_size(results, drawn, figure_folder), _gates(results, main, drawn, figure_folder)]
@@ -74,10 +74,13 @@ def section(heading: str, *paragraphs: str) -> str:
     return "\n\n".join([f"## {heading}", *(paragraphs or [NOT_YET])])
 
 
-def _aims(evaluations: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]]) -> str:
-    if not evaluations:
+def _aims(results: Results, main: str | None) -> str:
+    if main is None or not (evaluations := results.evaluations(main)):
         return section("Aims")
-    return section("Aims", verdicts(evaluations, comparisons), _best_other(comparisons))
+    paragraphs = [verdicts(evaluations, comparisons := results.comparisons(main)), _best_other(comparisons)]
+    if (titled := results.titled(main)) != main:
+        paragraphs.insert(0, f"Of `{titled}`: measured before its training, data or evaluation changed, and not since.")
+    return section("Aims", *paragraphs)
 
 
 def _best_other(evaluations: Sequence[Mapping[str, Any]]) -> str:

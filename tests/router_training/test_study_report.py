@@ -295,6 +295,7 @@ def test_what_was_measured_before_is_shown_marked_where_there_is_nothing_newer(r
     text = parts(document(Results(record), "figures"))
     assert "6 of 9 runs (a run under one seed each) of the plan are measured, 3 more (†)" in text["What was run"]
     assert row(text["Every policy"], "**the router**")[2] == "1.000", "the seed that is of the plan alone"
+    assert "†" not in text["Aims"]
     assert row(text["Ablations"], "no-entropy †")[2] == "1.300"
     assert row(text["Ablations"], "short")[2] == "1.200"
     assert "† Measured before data or evaluation changed" in text["Ablations"]
@@ -304,6 +305,7 @@ def test_what_was_measured_before_is_shown_marked_where_there_is_nothing_newer(r
         run["stage"] = "outdated"
     text = parts(document(Results(record), "figures"))
     assert row(text["Every policy"], "**the router**")[2] == "1.010 ± 0.010"
+    assert "Of `winner †`: measured before" in text["Aims"]
     assert "Ratio of means less that of `short`" in text["Ablations"]
 
 
