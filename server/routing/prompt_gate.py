@@ -3,7 +3,8 @@
 A router that decides per token knows nothing at a prompt's beginning, which is the same for every task, and little in
 its first words. But a prompt is known whole. Token scores, a linear map of the frozen token embeddings as a table
 (vocabulary x choices), are the emissions of a hidden Markov chain over the choices; its smoothed posterior at a token
-looks both ways, and tells where in a prompt the task changes. Where it is unsure the router decides as elsewhere.
+looks both ways, and tells where in a prompt the task changes. Where it is not sure the likeliest adapters act together,
+and where no choice is likely the router decides as elsewhere.
 
 A pure function of (prompt tokens, router, allowed choices). Letters: T tokens of the question, C choices, V vocabulary.
 """
