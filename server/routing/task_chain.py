@@ -63,7 +63,11 @@ def smoothed(emissions: Floats, arrivals: Floats, *, background: int | None = No
 def _first_arrivals(
     likelihood: Floats, arrivals: Floats, rest: Floats, scales: Floats, background: int | None
 ) -> Floats:
-    """(T, C): probability, given the tokens so far, that a choice begins here with nothing but background before it."""
+    """(T, C): probability, given the tokens so far, that a choice begins here with nothing but background before it.
+
+    `likelihood` and `arrivals` (T, C); `rest` (T,), probability that no choice arrives; `scales` (T,), probability of a
+    token given those before it.
+    """
     begins: Floats = np.zeros_like(likelihood)
     begins[0] = likelihood[0] / scales[0]
     if background is not None:

@@ -285,6 +285,17 @@ def test_the_trainers_gates_are_the_servers_spans(roster: Roster, make_sequences
         assert [plan != plans[0] for plan in own] == is_fixed
 
 
+def served_gates(roster: Roster, gate: PromptGate, sequence: TokenSequence, *, top_k: int) -> torch.Tensor:
+    """Gates (T, E) of one sequence as the server has them, means over layers, under a router that knows nothing."""
+    router = RouterParameters.zeros(roster.gated_projections(), "layer", 3)
+    artefact = build_artefact(router.detached(), roster, TrainingConfig(top_k=top_k), prompt_gate=gate)
+    gates = gate_batch(roster.routed, batch := collate([sequence]), roster.routed_plans(artefact))
+    assert gates is not None
+    with torch.inference_mode():
+        answer_losses(roster.routed, batch, gates)
+    return gates.share
+
+
 def test_the_trainer_knows_whose_turn_it_is(roster: Roster) -> None:
     frame = ChatFrame((200, 201), 202, (202, 203), ((7, 1),))
     scores = torch.zeros(roster.loaded.vocab_size, 3)
@@ -297,13 +308,7 @@ def test_the_trainer_knows_whose_turn_it_is(roster: Roster) -> None:
     assert decides.tolist() == [True] * 16 + [False, False, True, False]
     assert fixed[decides].argmax(dim=1).tolist() == [first] * 8 + [second] * 6 + [first] * 2 + [second]
 
-    router = RouterParameters.zeros(roster.gated_projections(), "layer", 3)
-    artefact = build_artefact(router.detached(), roster, TrainingConfig(top_k=3), prompt_gate=gate)
-    gates = gate_batch(roster.routed, batch := collate([sequence]), roster.routed_plans(artefact))
-    assert gates is not None
-    with torch.inference_mode():
-        answer_losses(roster.routed, batch, gates)
-    assert torch.allclose(gates.share[decides], fixed[decides])
+    assert torch.allclose(served_gates(roster, gate, sequence, top_k=3)[decides], fixed[decides])
 
 
 def test_where_the_gate_is_not_sure_the_trainers_gates_have_the_servers_weights(roster: Roster) -> None:
@@ -317,13 +322,7 @@ def test_where_the_gate_is_not_sure_the_trainers_gates_have_the_servers_weights(
     assert decides.tolist() == [True] * 13 + [False] * 2
     assert fixed[decides][:, [FIRST_SLOT, FIRST_SLOT + 1]].tolist() == [[0.875, 0.125]] * 13
 
-    router = RouterParameters.zeros(roster.gated_projections(), "layer", 3)
-    artefact = build_artefact(router.detached(), roster, TrainingConfig(top_k=3), prompt_gate=gate)
-    gates = gate_batch(roster.routed, batch := collate([sequence]), roster.routed_plans(artefact))
-    assert gates is not None
-    with torch.inference_mode():
-        answer_losses(roster.routed, batch, gates)
-    assert torch.allclose(gates.share[decides], fixed[decides])
+    assert torch.allclose(served_gates(roster, gate, sequence, top_k=2)[decides], fixed[decides])
 
 
 def test_where_the_gate_decides_the_router_learns_nothing(roster: Roster, make_sequences: Sequences) -> None:

@@ -343,6 +343,8 @@ def test_equal_mixtures_are_one_plan() -> None:
     weak = {slot: column * 0.2 for slot, column in gate.columns(INDICES).items()}
     spans = prompt_spans(gate, plan, weak, DIGESTS, prompt([A, A, A, B, B]))
     assert [(span.stop, span.plan.policy) for span in spans] == [(13, Policy.WEIGHTED)]
+    spans = prompt_spans(gate, replace(plan, top_k=1), weak, DIGESTS, prompt([A, A, A, B, B]))
+    assert [(span.stop, span.plan.weights) for span in spans] == [(13, ((1, 1.0),))], "the request's k"
 
 
 def test_the_header_follows_who_is_likely_first_and_not_who_is_sure_later() -> None:
