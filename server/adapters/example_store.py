@@ -14,8 +14,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from server.adapters.atomic_file import write_atomically
 from server.adapters.examples import MAX_EXAMPLE_BYTES, MAX_EXAMPLES, Example, read_lines
+from server.atomic_file import write_atomically
 from server.errors import ConfigError, InvalidRequestError, LoraMixerError
 
 logger = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from server.adapters.atomic_file import remove_leftovers, write_atomically
 from server.adapters.strict_json import StrictJsonError, parse_object
+from server.atomic_file import remove_leftovers, write_atomically
 from server.errors import ConfigError, LoraMixerError
 
 FILE_VERSION = 1

@@ -20,10 +20,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from server.adapters.atomic_file import remove_leftovers, write_atomically
 from server.adapters.example_store import ExampleStore
 from server.adapters.exclusions import Exclusions
 from server.adapters.strict_json import StrictJsonError, parse_object
+from server.atomic_file import remove_leftovers, write_atomically
 from server.config import AdapterSpec
 from server.errors import ConfigError, LoraMixerError
 

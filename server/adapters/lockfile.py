@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from server.adapters.atomic_file import remove_leftovers, write_atomically
 from server.adapters.examples import EXAMPLES_NAME
 from server.adapters.peft_config import CONFIG_NAME
 from server.adapters.sources import COMMIT_PATTERN
 from server.adapters.strict_json import StrictJsonError, parse_object
 from server.adapters.validation import WEIGHTS_NAME
+from server.atomic_file import remove_leftovers, write_atomically
 from server.config import AdapterSpec
 from server.errors import ConfigError
 

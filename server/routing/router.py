@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from server.atomic_file import replace_together
 from server.errors import RouterArtefactError
 from server.routing.bank import ProjectionInfo
 from server.routing.prompt_gate import PromptGate
@@ -97,7 +98,10 @@ class RouterArtefact:
 
 
 def save_artefact(artefact: RouterArtefact, folder: Path) -> None:
-    """Write `router.json` and `router.safetensors`; equal artefacts give equal bytes."""
+    """Write `router.json` and `router.safetensors`; equal artefacts give equal bytes.
+
+    What was there stays until both are on disk.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"gate/{key}": rows.float() for key, rows in artefact.rows.items()}
     tensors |= {f"background/{key}": value for key, value in artefact.background.items()}
@@ -106,7 +110,7 @@ def save_artefact(artefact: RouterArtefact, folder: Path) -> None:
         if (statistics := artefact.prompt_gate.statistics) is not None:
             tensors |= {PROMPT_STATISTICS + key: value for key, value in statistics.tensors().items()}
     # Not save_file, whose files only their owner may read: who trains is not always who serves.
-    (folder / TENSORS_NAME).write_bytes(save({key: tensors[key].contiguous() for key in sorted(tensors)}))
+    saved = save({key: tensors[key].contiguous() for key in sorted(tensors)})
     record: dict[str, Any] = {
         "format_version": 2 if artefact.prompt_gate is None else 3,
         "base_model": {
@@ -123,8 +127,8 @@ def save_artefact(artefact: RouterArtefact, folder: Path) -> None:
     }
     if artefact.prompt_gate is not None:
         record["prompt_gate"] = artefact.prompt_gate.record()
-    text = json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False)
-    (folder / JSON_NAME).write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    replace_together({folder / TENSORS_NAME: saved, folder / JSON_NAME: text.encode()})
 
 
 def load_artefact(folder: Path) -> RouterArtefact:
@@ -137,7 +141,7 @@ def load_artefact(folder: Path) -> RouterArtefact:
             f"no router artefact in {folder}: cannot read {error.filename or TENSORS_NAME}; "
             f"it must hold {JSON_NAME} and {TENSORS_NAME}"
         ) from error
-    except (ValueError, SafetensorError) as error:
+    except (ValueError, SafetensorError, RecursionError) as error:
         raise RouterArtefactError(f"router artefact in {folder} is damaged: {error}") from error
     version = record.get("format_version") if isinstance(record, dict) else None
     if version not in READABLE_VERSIONS:
@@ -203,7 +207,10 @@ def _check(artefact: RouterArtefact, folder: Path) -> None:
     ]
     if not artefact.rows:
         problems.append(f"{TENSORS_NAME} holds no gate rows")
+    layers = {f"layer.{index}" for index in range(artefact.num_layers)}
     for key, rows in artefact.rows.items():
+        if artefact.granularity == "layer" and key not in layers:
+            problems.append(f"gate {key!r} is none of the {artefact.num_layers} layers'")
         if rows.dtype is not torch.float32 or rows.ndim != 2 or rows.shape[0] != len(artefact.adapters):
             problems.append(
                 f"gate {key!r} is {rows.dtype} {tuple(rows.shape)}, not float32 ({len(artefact.adapters)}, d)"

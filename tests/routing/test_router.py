@@ -1,5 +1,6 @@
 """Artefacts at rest: exact round trips, refusals by name, rows by slot."""
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -198,6 +199,30 @@ def test_bad_gate_rows_are_refused_by_name(tmp_path: Path, rows: torch.Tensor, m
     save_file({"gate/layer.1": rows}, tmp_path / "router.safetensors")
     with pytest.raises(RouterArtefactError, match=f"gate 'layer.1'.*{message}"):
         load_artefact(tmp_path)
+
+
+def test_a_gate_of_a_layer_that_the_base_lacks_is_refused(tmp_path: Path) -> None:
+    artefact = make_artefact()
+    save_artefact(replace(artefact, rows={**artefact.rows, "layer.7": torch.zeros(3, 16)}), tmp_path)
+    with pytest.raises(RouterArtefactError, match=r"gate 'layer.7' is none of the 2 layers'"):
+        load_artefact(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_artefact_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_artefact(make_artefact(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    calls: list[int] = []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    changed = {key: rows + 1 for key, rows in make_artefact().rows.items()}
+    with pytest.raises(OSError, match="No space"):
+        save_artefact(replace(make_artefact(), rows=changed), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_another_base_is_refused_with_every_difference() -> None:
