@@ -1,6 +1,7 @@
 """What a gate row without retraining is worth: each adapter in turn loses its trained row and is registered hot.
 
-Trains nothing: the other rows stay as they are, the statistics are made from their own chats alone. Run with
+Trains nothing: the other rows stay as they are, the statistics are made from their own chats alone. An adapter of the
+config that the router was not trained with is a true newcomer: nothing is taken away for it. Run with
 `python -m router_training.leave_one_out --data DIR`; writes JSON and renders the table of docs/hot-routing.md.
 """
 
@@ -63,17 +64,20 @@ def without_row(artefact: RouterArtefact, index: int) -> RouterArtefact:
 
 
 class HeldOut:
-    """One adapter of a roster without its trained row."""
+    """One adapter of a roster without its trained row, if it had one, and the adapters that the router knows."""
 
     def __init__(self, roster: Roster, artefact: RouterArtefact, label: int, train: dict[str, list[Chat]]) -> None:
         self.roster = roster
         self.label = label
         self._train = train
         digest = roster.digest_of_slot[label]
-        index = [adapter.digest for adapter in artefact.adapters].index(digest)
-        self.artefact = without_row(artefact, index)
-        self.trained_slots = {d: slot for d, slot in roster.slot_of_digest.items() if d != digest}
-        others = [rows for task, rows in train.items() if task != self.name]
+        trained = [adapter.digest for adapter in artefact.adapters]
+        self.trained_slots = {d: slot for d, slot in roster.slot_of_digest.items() if d in trained and d != digest}
+        self.artefact = artefact
+        if digest not in trained:
+            return
+        self.artefact = without_row(artefact, trained.index(digest))
+        others = [train[self.roster.tasks[slot]] for slot in self.trained_slots.values()]
         asked = [chat for rows in others for chat in rows[:QUESTIONS_PER_ADAPTER]]
         self.artefact = with_questions(self.artefact, roster, encode(roster, asked))
         chats = [chat for rows in others for chat in rows[:CHATS_PER_ADAPTER]]
@@ -107,13 +111,16 @@ class HeldOut:
 
 
 def measure(roster: Roster, artefact: RouterArtefact, label: int, chats: Splits, sizes: Sizes) -> dict[str, Any]:
-    """One adapter held out: answer NLL before and after, per count of examples."""
+    """One adapter held out, or a newcomer: answer NLL before and after, per count of examples."""
     held_out = HeldOut(roster, artefact, label, chats["train"])
     name = held_out.name
-    sequences = _validation(roster, chats["validation"], name, sizes)
+    tasks = [name, *(roster.tasks[slot] for slot in held_out.trained_slots.values())]
+    validation = {task: rows for task, rows in chats["validation"].items() if task in tasks}
+    sequences = _validation(roster, validation, name, sizes)
     own = [sequence for sequence in sequences if sequence.label == label]
     pinned = evaluate_policy(roster.routed, own, roster.tasks, roster.own_adapter_plans())[name]["nll"]
-    trained = _nll(roster, sequences, roster.routed_plans(artefact))
+    is_known = roster.digest_of_slot[label] in [adapter.digest for adapter in artefact.adapters]
+    trained = _nll(roster, sequences, roster.routed_plans(artefact)) if is_known else None
     before = _nll(roster, sequences, held_out.plans(None))
     cases = {}
     for count in COUNTS:
@@ -135,7 +142,8 @@ def table(record: dict[str, Any]) -> str:
     rows = []
     for name, case in record["adapters"].items():
         pinned = case["pinned"]
-        cells = [name, f"{pinned:.3f}", f"{case['trained_row'][name] / pinned:.2f}"]
+        known = case["trained_row"]
+        cells = [name, f"{pinned:.3f}", f"{known[name] / pinned:.2f}" if known else "–"]
         cells.append(f"{case['without_row'][name] / pinned:.2f}")
         for count in COUNTS:
             found = case["examples"][str(count)]
