@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from router_training.answer_flags import add_answer
-from router_training.flags import add_inputs, add_settings, add_sources, config_from, settings_from
+from router_training.flags import add_inputs, add_settings, add_sources, config_from, count, positive, settings_from
 from router_training.joint_flags import add_joint
 from router_training.report import comparison_table, evaluation_text, read_record, rendered
 from router_training.settings import TrainingConfig
@@ -21,6 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = options.action(options)
     except LoraMixerError as error:
         print(f"lora-mixer-train: {error.message}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"lora-mixer-train: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     return status
 
@@ -59,16 +63,18 @@ def build_parser() -> argparse.ArgumentParser:
         "not trained on (default: none)",
     )
     evaluate.add_argument(
-        "--composites", type=int, default=0, metavar="N", help="chats that join two tasks (default 0: none)"
+        "--composites", type=count, default=0, metavar="N", help="chats that join two tasks (default 0: none)"
     )
     evaluate.add_argument(
         "--generate",
-        type=int,
+        type=count,
         default=0,
         metavar="N",
         help="chats per task with an answer generated and scored by the task's metric (default 0: none)",
     )
-    evaluate.add_argument("--max-new-tokens", type=int, default=200, help="tokens of a generated answer (default 200)")
+    evaluate.add_argument(
+        "--max-new-tokens", type=positive, default=200, help="tokens of a generated answer (default 200)"
+    )
     evaluate.add_argument(
         "--cache", type=Path, metavar="DIR", help="keep finished measurements here and reuse them (default: none)"
     )
@@ -121,8 +127,6 @@ def _evaluate(options: argparse.Namespace) -> int:
     router = options.router or config.router_folder
     if router is None:
         raise ConfigError("the config names no router; pass --router DIR")
-    if options.calibration_chats < 1:
-        raise ConfigError("--calibration-chats must be at least 1")
     suite = SuiteOptions(
         baselines=options.baselines,
         calibration_chats=options.calibration_chats,
@@ -132,10 +136,16 @@ def _evaluate(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
         cache=options.cache,
     )
+    if options.calibration_chats < 1:
+        raise ConfigError("--calibration-chats must be at least 1")
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        if options.out.is_dir():
+            raise ConfigError(f"--out {options.out} is a folder; name a file")
     record = evaluate_folder(config, options.data, router, suite, validation_rows=options.validation_rows)
+    print(evaluation_text(record), flush=True)
     if options.out is not None:
         write_json(record, options.out)
-    print(evaluation_text(record))
     return 0
 
 

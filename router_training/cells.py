@@ -1,5 +1,6 @@
 """Results of single measurements, kept by content, so that a study can be cut anywhere and repeats nothing."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ class CellCache:
             return compute()
         content = json.dumps(facts, sort_keys=True)
         path = self._folder / f"{hashlib.sha256(content.encode()).hexdigest()}.json"
-        if path.exists():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # Damaged is as good as absent.
             return json.loads(path.read_text(encoding="utf-8"))["result"]
         result = compute()
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -4,9 +4,11 @@ Layout: DATA/<adapter name>/{train,validation}.jsonl, one `{"task", "messages": 
 The adapter that a chat belongs to is the one its folder is named after. Several DATA folders may share the tasks.
 """
 
+import codecs
 import hashlib
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,10 @@ class TrainingDataError(LoraMixerError):
             listed.append(f"and {len(problems) - len(listed)} more")
         super().__init__("the training data has problems:\n  " + "\n  ".join(listed))
         self.problems = tuple(problems)
+
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""JSON escapes can spell half of a UTF-16 pair; no tokenizer takes it."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +119,9 @@ def task_folders(data: Sequence[Path]) -> list[str]:
 def read_chats(path: Path, task: str, problems: list[str]) -> list[Chat]:
     """The chats of one file, all of `task`, in file order; `problems` gets whatever is wrong with it."""
     try:
-        # Not splitlines(): it also breaks at U+2028, which JSON strings may hold.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        # As bytes, so that what is no UTF-8 is found by line. A byte order mark is not part of the first one.
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    except OSError as error:
         problems.append(f"{path}: adapter {task!r} has no readable samples ({error})")
         return []
     chats = []
@@ -142,12 +148,16 @@ def _folder_of(task: str, data: Sequence[Path], problems: list[str]) -> Path:
     return found[0] if found else data[0] / task
 
 
-def _check_line(line: str) -> tuple[Mapping[str, str], ...] | str:
+def _check_line(line: bytes) -> tuple[Mapping[str, str], ...] | str:
     """The messages of a line, or what is wrong with it."""
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 ({error.reason} at byte {error.start + 1} of the line)"
     except ValueError as error:
         return f"not JSON ({error})"
+    except RecursionError:
+        return "not a chat: brackets are nested too deeply to read"
     if not isinstance(row, dict):
         return "not a JSON object"
     if "messages" not in row:
@@ -165,7 +175,7 @@ def _check_line(line: str) -> tuple[Mapping[str, str], ...] | str:
     return tuple({"role": message["role"], "content": message["content"]} for message in messages)
 
 
-def _tests(line: str) -> tuple[str, ...]:
+def _tests(line: bytes) -> tuple[str, ...]:
     tests = json.loads(line).get("tests", [])
     return tuple(tests) if isinstance(tests, list) and all(isinstance(test, str) for test in tests) else ()
 
@@ -178,4 +188,6 @@ def _check_message(message: Any) -> str | None:
         return f"field {' and '.join(map(repr, missing))} is missing"
     if not isinstance(message["role"], str) or not isinstance(message["content"], str):
         return "'role' and 'content' must be strings"
+    if SURROGATE.search(message["role"] + message["content"]):
+        return "the text holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
     return None

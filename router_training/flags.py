@@ -19,11 +19,25 @@ DEFAULTS = TrainingConfig()
 Settings = TypeVar("Settings", bound=TrainingConfig)
 
 
+def count(text: str) -> int:
+    """A flag's whole number from 0 up."""
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 up")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """A flag's whole number from 1 up."""
+    if (number := count(text)) < 1:
+        raise argparse.ArgumentTypeError("it must be at least 1")
+    return number
+
+
 def add_inputs(parser: argparse.ArgumentParser) -> None:
     """Config, data and how much of the validation data to use."""
     add_sources(parser)
     parser.add_argument(
-        "--validation-rows", type=int, default=0, metavar="N", help="validation chats per task (default 0: all)"
+        "--validation-rows", type=count, default=0, metavar="N", help="validation chats per task (default 0: all)"
     )
 
 

@@ -18,12 +18,17 @@ class FrozenWeightsError(LoraMixerError):
 
 def frozen_digests(roster: Roster) -> dict[str, str]:
     """sha256 of the base model's parameters and buffers, and of each adapter's rows in the bank, by name."""
-    model = roster.routed.model
-    digests = {"base": _digest([*model.named_parameters(), *model.named_buffers()])}
+    digests = {"base": _base_digest(roster)}
     for slot, task in enumerate(roster.tasks):
         if slot:
             digests[task] = _digest(_rows_of(roster, slot))
     return digests
+
+
+def base_digest(roster: Roster) -> str:
+    """What tells the base model's weights from any others: sha256 of the file that they were read from, where there is
+    one, else of the weights as they are in memory."""
+    return roster.loaded.source_sha256 or _base_digest(roster)
 
 
 def check_frozen(roster: Roster, before: Mapping[str, str]) -> None:
@@ -33,6 +38,11 @@ def check_frozen(roster: Roster, before: Mapping[str, str]) -> None:
         raise FrozenWeightsError(
             f"training changed weights that are frozen: {', '.join(changed)}; nothing was written, please report this"
         )
+
+
+def _base_digest(roster: Roster) -> str:
+    model = roster.routed.model
+    return _digest([*model.named_parameters(), *model.named_buffers()])
 
 
 def _rows_of(roster: Roster, slot: int) -> Iterable[tuple[str, Tensor]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from router_training.checkpoint import Checkpoint, run_fingerprint
+from router_training.checkpoint import Checkpoint, claimed, run_fingerprint
 from router_training.data import Chat, read_splits, task_folders
 from router_training.encoding import TokenSequence, encode_chats
 from router_training.evaluation import evaluate_policy
@@ -27,6 +27,8 @@ from router_training.prompt_fit import train_prompt_gate
 from router_training.roster import BASE_TASK, Roster, attach_adapters, load_routed_base
 from router_training.run import (
     check_held_out,
+    check_layers,
+    check_lengths,
     first_rows,
     load_with_progress,
     prepare_trainer,
@@ -34,11 +36,12 @@ from router_training.run import (
     run_trainer,
     write_results,
 )
-from router_training.settings import check_prior
+from router_training.settings import check_choices
 from router_training.step_log import StepLog
 from router_training.trainable import Preservation, TrainableAdapters, fresh_adapters, loaded_adapters
 from router_training.trainer import SoftAdapters, StepMetrics, Trainer
 from server.adapters.weights import AdapterLimits, load_adapter
+from server.atomic_file import write_atomically
 from server.config import ServerConfig, parse_config
 from server.errors import ConfigError
 from server.model.loader import LoadedModel
@@ -47,6 +50,8 @@ from server.routing.prompt_gate import PromptGate
 
 ADAPTERS_FOLDER = "adapters"
 CONFIG_NAME = "adapters.yaml"
+WRITTEN_BY = "# Written by lora-mixer-train joint, which overwrites it; copy it to change it."
+"""First line of the config; a file without it is somebody's own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,12 +103,14 @@ def train_joint(
     """
     tasks = _tasks(config, data, settings)
     served = _served_config(config, tasks, out)
-    check_prior(settings, tasks)
+    check_choices(settings, tasks)
     constrained = settings.constrained_among(tasks)
     splits = read_splits(data, [*tasks, *([BASE_TASK] if settings.null_expert else [])])
     mix, questions = draw_mix(splits["train"], settings), draw_question_mix(splits["train"], settings)
     loaded, routed, adapters = _starting_point(config, tasks, settings)
+    check_layers(settings, routed.num_layers)
     labels = {name: label for label, name in enumerate([BASE_TASK, *tasks])}
+    check_lengths(splits["train"], labels, loaded, settings)
     sequences = encode_mix(mix, labels, loaded.tokenizer, loaded.eos_token_ids, settings)
     validation = first_rows(splits["validation"], validation_rows)
     prompt_gate = train_prompt_gate(loaded, labels, questions, settings)
@@ -112,18 +119,19 @@ def train_joint(
     check_held_out(start, validation)
     hard = HardTrainer(routed, adapters, sequences, settings)
     record = run_record(start, mix, questions, sequences, settings)
-    out.mkdir(parents=True, exist_ok=True)
-    before = frozen_digests(Roster(loaded, routed, ()))
-    checkpoint = Checkpoint(out, run_fingerprint(record))
-    torch.manual_seed(settings.seed)
-    trainer, joint = _both_stages(run, hard, checkpoint, constrained)
-    check_frozen(Roster(loaded, routed, ()), before)
-    roster = run.exported(out)
-    digests = {adapter.name: adapter.digest for adapter in roster.adapters}
-    record |= {"adapter_digests": digests, "start_digests": record["adapter_digests"], "joint": joint}
-    (out / CONFIG_NAME).write_text(yaml.safe_dump(served, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    write_results(roster, trainer.router, run.prompt_gate, sequences, validation, settings, record, out, before)
-    checkpoint.delete()
+    with claimed(out):
+        before = frozen_digests(Roster(loaded, routed, ()))
+        checkpoint = Checkpoint(out, run_fingerprint(record))
+        torch.manual_seed(settings.seed)
+        trainer, joint = _both_stages(run, hard, checkpoint, constrained)
+        check_frozen(Roster(loaded, routed, ()), before)
+        roster = run.exported(out)
+        digests = {adapter.name: adapter.digest for adapter in roster.adapters}
+        record |= {"adapter_digests": digests, "start_digests": record["adapter_digests"], "joint": joint}
+        text = yaml.safe_dump(served, sort_keys=False, allow_unicode=True)
+        write_atomically(out / CONFIG_NAME, f"{WRITTEN_BY}\n{text}")
+        write_results(roster, trainer.router, run.prompt_gate, sequences, validation, settings, record, out, before)
+        checkpoint.delete()
 
 
 def _both_stages(
@@ -202,7 +210,7 @@ def _tasks(config: ServerConfig, data: Sequence[Path], settings: JointConfig) ->
 
 def _served_config(config: ServerConfig, tasks: Sequence[str], out: Path) -> dict[str, Any]:
     """The adapters.yaml of the results. Raises ConfigError for names that cannot be served, and where `out` holds an
-    adapter that the run begins with."""
+    adapter that the run begins with or an adapters.yaml that no joint run has written."""
     base = config.base_model.model_dump(mode="json")
     if (config.root / base["source"]).exists():
         base["source"] = str((config.root / base["source"]).resolve())
@@ -215,6 +223,9 @@ def _served_config(config: ServerConfig, tasks: Sequence[str], out: Path) -> dic
     begun = {(config.root / spec.source).resolve() for spec in config.adapters}
     if overwritten := [name for name in tasks if (out / ADAPTERS_FOLDER / name).resolve() in begun]:
         raise ConfigError(f"{out} holds adapters of the config: {', '.join(overwritten)}; take another --out")
+    present = out / CONFIG_NAME
+    if present.exists() and not present.read_bytes().startswith(WRITTEN_BY.encode()):
+        raise ConfigError(f"{present} is not of a joint run and would be overwritten; take another --out")
     return content
 
 

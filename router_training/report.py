@@ -53,11 +53,11 @@ def evaluation_verdict(record: Mapping[str, Any]) -> str:
 
 
 def comparison_table(records: Mapping[str, Mapping[str, Any]]) -> str:
-    """Several evaluations side by side: routed nats per answer token, one column per record."""
-    tasks = list(next(iter(records.values()))["ratio_to_own_adapter"])
-    rows = [
-        [task, *(f"{record['policies']['routed'][task]['nll']:.3f}" for record in records.values())] for task in tasks
-    ]
+    """Several evaluations side by side: routed nats per answer token, one column per record; – for a task that a record
+    lacks."""
+    tasks = list(dict.fromkeys(task for record in records.values() for task in record["ratio_to_own_adapter"]))
+    routed = [record["policies"]["routed"] for record in records.values()]
+    rows = [[task, *(f"{found[task]['nll']:.3f}" if task in found else "–" for found in routed)] for task in tasks]
     means = [f"{record['mean_ratio_to_own_adapter']:.3f}" for record in records.values()]
     return markdown_table(["task", *records], [*rows, ["mean ratio to own adapter", *means]])
 
@@ -76,15 +76,18 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, text
 
 def rendered(path: Path) -> str:
     """`evaluation_text` of a record file. Raises ConfigError for anything else."""
-    return evaluation_text(read_record(path))
+    try:
+        return evaluation_text(read_record(path))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is a damaged evaluation record: {type(error).__name__} {error}") from error
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """An evaluation record. Raises ConfigError for anything else."""
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read the evaluation record {path}: {error}") from error
-    if "ratio_to_own_adapter" not in record:
+    if not isinstance(record, dict) or "ratio_to_own_adapter" not in record:
         raise ConfigError(f"{path} is not an evaluation record; train and evaluate --out write one")
     return record

@@ -115,6 +115,10 @@ def load_roster(config: ServerConfig, *, on_adapter: Callable[[str], None] = lam
             adapters.append(_load(spec, config, routed))
         except LoraMixerError as error:
             problems.append(error.message)
+    names: dict[str, str] = {}
+    for adapter in adapters:
+        if (first := names.setdefault(adapter.digest, adapter.name)) != adapter.name:
+            problems.append(f"adapters {first!r} and {adapter.name!r} are one and the same; route to one of them")
     if problems:
         raise ConfigError("; ".join(problems))
     return attach_adapters(loaded, routed, adapters)

@@ -12,23 +12,25 @@ import torch
 
 from router_training.artefact import build_artefact
 from router_training.background import with_background
-from router_training.checkpoint import Checkpoint, run_fingerprint
+from router_training.checkpoint import Checkpoint, claimed, run_fingerprint
 from router_training.data import Chat, has_task, read_splits
 from router_training.encoding import TokenSequence, encode_chats
 from router_training.evaluation import evaluate_policy, gate_batch
-from router_training.frozen import check_frozen, frozen_digests
+from router_training.frozen import base_digest, check_frozen, frozen_digests
 from router_training.gates import RouterParameters
 from router_training.mixing import Mix, check_longest, draw_mix, draw_question_mix, encode_mix
 from router_training.phrased import ask_anew
 from router_training.progress import Progress
 from router_training.prompt_fit import guide_of, train_prompt_gate
 from router_training.roster import BASE_TASK, Roster, check_artefact, load_roster
-from router_training.settings import TrainingConfig, check_prior, prior_shares
+from router_training.settings import TrainingConfig, check_choices, prior_shares
 from router_training.step_log import StepLog
 from router_training.suite import Suite, SuiteOptions
 from router_training.trainer import SoftAdapters, StepMetrics, Trainer
 from router_training.warm_start import warm_start
 from server.config import ServerConfig
+from server.errors import ConfigError
+from server.model.loader import LoadedModel
 from server.routing.prompt_gate import PromptGate
 from server.routing.router import load_artefact, save_artefact
 
@@ -56,20 +58,24 @@ def train(
     Every problem of the data is raised before training starts, those that need no tokenizer before the model is loaded.
     """
     names = [spec.name for spec in config.adapters if spec.routed]
-    check_prior(settings, names)
+    check_choices(settings, names)
     splits = read_splits(data, [*names, *([BASE_TASK] if settings.null_expert else [])])
     mix, questions = draw_mix(splits["train"], settings), draw_question_mix(splits["train"], settings)
     roster = load_with_progress(config)
-    sequences = encode_mix(mix, roster.label_of_task, roster.loaded.tokenizer, roster.loaded.eos_token_ids, settings)
+    loaded = roster.loaded
+    check_layers(settings, roster.routed.num_layers)
+    check_lengths(splits["train"], roster.label_of_task, loaded, settings)
+    sequences = encode_mix(mix, roster.label_of_task, loaded.tokenizer, loaded.eos_token_ids, settings)
     validation = first_rows(splits["validation"], validation_rows)
     check_held_out(roster, validation)
     record = run_record(roster, mix, questions, sequences, settings)
     before = frozen_digests(roster)
-    prompt_gate = train_prompt_gate(roster.loaded, roster.label_of_task, questions, settings)
-    checkpoint = Checkpoint(out, run_fingerprint(record))
-    router = train_router(roster, sequences, settings, out, checkpoint, prompt_gate=prompt_gate)
-    write_results(roster, router, prompt_gate, sequences, validation, settings, record, out, before)
-    checkpoint.delete()
+    with claimed(out):
+        prompt_gate = train_prompt_gate(loaded, roster.label_of_task, questions, settings)
+        checkpoint = Checkpoint(out, run_fingerprint(record))
+        router = train_router(roster, sequences, settings, out, checkpoint, prompt_gate=prompt_gate)
+        write_results(roster, router, prompt_gate, sequences, validation, settings, record, out, before)
+        checkpoint.delete()
 
 
 def write_results(
@@ -157,7 +163,6 @@ def train_router(
     start: Start = start_router,
 ) -> RouterParameters:
     """Both stages, or what is left of them after the checkpoint; metrics and checkpoints go to `out`."""
-    out.mkdir(parents=True, exist_ok=True)
     state = checkpoint.load()
     torch.manual_seed(settings.seed)
     trainer, task_losses = prepare_trainer(roster, sequences, settings, state, prompt_gate=prompt_gate, start=start)
@@ -253,12 +258,33 @@ def run_record(
         "data_chats": {task: count for task in roster.tasks if (count := mix.count(task))},
         "composites": sum(bool(sequence.label_changes) for sequence in sequences),
         **({} if questions is None else {"question_sha256": questions.digest, "question_chats": len(questions)}),
-        "base_sha256": roster.loaded.source_sha256,
+        "base_sha256": base_digest(roster),
+        "dtype": str(roster.loaded.model.dtype).removeprefix("torch."),
         "background": {"chats": min(BACKGROUND_CHATS, len(sequences)), "policy": "routed"},
         "adapter_digests": {adapter.name: adapter.digest for adapter in roster.adapters},
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
+
+
+def check_layers(settings: TrainingConfig, num_layers: int) -> None:
+    """Raises ConfigError where no layer would have a gate."""
+    if settings.routed_from_layer >= num_layers:
+        raise ConfigError(
+            f"routed_from_layer is {settings.routed_from_layer}, and the base model's {num_layers} layers count from 0"
+        )
+
+
+def check_lengths(
+    train: Mapping[str, Sequence[Chat]], labels: Mapping[str, int], loaded: LoadedModel, settings: TrainingConfig
+) -> None:
+    """Where too long chats are refused: all of them, drawn for the mix or not, so that no seed decides what is good
+    data. Raises TrainingDataError with file and line of each."""
+    if settings.too_long == "refuse":
+        chats = [chat for rows in train.values() for chat in rows]
+        encode_chats(
+            chats, labels, loaded.tokenizer, loaded.eos_token_ids, max_length=settings.max_length, too_long="refuse"
+        )
 
 
 def check_held_out(roster: Roster, validation: Mapping[str, Sequence[Chat]]) -> None:

@@ -26,9 +26,20 @@ def read_prompts(path: Path) -> list[str]:
 def answer_prompts(
     roster: Roster, prompts: Sequence[str], max_new_tokens: int, *, on_batch: Callable[[int], None] = lambda _: None
 ) -> list[str]:
-    """The base model's greedy answer to each prompt, without adapters; see `whole_sentences` for answers cut short."""
+    """The base model's greedy answer to each prompt, without adapters; see `whole_sentences` for answers cut short.
+
+    Raises TrainingDataError for prompts that leave no room for an answer.
+    """
     loaded = roster.loaded
     rendered = [loaded.tokenizer.render_chat([{"role": "user", "content": prompt}]) for prompt in prompts]
+    longest = loaded.max_model_len - max_new_tokens
+    if problems := [
+        f"prompt {number}: {len(tokens)} tokens; the base model reads {loaded.max_model_len}, {max_new_tokens} of them "
+        "for the answer"
+        for number, tokens in enumerate(rendered, start=1)
+        if len(tokens) > longest
+    ]:
+        raise TrainingDataError(problems)
     sequences = [TokenSequence(tuple(tokens), len(tokens), 0) for tokens in rendered]
     answers = generate_answers(
         roster.routed, sequences, roster.base_plans(), loaded.eos_token_ids, max_new_tokens, on_batch=on_batch

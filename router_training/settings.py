@@ -24,7 +24,7 @@ class TrainingConfig(BaseModel):
     Dimensionless unless a unit is named. `examples/demo/README.md` has the command that trained the demo router.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     samples: Annotated[int, Field(ge=1)] = 2000
     """Chats in the balanced training mix, over all tasks together (the paper's 2k)."""
@@ -36,7 +36,7 @@ class TrainingConfig(BaseModel):
     """Share of the mix that joins two chats of different tasks into one conversation or one answer."""
     rephrase_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the mix whose questions are framed anew, so that the router cannot live on the phrasings of the data."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seeds the mix and the order of the batches; initial gate rows are zero or closed-form, never random."""
     granularity: Granularity = "layer"
     """`layer`: one gate per decoder layer; `projection`: one per projection, as the paper counts parameters."""
@@ -122,13 +122,17 @@ class TrainingConfig(BaseModel):
         return self.model_dump(mode="json")
 
 
-def check_prior(config: TrainingConfig, names: Sequence[str]) -> None:
-    """Raises ConfigError for a prior of an adapter that is not routed."""
-    if unknown := sorted(set(config.prior) - {*names, *([BASE_NAME] if config.null_expert else [])}):
-        raise ConfigError(
-            f"the prior names {', '.join(map(repr, unknown))}; the choices are {', '.join(map(repr, names))}"
-            + (f" and {BASE_NAME!r}" if config.null_expert else "")
-        )
+def check_choices(config: TrainingConfig, names: Sequence[str]) -> None:
+    """Refuse settings that do not fit the routed adapters `names`. Raises ConfigError for a prior of anything else, for
+    more choices per token than there are, and for too few samples to show each of them one chat."""
+    choices = [*names, *([BASE_NAME] if config.null_expert else [])]
+    listed = ", ".join(map(repr, choices))
+    if unknown := sorted(set(config.prior) - set(choices)):
+        raise ConfigError(f"the prior names {', '.join(map(repr, unknown))}; the choices are {listed}")
+    if config.top_k > len(choices):
+        raise ConfigError(f"top_k is {config.top_k}, and there are {len(choices)} choices: {listed}")
+    if config.samples < len(choices):
+        raise ConfigError(f"samples is {config.samples}, not one for each of the {len(choices)} choices: {listed}")
 
 
 def prior_shares(config: TrainingConfig, names: Sequence[str]) -> Tensor | None:

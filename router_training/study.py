@@ -27,6 +27,7 @@ from router_training.roster import Roster
 from router_training.run import (
     EVALUATION_NAME,
     check_held_out,
+    check_layers,
     load_with_progress,
     run_record,
     train_router,
@@ -150,6 +151,7 @@ class Study:
             return
         _say(run, "training")
         roster, mix, settings = self._loaded(), self._inputs.mix(run), run.settings
+        check_layers(settings, roster.routed.num_layers)
         loaded = roster.loaded
         sequences = encode_mix(mix, roster.label_of_task, loaded.tokenizer, loaded.eos_token_ids, settings)
         questions = self._inputs.questions(run)
@@ -213,7 +215,8 @@ class Study:
                 training = load_artefact(folder).training
             except RouterArtefactError as error:
                 raise ConfigError(f"--reuse {folder}: {error.message}") from error
-            others = without(training, [*NOT_IN_A_STUDY, "settings"])
+            # Artefacts of earlier trainers do not tell the dtype, which the digest of this run's inputs covers.
+            others = {"dtype": record["dtype"], **without(training, [*NOT_IN_A_STUDY, "settings"])}
             if others == wanted and same_settings(training.get("settings", {}), settings):
                 return folder
         return None

@@ -8,6 +8,7 @@ import torch
 
 from router_training.cells import CellCache
 from router_training.encoding import TokenSequence
+from router_training.frozen import base_digest
 from router_training.gates import RouterParameters
 from router_training.roster import Roster
 from router_training.run import num_warm_start, own_losses, start_router
@@ -60,7 +61,7 @@ class KeptStart:
 
 def _roster_facts(roster: Roster) -> dict[str, Any]:
     return {
-        "base": roster.loaded.source_sha256 or roster.loaded.name,
+        "base": base_digest(roster),
         "adapters": [adapter.digest for adapter in roster.adapters],
         "dtype": str(next(roster.routed.model.parameters()).dtype),
         "torch": torch.__version__,

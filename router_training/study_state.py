@@ -14,7 +14,7 @@ from router_training.mixing import Mix, draw_mix, draw_question_mix
 from router_training.phrased import ask_anew, phrasings_digest
 from router_training.roster import BASE_TASK
 from router_training.run import first_rows, write_json
-from router_training.settings import TrainingConfig, check_prior
+from router_training.settings import TrainingConfig, check_choices
 from router_training.study_plan import StudyRun
 from router_training.suite import SuiteOptions
 from server.config import AdapterSpec, ServerConfig
@@ -69,7 +69,7 @@ class StudyInputs:
         self.config = config
         self.names = [spec.name for spec in config.adapters if spec.routed]
         for run in runs:
-            check_prior(run.settings, self.names)
+            check_choices(run.settings, self.names)
         needs_base = any(run.settings.null_expert for run in runs)
         self.has_base = needs_base or has_task(data, BASE_TASK)
         tasks = [*self.names, *([BASE_TASK] if self.has_base else [])]

@@ -17,6 +17,7 @@ from router_training.data import Chat, data_digest
 from router_training.encoding import TokenSequence, encode_chats
 from router_training.evaluation import compare_policies, evaluate_batches
 from router_training.fitted_baselines import gate_candidates, linear_candidates, score_candidates, static_candidates
+from router_training.frozen import base_digest
 from router_training.gate_shares import gate_shares, shares_along
 from router_training.generation import generate_answers
 from router_training.metrics import Answer, metric_of
@@ -63,6 +64,7 @@ class Suite:
         self._artefact = artefact
         self._options = options
         self._cells = CellCache(options.cache)
+        self._base = base_digest(roster)
 
     def run(self, chats: Mapping[str, Sequence[Chat]], train: Mapping[str, Sequence[Chat]] = {}) -> dict[str, Any]:
         """The record: the single-task comparison, and one key per further set. Off-domain chats are task `base`.
@@ -146,7 +148,7 @@ class Suite:
         return {
             "policy": policy,
             "sequences": content,
-            "base": self._roster.loaded.source_sha256 or self._roster.loaded.name,
+            "base": self._base,
             "adapters": [adapter.digest for adapter in self._roster.adapters],
             "router": [self._artefact.settings, self._artefact.top_k, self._artefact.row_digests()]
             if depends
@@ -240,7 +242,9 @@ class Suite:
                 on_batch=progress.advance,
             )
 
-        content = [[s.token_ids[: s.answer_start] for s in sequences], self._options.max_new_tokens]
+        # The plan goes by the label: tasks may ask the same.
+        questions = [[s.label, *s.token_ids[: s.answer_start]] for s in sequences]
+        content = [questions, self._options.max_new_tokens]
         generated = self._cells.get(self._facts(policy, ["answers", content]), compute)
         answers = [
             Answer(loaded.tokenizer.decode(tokens), chat.messages[-1]["content"], chat.tests)

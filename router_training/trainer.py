@@ -120,9 +120,13 @@ class Trainer:
         )
 
     def run(self, on_step: Callable[[StepMetrics], None] = lambda _: None) -> None:
-        """All steps that are left."""
+        """All steps that are left. Raises TrainingDivergedError, after the last one too."""
         while self.next_step < self._config.steps:
             on_step(self.step())
+        if not all(rows.isfinite().all() for rows in self.router.detached().values()):
+            raise TrainingDivergedError(
+                "the last step left gate rows that are no numbers; start again with a lower --lr"
+            )
 
     def step(self) -> StepMetrics:
         """One optimiser step. Raises TrainingDivergedError."""
@@ -234,7 +238,8 @@ def check_finite(step: int, loss: float, norms: Sequence[float], flag: str) -> N
     if not all(map(math.isfinite, [loss, *norms])):
         raise TrainingDivergedError(
             f"step {step}: the loss ({loss:g}) or its gradient (norm {max(norms):g}) is not a finite number, so "
-            f"nothing was learned from it; start again with a lower {flag}"
+            f"nothing was learned from it; start again with a lower {flag}, or with whichever setting is far from its "
+            "default, in another --out or without the checkpoint in this one"
         )
 
 

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from router_training.cells import CellCache
 
 
@@ -27,3 +29,12 @@ def test_without_a_folder_nothing_is_kept() -> None:
     for _ in range(2):
         CellCache(None).get({"a": 1}, lambda: calls.append(1))
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b'{"facts": {', b"[1]", b"{}", b"\xff"])
+def test_a_damaged_measurement_is_made_anew(tmp_path: Path, content: bytes) -> None:
+    cells = CellCache(tmp_path)
+    cells.get({"a": 1}, lambda: 1)
+    next(tmp_path.glob("*.json")).write_bytes(content)
+    assert cells.get({"a": 1}, lambda: 2) == 2
+    assert cells.get({"a": 1}, lambda: 3) == 2

@@ -1,5 +1,6 @@
 """Reading, checking, sampling and hashing chat folders."""
 
+import codecs
 import json
 from collections import Counter
 from pathlib import Path
@@ -7,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from router_training.data import Chat, TrainingDataError, balanced_sample, data_digest, has_task, read_splits
+from router_training.data import (
+    Chat,
+    TrainingDataError,
+    balanced_sample,
+    data_digest,
+    has_task,
+    read_chats,
+    read_splits,
+)
 
 
 def row(question: str = "2+2?", answer: str = "4") -> dict[str, Any]:
@@ -116,3 +125,26 @@ def test_digest_depends_on_content_and_order_only() -> None:
     assert data_digest([first, second]) == data_digest([moved, second])
     assert data_digest([first, second]) != data_digest([second, first])
     assert data_digest([first]) != data_digest([Chat("code", first.messages, first.origin)])
+
+
+BROKEN = {
+    "half a pair": (
+        b'{"messages": [{"role": "user", "content": "a\\ud800b"}, {"role": "assistant", "content": "c"}]}',
+        "half",
+    ),
+    "other encoding": ('{"messages": "grün"}'.encode("latin-1"), "not UTF-8 (invalid"),
+    "too deep": (b"[" * 100_000, "nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_text_that_is_none_is_found_by_line(tmp_path: Path, case: str) -> None:
+    line, message = BROKEN[case]
+    good = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}).encode()
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b"\n".join([codecs.BOM_UTF8 + good, b"", line, good + b"\r"]))
+    problems: list[str] = []
+    assert [chat.origin for chat in read_chats(path, "maths", problems)] == [f"{path}:1", f"{path}:4"]
+    assert len(problems) == 1
+    assert problems[0].startswith(f"{path}:3: ")
+    assert message in problems[0]

@@ -1,6 +1,7 @@
 """Whole joint runs over the command line: what they leave behind can be served, and what they refuse."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,8 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "shape of existing": (["--start", "existing"], "existing adapters keep their shape; leave out rank"),
     "rank beyond the server's": (["--rank", "513"], "rank"),
     "negative beta": (["--beta", "-1"], "beta: Input should be greater"),
-    "too few chats": (["--samples", "1"], "no chat of"),
+    "too few chats": (["--samples", "1"], "samples is 1, not one for each"),
+    "composites alone": (["--composite", "1"], "no chat of"),
     "over-long chat": (["--max-length", "8"], "the longest allowed is 8"),
 }
 
@@ -156,3 +158,17 @@ def test_a_local_base_is_found_from_the_folder_of_the_results(project: Path) -> 
     (project / "adapters.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     assert run(project, *QUICK, "--steps", "0", out="deep/out") == 0
     assert load_roster(load_config(project / "deep/out/adapters.yaml")).names == ["digits", "letters"]
+
+
+def test_the_users_own_config_is_never_overwritten(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (project / "adapters.yaml").read_text(encoding="utf-8")
+    shutil.rmtree(project / "letters")
+    shutil.rmtree(project / "digits")
+    assert run(project, *QUICK, out=".") == 1
+    assert "adapters.yaml is not of a joint run and would be overwritten" in capsys.readouterr().err
+    assert (project / "adapters.yaml").read_text(encoding="utf-8") == before
+
+
+def test_a_run_may_follow_another_in_its_folder(project: Path) -> None:
+    for _ in range(2):
+        assert run(project, *QUICK, "--steps", "0") == 0

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from router_training.__main__ import main
-from router_training.checkpoint import CHECKPOINT_NAME, Checkpoint
+from router_training.checkpoint import CHECKPOINT_NAME, Checkpoint, claimed
 from server.errors import ConfigError
 
 FLAGS = {
@@ -129,3 +130,41 @@ def test_saving_replaces_the_old_checkpoint_whole(tmp_path: Path, monkeypatch: p
     monkeypatch.undo()
     checkpoint.delete()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("changed", ["dtype", "base weights"])
+def test_a_run_does_not_go_on_over_other_weights(
+    project: Path, changed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A base model in a folder has no name that tells its weights from others."""
+
+    def crash(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("router_training.run.write_results", crash)
+    with pytest.raises(KeyboardInterrupt):
+        main(command(project, "router"))
+    monkeypatch.undo()
+    if changed == "base weights":
+        weights = load_file(project / "base/model.safetensors")
+        save_file({name: value * 1.5 for name, value in weights.items()}, project / "base/model.safetensors")
+    flags = ["--dtype", "bfloat16"] if changed == "dtype" else []
+    assert main([*command(project, "router"), *flags]) == 1
+    assert "other settings, data, weights, dtype" in capsys.readouterr().err
+    assert (project / "router" / CHECKPOINT_NAME).exists()
+
+
+def test_one_run_at_a_time_writes_a_folder(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with claimed(project / "router"):
+        assert main(command(project, "router")) == 1
+        assert "another run writes there now" in capsys.readouterr().err
+    assert list((project / "router").iterdir()) == []
+    with claimed(project / "router"):
+        pass
+
+
+def test_a_file_is_no_folder_to_write_to(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "router").write_text("mine", encoding="utf-8")
+    assert main(command(project, "router")) == 1
+    assert f"--out {project / 'router'}: not a folder" in capsys.readouterr().err
+    assert (project / "router").read_text(encoding="utf-8") == "mine"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from router_training.__main__ import build_parser, main
 from router_training.run import write_json
@@ -265,3 +266,85 @@ def test_help_names_a_default_for_every_setting(capsys: pytest.CaptureFixture[st
     for flag in ("--samples", "--lambda", "--alpha", "--sign", "--eta", "--lr", "--max-length", "--granularity"):
         assert flag in printed
     assert printed.count("(default ") >= 15
+
+
+def test_an_over_long_chat_is_refused_whether_or_not_the_mix_holds_it(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = [{"role": "user", "content": "a" * 80}, {"role": "assistant", "content": "aa"}]
+    with (project / "data/letters/train.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"messages": long}) + "\n")
+    for seed in "012":
+        assert run(project, "train", "--out", str(project / "router"), *QUICK, "--samples", "2", "--seed", seed) == 1
+        assert "letters/train.jsonl:13: " in capsys.readouterr().err
+
+
+UNFIT = {
+    "more choices than there are": (["--top-k", "3"], "top_k is 3, and there are 2 choices: 'letters', 'digits'"),
+    "fewer samples than choices": (["--samples", "1"], "samples is 1, not one for each of the 2 choices"),
+    "no layer with a gate": (["--routed-from-layer", "9"], "routed_from_layer is 9"),
+    "no number": (["--lr", "inf"], "learning_rate: Input should be a finite number"),
+    "seed of another kind": (["--seed", "-1"], "seed: Input should be greater than or equal to 0"),
+    "seed beyond 64 bits": (["--seed", str(2**64)], "seed: Input should be less than"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_settings_that_do_not_fit_are_refused_before_training(
+    project: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags, message = UNFIT[case]
+    assert run(project, "train", "--out", str(project / "router"), *QUICK, *flags) == 1
+    assert message in capsys.readouterr().err
+    assert not (project / "router").exists()
+
+
+def test_one_adapter_under_two_names_is_refused(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = project / "adapters.yaml"
+    content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    content["adapters"].append({"name": "again", "source": content["adapters"][0]["source"]})
+    config.write_text(yaml.safe_dump(content), encoding="utf-8")
+    shutil.copytree(project / "data/letters", project / "data/again")
+    assert run(project, "train", "--out", str(project / "router"), *QUICK) == 1
+    assert "adapters 'letters' and 'again' are one and the same" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--validation-rows", "--composites", "--generate", "--max-new-tokens"])
+def test_counts_are_not_negative(project: Path, flag: str) -> None:
+    with pytest.raises(SystemExit):
+        run(project, "evaluate", flag, "-1")
+
+
+def test_what_cannot_be_written_is_said_and_no_result_is_lost(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = project / "router"
+    assert run(project, "train", "--out", str(out), *QUICK, "--steps", "0", "--validation-rows", "1") == 0
+    capsys.readouterr()
+    flags = ["--router", str(out), "--validation-rows", "1", "--out"]
+    assert run(project, "evaluate", *flags, str(out)) == 1
+    assert "is a folder; name a file" in capsys.readouterr().err
+    assert run(project, "evaluate", *flags, str(out / "router.json" / "x.json")) == 1
+    assert f"{out / 'router.json'}: File exists" in capsys.readouterr().err
+    assert run(project, "evaluate", *flags, str(project / "new" / "x.json")) == 0
+    assert (project / "new" / "x.json").exists()
+
+
+def test_answers_of_tasks_that_ask_the_same_are_kept_apart(project: Path) -> None:
+    """The own adapter's answer depends on whose question it is."""
+    shutil.copyfile(project / "data/letters/validation.jsonl", project / "data/digits/validation.jsonl")
+    flags = ["--router", str(project / "router"), "--generate", "2", "--max-new-tokens", "4"]
+    run(project, "train", "--out", str(project / "router"), *QUICK, "--steps", "0", "--validation-rows", "1")
+    assert run(project, "evaluate", *flags, "--cache", str(project / "cells")) == 0
+    asked = [json.loads(path.read_text(encoding="utf-8"))["facts"] for path in (project / "cells").iterdir()]
+    answers = [facts for facts in asked if facts["sequences"][0] == "answers" and facts["policy"] == "own_adapter"]
+    assert len(answers) == 2
+
+
+@pytest.mark.parametrize(
+    "content", ["5", "null", '"ratio_to_own_adapter"', '{"ratio_to_own_adapter": {"a": 1}}', "[" * 99999]
+)
+def test_other_json_is_no_record(tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.json").write_text(content, encoding="utf-8")
+    assert main(["report", str(tmp_path / "x.json")]) == 1
+    assert "x.json" in capsys.readouterr().err

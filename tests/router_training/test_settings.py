@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from router_training.settings import TrainingConfig, check_prior, prior_shares
+from router_training.settings import TrainingConfig, check_choices, prior_shares
 from server.errors import ConfigError
 
 
@@ -47,10 +47,10 @@ def test_a_prior_is_normalised_in_slot_order() -> None:
 
 def test_a_prior_of_an_unknown_adapter_is_refused_with_the_choices() -> None:
     with pytest.raises(ConfigError, match=r"'poetry'; the choices are 'maths', 'code'$"):
-        check_prior(TrainingConfig(prior={"poetry": 1.0}), ["maths", "code"])
+        check_choices(TrainingConfig(prior={"poetry": 1.0}), ["maths", "code"])
     with pytest.raises(ConfigError, match="'base'"):
-        check_prior(TrainingConfig(prior={"base": 1.0}), ["maths"])
-    check_prior(TrainingConfig(prior={"base": 1.0, "maths": 2.0}, null_expert=True), ["maths"])
+        check_choices(TrainingConfig(prior={"base": 1.0}), ["maths"])
+    check_choices(TrainingConfig(prior={"base": 1.0, "maths": 2.0}, null_expert=True), ["maths"])
 
 
 def test_settings_survive_their_record() -> None:
