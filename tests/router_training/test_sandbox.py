@@ -1,13 +1,16 @@
 """Generated programs: what passes, what fails, and what they must not be able to do."""
 
+import fcntl
 import os
+import resource
 import socket
 import time
 from pathlib import Path
 
 import pytest
 
-from router_training.sandbox import passes_tests, run_program
+from router_training import sandbox
+from router_training.sandbox import ERROR_BYTES, passes_tests, run_program
 
 
 def test_a_correct_program_passes_its_tests_and_a_wrong_one_fails() -> None:
@@ -15,6 +18,44 @@ def test_a_correct_program_passes_its_tests_and_a_wrong_one_fails() -> None:
     assert passes_tests("import math\ndef double(x):\n    return 2 * x", tests)
     assert not passes_tests("def double(x):\n    return x + 4", tests)
     assert not passes_tests("def double(x:", tests)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import sys; sys.exit()",
+        "raise SystemExit",
+        "import os; os._exit(0)",
+        "import sys\ndef double(x):\n    sys.exit(0)",
+        "import atexit, os; atexit.register(os._exit, 0)\ndef double(x): return x",
+        "import os, sys; sys.excepthook = lambda *_: os._exit(0)",
+        "import builtins\nfor name in 'exec', 'compile': setattr(builtins, name, lambda *_, **__: None)",
+        "import os\nfor fd in range(3, 32):\n    try: os.write(fd, b'0' * 32)\n    except OSError: pass",
+        "def double(x): return 8\nraise SystemExit",
+        "'''",
+        "\0",
+        "'\ud800'",
+    ],
+)
+def test_a_program_that_does_not_reach_its_last_test_has_not_passed(program: str) -> None:
+    assert not passes_tests(program, ["assert double(4) == 8", "assert double(0) == 0"])
+
+
+def test_how_a_program_ends_behind_its_last_test_does_not_matter() -> None:
+    program = (
+        "import atexit, os, sys\natexit.register(os._exit, 1)\nif len(sys.argv) > 1: sys.exit()\ndef one(): return 1"
+    )
+    assert passes_tests(program, ["assert one() == 1"])
+
+
+def test_a_program_is_given_nothing_but_its_own_module() -> None:
+    program = """
+import os, sys, __main__
+assert sys.argv == ["<program>"] and sys.stdin.read() == ""
+assert set(os.environ) <= {"HOME", "TMPDIR", "PYTHONHASHSEED", "LC_CTYPE"}
+assert vars(__main__) is globals() and {name for name in globals() if "_" not in name} == {"os", "sys"}
+"""
+    assert run_program(program).reason == ""
 
 
 def test_the_reason_of_a_failure_is_its_last_line() -> None:
@@ -28,6 +69,34 @@ def test_an_endless_program_is_stopped_with_its_children() -> None:
     assert not result.passed
     assert "longer than" in result.reason
     assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize("ending", ["pass", "time.sleep(60)"])
+def test_processes_that_a_program_leaves_behind_hold_nobody_up(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runner without fences stands for a program that got through them; its child keeps all files open."""
+    runner, lock = tmp_path / "runner.py", tmp_path / "lock"
+    runner.write_text(
+        f"import fcntl, os, time\nfcntl.flock(os.open({str(lock)!r}, os.O_CREAT), fcntl.LOCK_EX)\n"
+        f"if os.fork(): {ending}\nelse: time.sleep(60)\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(sandbox, "RUNNER", runner)
+    started = time.monotonic()
+    assert not run_program("", wall_s=2).passed
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # waits until the child is gone
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("stream", [1, 2])
+def test_endless_output_is_neither_kept_here_nor_waited_for(stream: int) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, the highest so far
+    result = run_program(f"import os\nfor _ in range(1000): os.write({stream}, b'x' * 2**20)\nassert False")
+    assert not result.passed
+    assert len(result.reason) <= ERROR_BYTES
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
 
 
 def test_memory_is_limited() -> None:
