@@ -22,9 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-WALL_SECONDS = 10
+CPU_SECONDS = 5
+WALL_SECONDS = 12 * CPU_SECONDS
+"""Ends programs that wait. Far above CPU_SECONDS, so that what passes does not depend on what else the machine does."""
+
 LIMITS = {
-    "RLIMIT_CPU": 5,
+    "RLIMIT_CPU": CPU_SECONDS,
     "RLIMIT_AS": 512 * 2**20,
     "RLIMIT_FSIZE": 2**20,
     "RLIMIT_NOFILE": 32,
@@ -58,7 +61,8 @@ def run_program(program: str, tests: Sequence[str] = (), *, wall_s: float = WALL
     ):
         task = {"nonce": nonce, "report": report.fileno(), "limits": LIMITS, "program": program, "tests": list(tests)}
         with subprocess.Popen(
-            [sys.executable, "-I", "-S", RUNNER],
+            # No paths but the standard library's, and no .pyc files. Not -I: it would ignore PYTHONHASHSEED.
+            [sys.executable, "-s", "-S", "-P", "-B", RUNNER],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=errors,
@@ -77,6 +81,8 @@ def run_program(program: str, tests: Sequence[str] = (), *, wall_s: float = WALL
         report.seek(0)
         if report.read(len(nonce) + 1) == nonce.encode():
             return ProgramResult(True, "")
+        if process.returncode == -signal.SIGXCPU:
+            return ProgramResult(False, f"took longer than {LIMITS['RLIMIT_CPU']} s of CPU time")
         if process.returncode < 0:
             return ProgramResult(False, f"ended by signal {-process.returncode}")
         return ProgramResult(False, _last_line(errors) or f"exit status {process.returncode} before its last test")

@@ -54,7 +54,9 @@ def limit_resources(limits: dict[str, int]) -> None:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).unshare(0x10000000 | 0x40000000)  # CLONE_NEWUSER | CLONE_NEWNET
     for name, value in limits.items():
-        resource.setrlimit(getattr(resource, name), (value, value))
+        # SIGXCPU at the soft limit tells what happened; one second later, SIGKILL ends who ignores it.
+        hard = value + 1 if name == "RLIMIT_CPU" else value
+        resource.setrlimit(getattr(resource, name), (value, hard))
 
 
 def guard_of(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
