@@ -1,12 +1,17 @@
-"""Runs generated Python programs in a process of their own with limits on time, memory, files and the network.
+"""Runs generated Python programs in processes of their own and tells whether they pass their tests.
 
-Two fences: resource limits with an empty network namespace where the kernel grants one, and an audit hook inside the
-process that refuses sockets, other processes, native code and files outside its folder. Good against what a small
-model writes by accident; not a jail for an attacker.
+An instrument for what a small model writes, not a jail: run programs of unknown authors in a container or a virtual
+machine. Whatever the program does, the kernel limits its CPU time, memory, open files and the size of each file, the
+clock and the end of the program end its process group, and this process reads but the end of its error output. Where
+the kernel grants it, there is no network. Except for root, there is no second process or thread.
 
-A program has passed when the last of its tests has run: `sandbox_runner` then sends back a nonce that the program was
-not given. Exits of any kind do not pass. What can pass without being right is an object that claims to equal
-everything, and a program that searches the frames of its callers for the nonce.
+An audit hook inside the process (`sandbox_runner`) refuses the rest, for root too: sockets, processes, threads, native
+code, reading outside its folder and the standard library, and changing anything outside its folder. A program that
+means to get around a hook in its own process can, and it sees which files exist.
+
+A program has passed when the last of its tests has run: the runner then sends back a nonce that the program was not
+given. Exits of any kind do not pass. An object that claims to equal everything does, and so does a program that
+searches its callers' frames for the nonce.
 """
 
 import contextlib
@@ -23,7 +28,7 @@ from pathlib import Path
 from typing import IO
 
 CPU_SECONDS = 5
-WALL_SECONDS = 12 * CPU_SECONDS
+WALL_SECONDS = 24 * CPU_SECONDS
 """Ends programs that wait. Far above CPU_SECONDS, so that what passes does not depend on what else the machine does."""
 
 LIMITS = {
@@ -31,9 +36,13 @@ LIMITS = {
     "RLIMIT_AS": 512 * 2**20,
     "RLIMIT_FSIZE": 2**20,
     "RLIMIT_NOFILE": 32,
+    "RLIMIT_NPROC": 0,
     "RLIMIT_CORE": 0,
 }
 """By the names of the module `resource`: seconds of CPU time, bytes of memory, bytes of each file, open files."""
+
+MAX_CHANGES = 64
+"""Files opened for writing, folders made, things renamed and so on. Times the size of a file: what fills the disk."""
 
 ERROR_BYTES = 1024
 """As much of the end of a program's error output is read; the rest stays in a file, as long as files may be."""
@@ -59,7 +68,14 @@ def run_program(program: str, tests: Sequence[str] = (), *, wall_s: float = WALL
         tempfile.TemporaryFile() as report,
         tempfile.TemporaryFile() as errors,
     ):
-        task = {"nonce": nonce, "report": report.fileno(), "limits": LIMITS, "program": program, "tests": list(tests)}
+        task = {
+            "program": program,
+            "tests": list(tests),
+            "limits": LIMITS,
+            "max_changes": MAX_CHANGES,
+            "nonce": nonce,
+            "report": report.fileno(),
+        }
         with subprocess.Popen(
             # No paths but the standard library's, and no .pyc files. Not -I: it would ignore PYTHONHASHSEED.
             [sys.executable, "-s", "-S", "-P", "-B", RUNNER],

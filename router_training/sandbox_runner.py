@@ -9,7 +9,8 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import count
 from typing import Any
 
 REFUSED = (
@@ -21,32 +22,47 @@ REFUSED = (
     "os.posix_spawn",
     "os.spawn",
     "os.kill",
-    "ctypes.",
-    "pty.",
-    "signal.",
+    "os.link",
+    "os.symlink",
+    "os.setxattr",
+    "os.removexattr",
     "os.chdir",
     "os.putenv",
+    "ctypes.",
+    "gc.",
+    "pty.",
+    "signal.",
     "resource.",
     "sys.addaudithook",
 )
-"""Beginnings of audit events."""
+"""Beginnings of audit events. Links among them: a path that leads out could be put together from several."""
 
 CHANGING = (
     "os.remove",
     "os.rename",
     "os.rmdir",
     "os.mkdir",
-    "os.link",
-    "os.symlink",
     "os.truncate",
     "os.chmod",
     "os.chown",
     "os.utime",
-    "shutil.",
 )
-"""Beginnings of audit events whose paths must be inside the folder."""
+"""Beginnings of audit events whose paths must be inside the folder. `shutil` comes down to these and `open`."""
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+UNIMPORTABLE = (
+    *("_ctypes", "_interpreters", "_multiprocessing", "_posixshmem", "_posixsubprocess", "_testcapi"),
+    *("_testinternalcapi", "_tkinter", "_xxsubinterpreters", "ctypes", "resource"),
+    *("_dbm", "_gdbm", "_sqlite3", "grp", "pwd", "readline", "spwd"),
+)
+"""Modules that start processes, run native code or other interpreters, or read and write files, all without events."""
+
+UNSEEN = {
+    "posix": ("chroot", "mkfifo", "mknod", "pidfd_open", "setns", "unshare"),
+    "_thread": ("start_joinable_thread", "start_new", "start_new_thread"),
+}
+"""Functions without events, by module. Threads are refused as RLIMIT_NPROC does it to everybody but root."""
 
 
 def limit_resources(limits: dict[str, int]) -> None:
@@ -59,21 +75,65 @@ def limit_resources(limits: dict[str, int]) -> None:
         resource.setrlimit(getattr(resource, name), (value, hard))
 
 
-def guard_of(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
-    """An audit hook that raises for what is refused."""
+def guard_of(folder: str, max_changes: int) -> Callable[[str, tuple[Any, ...]], None]:
+    """An audit hook that raises for what is refused, and for more than `max_changes` changes to files."""
+    library = [os.path.realpath(path) for path in sys.path]
+    changes = count()
 
-    def inside(path: object) -> bool:
-        return isinstance(path, str | bytes) and os.path.realpath(os.fsdecode(path)).startswith(folder + os.sep)
+    def within(path: Any, *roots: str) -> bool:
+        place = os.path.realpath(os.fsdecode(path)) + os.sep
+        return any(place.startswith(root + os.sep) for root in roots)
+
+    def change(paths: Iterable[Any]) -> None:
+        if not all(within(path, folder) for path in paths):
+            raise PermissionError("the sandbox changes only its own folder")
+        if next(changes) >= max_changes:
+            raise PermissionError(f"the sandbox changes files {max_changes} times at most")
+
+    def read(path: Any, *roots: str) -> None:
+        if not within(path, folder, *roots):
+            raise PermissionError("the sandbox reads only its own folder and the standard library")
 
     def guard(event: str, arguments: tuple[Any, ...]) -> None:
         if event.startswith(REFUSED):
             raise PermissionError(f"the sandbox refuses {event}")
-        if event == "open" and arguments[2] & WRITING and not inside(arguments[0]):
-            raise PermissionError("the sandbox writes only into its own folder")
-        if event.startswith(CHANGING) and not all(inside(path) for path in arguments if isinstance(path, str | bytes)):
-            raise PermissionError("the sandbox changes only its own folder")
+        if event == "import":
+            name, native = arguments[:2]
+            if name.partition(".")[0] in UNIMPORTABLE or (native and not within(native, *library)):
+                raise ImportError(f"the sandbox refuses to import {name}")
+        elif event == "open":
+            path, mode, flags = arguments
+            if isinstance(path, int) or within(path, os.devnull):
+                return
+            if flags & WRITING:
+                change([path])
+            # Of os.open, and then of a folder: with one elsewhere, `dir_fd` would take paths out unseen.
+            elif mode is None and os.path.isdir(path):
+                read(path)
+            else:
+                read(path, *library)
+        elif event in ("os.listdir", "os.scandir"):
+            if not isinstance(arguments[0], int | None):
+                read(arguments[0], *library)
+        elif event.startswith(CHANGING):
+            change(path for path in arguments if isinstance(path, str | bytes))
 
     return guard
+
+
+def refuse_what_has_no_event() -> None:
+    """Close the ways that an audit hook does not see."""
+    for name in UNIMPORTABLE:
+        sys.modules[name] = None  # type: ignore[assignment]  # importlib raises ImportError for it
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError("the sandbox refuses this function")
+
+    for module, names in UNSEEN.items():
+        for name in names:
+            for owner in (sys.modules[module], os):
+                if hasattr(owner, name):
+                    setattr(owner, name, refused)
 
 
 def main() -> None:
@@ -85,7 +145,8 @@ def main() -> None:
     module = type(sys)("__main__")
     sys.modules["__main__"], sys.argv[:] = module, ["<program>"]
     execute, write, leave = exec, os.write, os._exit  # the program may put others in their places
-    sys.addaudithook(guard_of(os.path.realpath(os.getcwd())))
+    refuse_what_has_no_event()
+    sys.addaudithook(guard_of(os.path.realpath(os.getcwd()), task["max_changes"]))
     for step in steps:
         execute(step, module.__dict__)
     write(task["report"], task["nonce"].encode())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from router_training import sandbox
-from router_training.sandbox import ERROR_BYTES, passes_tests, run_program
+from router_training.sandbox import ERROR_BYTES, MAX_CHANGES, passes_tests, run_program
 
 
 def test_a_correct_program_passes_its_tests_and_a_wrong_one_fails() -> None:
@@ -127,6 +127,67 @@ def test_files_are_limited_in_size_and_place(tmp_path: Path) -> None:
     assert not run_program("open('own', 'wb').write(bytes(2**22))").passed
 
 
+def test_other_files_can_be_neither_read_nor_listed(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("secret", encoding="utf-8")
+    for attack in (
+        f"open({str(secret)!r})",
+        f"os.open({str(secret)!r}, os.O_RDONLY)",
+        f"os.listdir({str(tmp_path)!r})",
+        f"list(os.scandir({str(tmp_path)!r}))",
+        "open('/proc/self/mem', 'rb')",
+        "os.listdir('..')",
+    ):
+        assert "the sandbox reads only" in run_program(f"import os; {attack}").reason, attack
+    assert run_program("import os; assert os.listdir() == os.listdir('.') == []; open(os.devnull, 'w').close()").passed
+
+
+def test_no_folder_elsewhere_is_opened_and_names_relative_to_one_stay_inside(tmp_path: Path) -> None:
+    for folder in (str(tmp_path), "..", "/", os.path.dirname(os.__file__)):
+        assert "the sandbox reads only" in run_program(f"import os; os.open({folder!r}, os.O_RDONLY)").reason, folder
+    inside = "import os; os.mkdir('a'); a = os.open('a', os.O_RDONLY)"
+    for attack in ("os.mkdir('../../mine', dir_fd=a)", "os.open('../../mine', os.O_CREAT | os.O_WRONLY, dir_fd=a)"):
+        assert "the sandbox changes only" in run_program(f"{inside}; {attack}").reason, attack
+    assert run_program(f"{inside}; os.mkdir('b', dir_fd=a); import shutil; shutil.rmtree('a')").passed
+
+
+def test_pipes_with_names_are_refused(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    for function in ("os.mkfifo", "os.mknod"):
+        assert "the sandbox refuses" in run_program(f"import os; {function}({str(pipe)!r})").reason
+    assert not pipe.exists()
+
+
+def test_many_small_files_do_not_fill_the_disk() -> None:
+    program = "for number in range(1000):\n    with open(str(number), 'w') as file: file.write('x')"
+    assert run_program(program).reason.endswith(f"the sandbox changes files {MAX_CHANGES} times at most")
+    assert run_program(program.replace("1000", str(MAX_CHANGES))).passed
+
+
+def test_what_honest_programs_import_still_imports() -> None:
+    modules = (
+        "abc, array, ast, bisect, calendar, cmath, collections.abc, copy, csv, dataclasses, datetime, decimal,"
+        "enum, fractions, functools, glob, hashlib, heapq, inspect, io, itertools, json, logging, math, operator,"
+        "os, pathlib, queue, random, re, shutil, statistics, string, struct, sys, tempfile, textwrap, threading,"
+        "time, timeit, types, typing, unicodedata, unittest, uuid, zlib"
+    )
+    program = (
+        f"import {modules}\n"
+        + """
+@dataclasses.dataclass
+class Point:
+    x: "int" = 1
+
+Pair = collections.namedtuple("Pair", "a b", defaults=(1, 2))
+with tempfile.NamedTemporaryFile("w+") as file, tempfile.TemporaryDirectory() as folder:
+    pathlib.Path(folder, "a").write_text("a")
+assert Point().x == Pair().a == copy.deepcopy(Pair()).a == 1
+assert datetime.date(2024, 1, 1).strftime("%d") == "01" and random.Random(0).random() < 1
+"""
+    )
+    assert run_program(program).reason == ""
+
+
 def test_other_files_can_be_neither_removed_nor_renamed(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("kept", encoding="utf-8")
@@ -143,10 +204,22 @@ def test_other_files_can_be_neither_removed_nor_renamed(tmp_path: Path) -> None:
         "import os; os.fork()",
         "import os; os.kill(os.getppid(), 15)",
         "import ctypes; ctypes.CDLL(None)",
+        "import sys; sys.modules.pop('_ctypes'); import _ctypes",
+        "import os; open('_mine.so', 'w'); import importlib.machinery as m\n"
+        "loader = m.ExtensionFileLoader('mine', os.path.abspath('_mine.so'))\n"
+        "loader.create_module(m.ModuleSpec('mine', loader, origin=loader.path))",
+        "import _posixsubprocess",
+        "import multiprocessing.util as u; u.spawnv_passfds(b'/bin/true', [b'true'], [])",
+        "import threading; threading.Thread(target=print).start()",
+        "import gc; gc.get_objects()",
     ],
 )
 def test_no_other_process_and_no_native_code(attack: str) -> None:
     assert "the sandbox refuses" in run_program(attack).reason
+
+
+def test_modules_that_would_start_processes_are_refused_to_importlib_too() -> None:
+    assert "_posixsubprocess" in run_program("import importlib; importlib.import_module('_posixsubprocess')").reason
 
 
 def test_there_is_no_network_not_even_this_machines() -> None:
