@@ -83,7 +83,7 @@ def structure(text: str) -> str:
     """JSON with sorted keys, so that only content counts; other text as `words`."""
     try:
         return json.dumps(json.loads(text), sort_keys=True)
-    except ValueError:
+    except (ValueError, RecursionError):  # RecursionError: a model that repeats an opening bracket
         return words(text)
 
 

@@ -44,6 +44,7 @@ def test_the_final_number_counts(generated: str, is_right: bool) -> None:
 def test_json_is_compared_by_content_and_sql_by_words() -> None:
     assert score("snips", ('{"b": 1, "a": {"c": "x"}}', '{"a": {"c": "x"}, "b": 1}')) == 1.0
     assert score("snips", ('{"b": 2}', '{"b": 1}'), ("{broken", '{"b": 1}')) == 0.0
+    assert score("snips", ("[" * 100_000, '{"b": 1}'), ('{"a": ' * 100_000, '{"b": 1}')) == 0.0
     assert score("wikisql", ("SELECT  a\nFROM t", "SELECT a FROM t"), ("SELECT b", "SELECT a")) == 0.5
 
 
