@@ -133,7 +133,8 @@ def read_chats(path: Path, task: str, problems: list[str]) -> list[Chat]:
         if isinstance(found, str):
             problems.append(f"{origin}: {found}")
         else:
-            chats.append(Chat(task, found, origin, _tests(line)))
+            messages, tests = found
+            chats.append(Chat(task, messages, origin, tests))
     if not any(line.strip() for line in lines):
         problems.append(f"{path}: the file is empty, so adapter {task!r} has no samples")
     return chats
@@ -148,8 +149,8 @@ def _folder_of(task: str, data: Sequence[Path], problems: list[str]) -> Path:
     return found[0] if found else data[0] / task
 
 
-def _check_line(line: bytes) -> tuple[Mapping[str, str], ...] | str:
-    """The messages of a line, or what is wrong with it."""
+def _check_line(line: bytes) -> tuple[tuple[Mapping[str, str], ...], tuple[str, ...]] | str:
+    """The messages and tests of a line, or what is wrong with it."""
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -172,12 +173,10 @@ def _check_line(line: bytes) -> tuple[Mapping[str, str], ...] | str:
         return f"the last message must be the assistant's, not the {messages[-1]['role']}'s"
     if not messages[-1]["content"].strip():
         return "the answer is empty"
-    return tuple({"role": message["role"], "content": message["content"]} for message in messages)
-
-
-def _tests(line: bytes) -> tuple[str, ...]:
-    tests = json.loads(line).get("tests", [])
-    return tuple(tests) if isinstance(tests, list) and all(isinstance(test, str) for test in tests) else ()
+    tests = [] if row.get("tests") is None else row["tests"]
+    if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
+        return "'tests' must be a list of strings"
+    return tuple({"role": message["role"], "content": message["content"]} for message in messages), tuple(tests)
 
 
 def _check_message(message: Any) -> str | None:

@@ -4,12 +4,29 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from math import sqrt
 
 from router_training.sandbox import passes_tests
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-FENCE = re.compile(r"```(?:python)?\n(.*?)(?:```|$)", re.DOTALL)
+NUMBER = re.compile(
+    r"(?P<minus>(?<![\w)\]%])[-\u2212\u2013])?"  # behind a digit, word or bracket it subtracts or joins
+    r"[$€£¥₹]?"
+    r"(?P<digits>"
+    # Groups of three with one kind of mark: a comma or a space, which may be a narrow or an unbreakable one.
+    r"[1-9]\d{0,2}(?P<mark>[, \u00a0\u2009\u202f])\d{3}(?:(?P=mark)\d{3})*(?!\d)(?:\.\d+)?"
+    r"|\d+(?:\.\d+)?"
+    r"|(?<![\w.])\.\d+)"
+)
+
+OPTION = re.compile(
+    r"(?:\A|\b(?i:answer|option|choice)(?:\s+is)?\b)"
+    r"[\s:(\[*_`\"]*([A-H])"
+    r"(?:[.:,)\]*_`\"]|\s+[-\u2013\u2014]|[^\S\n]*(?:\n|\Z))"
+)
+"""`B`, `B.`, `(B) water`, `**B**`, `The answer is B.`: a letter alone or set off; `A dog` begins with an article."""
+
+FENCE = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\r?\n(.*?)(?:```|$)", re.DOTALL | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -30,9 +47,14 @@ class Metric:
     compute: Callable[[Sequence[Answer]], float]
 
 
-def accuracy(label: Callable[[str], str]) -> Callable[[Sequence[Answer]], float]:
-    """Share of answers whose label, read by `label`, is the reference's."""
-    return lambda answers: sum(label(a.generated) == label(a.reference) for a in answers) / len(answers)
+def accuracy(label: Callable[[str], object]) -> Callable[[Sequence[Answer]], float]:
+    """Share of answers whose label, read by `label`, is the reference's; None, where there is none, is never right."""
+
+    def is_right(answer: Answer) -> bool:
+        found = label(answer.generated)
+        return found is not None and found == label(answer.reference)
+
+    return lambda answers: sum(map(is_right, answers)) / len(answers)
 
 
 def matthews(positive: str) -> Callable[[Sequence[Answer]], float]:
@@ -60,18 +82,20 @@ def first_word(text: str) -> str:
 
 
 def option_letter(text: str) -> str:
-    """Capital letter of a multiple-choice answer such as `B. water`; the whole text where there is none."""
-    match = re.match(r"\s*([A-H])\b", text)
+    """Letter of a multiple-choice answer such as `B. water`, see `OPTION`; the whole text where there is none."""
+    match = OPTION.search(text)
     return str(match[1]) if match else text.strip()
 
 
-def last_number(text: str) -> str:
-    """The final number, behind `####` if there is such a mark, without thousands separators and trailing zeros."""
-    numbers = NUMBER.findall(text.rpartition("####")[2] if "####" in text else text)
+def final_number(text: str) -> Decimal | None:
+    """The number behind the last `####`, as GSM8K has it; the last number of a text without such a mark."""
+    _, mark, rest = text.rpartition("####")
+    numbers = list(NUMBER.finditer(rest))
     if not numbers:
-        return ""
-    number = str(numbers[-1]).replace(",", "")
-    return number.rstrip("0").rstrip(".") if "." in number else number
+        return None
+    number = numbers[0 if mark else -1]
+    size = Decimal(re.sub(r"[^\d.]", "", number["digits"]))
+    return -size if number["minus"] else size
 
 
 def words(text: str) -> str:
@@ -83,7 +107,7 @@ def structure(text: str) -> str:
     """JSON with sorted keys, so that only content counts; other text as `words`."""
     try:
         return json.dumps(json.loads(text), sort_keys=True)
-    except ValueError:
+    except (ValueError, RecursionError):  # RecursionError: a model that repeats an opening bracket
         return words(text)
 
 
@@ -94,7 +118,7 @@ def program_of(text: str) -> str:
 
 
 METRICS: Mapping[str, Metric] = {
-    "gsm8k": Metric("final number", accuracy(last_number)),
+    "gsm8k": Metric("final number", accuracy(final_number)),
     "mbpp": Metric("pass@1", pass_at_1),
     "sst2": Metric("accuracy", accuracy(first_word)),
     "cola": Metric("Matthews correlation", matthews("acceptable")),
