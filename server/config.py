@@ -3,22 +3,31 @@
 The only module that reads the environment. Knows no torch and starts nothing.
 """
 
-import difflib
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
+from server.config_file import UniqueKeyLoader as UniqueKeyLoader
+from server.config_file import explain, read_mapping
 from server.errors import ConfigError
 from server.naming import ADAPTER_NAME_PATTERN, looks, reserved_by
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, field: ValidationInfo) -> Any:
+        """Python takes true for 1, so that `port: true` would be a port."""
+        if isinstance(value, bool) and cls.model_fields[str(field.field_name)].annotation is not bool:
+            raise PydanticCustomError("boolean", "must not be true or false")
+        return value
 
 
 class BaseModelConfig(_Frozen):
@@ -214,33 +223,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lora-mixer"
 
 
-class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML forbids repeated keys, yet PyYAML lets the last one win: half of such a file would be ignored in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.MarkedYAMLError(problem=f"the key {key[1]!r} appears twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def load_config(path: Path, overrides: dict[str, Any] | None = None) -> ServerConfig:
     """Read and validate adapters.yaml; `overrides` are `server` settings from flags (None values are skipped).
 
     Raises ConfigError that lists every problem with its place in the file, an unknown key with its nearest known one.
     """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {error.strerror}. Pass --config with the path of an adapters.yaml."
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a mapping with the keys base_model, router, adapters, server")
-    return parse_config(content, root=path.resolve().parent, origin=str(path), overrides=overrides)
+    return parse_config(read_mapping(path), root=path.resolve().parent, origin=str(path), overrides=overrides)
 
 
 def parse_config(
@@ -258,7 +246,7 @@ def parse_config(
     try:
         config = ServerConfig.model_validate({**content, "root": root})
     except ValidationError as error:
-        problems = "; ".join(_explain(problem) for problem in error.errors())
+        problems = "; ".join(explain(problem, _known_keys(problem["loc"][:-1])) for problem in error.errors())
         raise ConfigError(f"{origin}: {problems}") from error
     _refuse_duplicates(config, origin)
     return config
@@ -282,16 +270,6 @@ def _confusable_pairs(names: list[str]) -> Iterator[tuple[str, str]]:
     for name in names:
         earlier = {seen.setdefault((kind, look), name) for kind, look in enumerate(looks(name))}
         yield from ((other, name) for other in sorted(earlier - {name}))
-
-
-def _explain(problem: Any) -> str:
-    place = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] != "extra_forbidden":
-        return f"{place}: {problem['msg']}"
-    known = _known_keys(problem["loc"][:-1])
-    nearest = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-    hint = f"; did you mean '{nearest[0]}'?" if nearest else f"; known keys: {', '.join(sorted(known))}"
-    return f"unknown key '{place}'{hint}"
 
 
 def _known_keys(parent: tuple[Any, ...]) -> list[str]:

@@ -20,7 +20,8 @@ MAX_LINES = 300
 LAYERS = {
     "errors": set[str](),
     "naming": set[str](),
-    "config": {"errors", "naming"},
+    "config_file": {"errors"},
+    "config": {"config_file", "errors", "naming"},
     "model": {"config", "errors", "naming"},
     "routing": {"config", "errors", "naming"},
     "native": {"routing", "config", "errors", "naming"},

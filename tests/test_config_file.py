@@ -1,0 +1,53 @@
+"""How adapters.yaml is read: strictly, in bounded time, and with problems in words for whoever wrote it."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from server.config import ServerConfig, load_config
+from server.errors import ConfigError
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "adapters.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("text", ["", "# router: examples/demo/router\n", "---\n"])
+def test_a_file_of_nothing_but_comments_means_the_defaults(text: str, tmp_path: Path) -> None:
+    assert load_config(written(tmp_path, text)) == ServerConfig(root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("server: {hub_allowed: myorg}\n", "server.hub_allowed: must be a list$"),
+        ("server: {adapter_roots: sources}\n", "server.adapter_roots: must be a list$"),
+        ("adapters: {name: a, source: b}\n", "adapters: must be a list$"),
+        ("adapters: [a]\n", "adapters.0: must be a mapping$"),
+        ("base_model: gpt2\n", "base_model: must be a mapping$"),
+        ("server: 5\n", "server: must be a mapping$"),
+        ("adapters: [{name: a, source: 5, routed: null}]\n", "source: must be text; adapters.0.routed: must be true"),
+        ("server: {port: true}\n", "server.port: must not be true or false$"),
+        ("server: {hub_timeout_s: no}\n", "server.hub_timeout_s: must not be true or false$"),
+        ("router: on\n", "router: must not be true or false$"),
+        ("[a, b]\n", "must hold a mapping"),
+        ("router: [\n", "is not valid YAML"),
+    ],
+)
+def test_values_of_the_wrong_shape_are_told_in_the_words_of_the_file(text: str, problem: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        load_config(written(tmp_path, text))
+
+
+INDENTED = "".join(" " * level + "a:\n" for level in range(2000))
+
+
+@pytest.mark.parametrize("text", ["[" * 2000, "- " * 2000, "{a: " * 2000, INDENTED], ids=list("[-{a"))
+def test_nesting_without_end_is_refused_at_once(text: str, tmp_path: Path) -> None:
+    started_s = time.monotonic()
+    with pytest.raises(ConfigError, match="nested deeper than 32 levels"):
+        load_config(written(tmp_path, text))
+    assert time.monotonic() - started_s < 2.0, "a few milliseconds, unless it goes on to the end"
