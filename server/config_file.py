@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from server.errors import ConfigError
 
@@ -21,6 +23,20 @@ _PLAIN_WORDS = {
 """Kinds of problem that pydantic words in terms of Python."""
 
 
+class Frozen(BaseModel):
+    """Part of a configuration: unknown keys are errors, nothing changes after it is read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, field: ValidationInfo) -> Any:
+        """Python takes true for 1, so that `port: true` would be a port."""
+        if isinstance(value, bool) and cls.model_fields[str(field.field_name)].annotation is not bool:
+            raise PydanticCustomError("boolean", "must not be true or false")
+        return value
+
+
 class UniqueKeyLoader(yaml.SafeLoader):
     """YAML forbids repeated keys, yet PyYAML lets the last one win: half of such a file would be ignored in silence.
 
@@ -32,8 +48,8 @@ class UniqueKeyLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self._depth += 1
         if self._depth > MAX_DEPTH:
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=mark)
+            where = None if parent is None else parent.start_mark
+            raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=where)
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node

@@ -51,3 +51,12 @@ def test_nesting_without_end_is_refused_at_once(text: str, tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="nested deeper than 32 levels"):
         load_config(written(tmp_path, text))
     assert time.monotonic() - started_s < 2.0, "a few milliseconds, unless it goes on to the end"
+
+
+def test_a_source_that_names_its_revision_is_source_and_revision(tmp_path: Path) -> None:
+    (tmp_path / "org/folder@main").mkdir(parents=True)
+    text = "adapters:\n- {name: a, source: org/name@refs/pr/1}\n- {name: b, source: org/folder@main}\n"
+    specs = load_config(written(tmp_path, text)).adapters
+    assert [(spec.source, spec.revision) for spec in specs] == [("org/name", "refs/pr/1"), ("org/folder@main", None)]
+    with pytest.raises(ConfigError, match="adapter 'a': the source names revision 'x', `revision` is 'y'"):
+        load_config(written(tmp_path, "adapters: [{name: a, source: org/name@x, revision: y}]\n"))

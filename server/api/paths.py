@@ -8,10 +8,11 @@ from server.errors import InvalidRequestError, PermissionDeniedError
 
 
 def checked_source(config: ServerConfig, spec: AdapterSpec) -> AdapterSpec:
-    """The spec as the registry may have it: a Hub source as it is, a local one with its folder resolved.
+    """The spec as the registry may have it: a Hub source with its revision apart, a local one with its folder resolved.
 
     Raises what `check_folder` raises, and InvalidRequestError for a spec that contradicts itself.
     """
+    spec = spec.with_revision_apart(config.root, config.adapter_roots)
     try:
         folder = local_folder(spec, config.root)
     except (OSError, RuntimeError) as error:
