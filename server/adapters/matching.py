@@ -6,11 +6,11 @@ The rules stand in `peft/tuners/tuners_utils.py` (`check_target_module_exists`, 
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
-from server.adapters.patterns import STEPS_PER_NAME, Budget, Pattern, PatternBudgetError
+from server.adapters.pattern_table import PatternTable
+from server.adapters.patterns import STEPS_PER_ADAPTER, STEPS_PER_NAME, Budget, Pattern, PatternBudgetError, suffixes
 from server.adapters.peft_config import CONFIG_NAME, PeftConfig
 from server.errors import RefusalReason
 
@@ -28,7 +28,7 @@ def match_targets(
     config: PeftConfig, projections: Sequence[str]
 ) -> tuple[dict[str, TargetSettings], list[RefusalReason]]:
     """Projection name -> settings for every projection that PEFT would adapt, and reasons to refuse the config."""
-    matcher = _Matcher(config, Budget(STEPS_PER_NAME * len(projections)))
+    matcher = _Matcher(config, Budget(min(STEPS_PER_NAME * len(projections), STEPS_PER_ADAPTER)))
     try:
         settings = {name: matcher.settings(name) for name in projections if matcher.is_target(name)}
     except PatternBudgetError as error:
@@ -43,23 +43,17 @@ def match_targets(
     return settings, reasons
 
 
-def suffixes(name: str) -> list[str]:
-    """The path and all of its tails at dots: `a.b.c`, `b.c`, `c`."""
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]
-
-
-_Value = TypeVar("_Value")
-
-
 class _Matcher:
-    """The config with its name lists as sets, and the pattern budget of this adapter."""
+    """The config with its lists made ready to be looked up in, and the pattern budget of this adapter."""
 
     def __init__(self, config: PeftConfig, budget: Budget) -> None:
         self._config = config
         self._budget = budget
         self._targets = _as_set(config.target_modules)
         self._excluded = _as_set(config.exclude_modules)
+        self._ranks = PatternTable(config.rank_pattern)
+        self._alphas = PatternTable(config.alpha_pattern)
+        self._list_names = {name: place for place, name in reversed(list(enumerate(config.layers_pattern)))}
 
     def is_target(self, name: str) -> bool:
         """PEFT's `check_target_module_exists`: exclusion first; an exact name is not filtered by layer."""
@@ -73,8 +67,8 @@ class _Matcher:
 
     def settings(self, name: str) -> TargetSettings:
         """Rank and scaling; the first pattern that matches wins, as in PEFT's `get_pattern_key`."""
-        rank = self._first_match(self._config.rank_pattern, name, self._config.rank)
-        alpha = self._first_match(self._config.alpha_pattern, name, self._config.alpha)
+        rank = self._ranks.first(name, self._budget, self._config.rank)
+        alpha = self._alphas.first(name, self._budget, self._config.alpha)
         divisor = math.sqrt(rank) if self._config.is_rank_stabilized else rank
         return TargetSettings(rank, alpha / divisor)
 
@@ -85,29 +79,24 @@ class _Matcher:
 
     def _is_in_layers(self, name: str) -> bool:
         layers = self._config.layers_to_transform
-        return layers is None or _layer_index(name, self._config.layers_pattern) in layers
-
-    def _first_match(self, patterns: Iterable[tuple[Pattern, _Value]], name: str, default: _Value) -> _Value:
-        for pattern, value in patterns:
-            if pattern.matches_suffix(name, self._budget):
-                return value
-        return default
+        return layers is None or _layer_index(name, self._list_names) in layers
 
 
-def _layer_index(name: str, list_names: tuple[str, ...]) -> int | None:
+def _layer_index(name: str, list_names: Mapping[str, int]) -> int | None:
     r"""Index in the first numbered module list of a path, as PEFT reads it for `layers_to_transform`.
 
     Without list names it is PEFT's `.*?\.[^.]*\.(\d+)\.`: the first number that stands at least third and not last.
-    With them it is the first number right after one of the names; earlier names win.
+    With them it is the first number right after one of the names; those with a lower place win.
     """
     parts = name.split(".")
     if not list_names:
         return next((int(part) for part in parts[2:-1] if part.isdecimal()), None)
-    for list_name in list_names:
-        for parent, part in itertools.pairwise(parts[:-1]):
-            if parent == list_name and part.isdecimal():
-                return int(part)
-    return None
+    numbered = [
+        (list_names[parent], int(part))
+        for parent, part in itertools.pairwise(parts[:-1])
+        if parent in list_names and part.isdecimal()
+    ]
+    return min(numbered, key=lambda found: found[0])[1] if numbered else None
 
 
 def _unknown_targets(config: PeftConfig, projections: Sequence[str]) -> list[RefusalReason]:
