@@ -9,13 +9,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from server.adapter_spec import AdapterSpec as AdapterSpec
 from server.config_file import Frozen, explain, read_mapping
 from server.config_file import UniqueKeyLoader as UniqueKeyLoader
 from server.errors import ConfigError, InvalidRequestError
 from server.naming import confusable_pairs, reserved_by
+
+
+def _home_expanded(path: str) -> str:
+    """`~` and `~user` as shells read them; other paths as they are."""
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError as error:
+        raise PydanticCustomError("no_home", "{path} names the home of nobody", {"path": repr(path)}) from error
+
+
+PathText = Annotated[str, AfterValidator(_home_expanded)]
+"""A path of this machine. Sources of models and adapters are none: they may be Hub ids, and are expanded where read."""
 
 
 class BaseModelConfig(Frozen):
@@ -86,7 +99,7 @@ class ServerSettings(Frozen):
     """Seconds that the download of one adapter may take in all."""
     max_loading_adapters: Annotated[int, Field(ge=1)] = 32
     """Most registrations over HTTP under way at once; beyond, further ones get 429."""
-    registry_file: str | None = "adapters.state"
+    registry_file: PathText | None = "adapters.state"
     """File, relative to the config file, that keeps HTTP registrations across restarts; null or empty: none."""
     traffic_alarm_factor: Annotated[float, Field(gt=1)] = 4.0
     """How many times its even share of recent traffic an adapter may capture before the alarm metric rises."""
@@ -106,7 +119,7 @@ class ServerSettings(Frozen):
     """Most alternatives a logprobs field may ask for."""
     drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0
     """Seconds that running requests get to finish on SIGTERM before they are aborted."""
-    adapter_roots: tuple[str, ...] = ()
+    adapter_roots: tuple[PathText, ...] = ()
     """Folders below which local adapters may be registered over HTTP; empty means the config file's folder."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe log lines printed."""
@@ -116,7 +129,7 @@ class ServerConfig(Frozen):
     """All of adapters.yaml, validated. `root` is the folder that relative paths are relative to."""
 
     base_model: BaseModelConfig = BaseModelConfig()
-    router: str | None = None
+    router: PathText | None = None
     """Router artefact folder, relative to the config file; null serves without a learned router."""
     adapters: tuple[AdapterSpec, ...] = ()
     server: ServerSettings = ServerSettings()
@@ -195,6 +208,10 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> ServerCo
 
     Raises ConfigError that lists every problem with its place in the file, an unknown key with its nearest known one.
     """
+    try:
+        path = path.expanduser()  # Shells leave the ~ of --config=~/adapters.yaml alone.
+    except RuntimeError as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
     return parse_config(read_mapping(path), root=path.resolve().parent, origin=str(path), overrides=overrides)
 
 

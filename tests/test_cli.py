@@ -123,6 +123,9 @@ class TestSettingsFlags:
             parse("serve", "--config", "conf/a.yaml", "--adapter-root", "one", "--adapter-root", "/two")
         )
         assert config.adapter_roots == (tmp_path / "one", Path("/two"))
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        config = config_from(parse("serve", "--config", "conf/a.yaml", "--adapter-root=~/one"))
+        assert config.adapter_roots == (tmp_path / "home/one",)
 
     @pytest.mark.parametrize(
         ("flag", "value", "complaint"),

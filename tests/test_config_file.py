@@ -60,3 +60,23 @@ def test_a_source_that_names_its_revision_is_source_and_revision(tmp_path: Path)
     assert [(spec.source, spec.revision) for spec in specs] == [("org/name", "refs/pr/1"), ("org/folder@main", None)]
     with pytest.raises(ConfigError, match="adapter 'a': the source names revision 'x', `revision` is 'y'"):
         load_config(written(tmp_path, "adapters: [{name: a, source: org/name@x, revision: y}]\n"))
+
+
+def test_every_path_may_start_at_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = "router: ~/r\nserver: {adapter_roots: [~/one, '~', two], registry_file: ~/state}\n"
+    written(tmp_path, text)
+    config = load_config(Path("~/adapters.yaml"))
+    assert config.root == tmp_path
+    assert (config.router_folder, config.registry_file) == (tmp_path / "r", tmp_path / "state")
+    assert config.adapter_roots == (tmp_path / "one", tmp_path, tmp_path / "two")
+
+
+def test_a_home_of_nobody_is_told_with_its_place(tmp_path: Path) -> None:
+    problem = "router: '~nobody-of-that-name/r' names the home of nobody; server.adapter_roots.0: "
+    with pytest.raises(ConfigError, match=problem):
+        load_config(
+            written(tmp_path, "router: ~nobody-of-that-name/r\nserver: {adapter_roots: [~nobody-of-that-name]}\n")
+        )
+    with pytest.raises(ConfigError, match="cannot read ~nobody-of-that-name"):
+        load_config(Path("~nobody-of-that-name/adapters.yaml"))

@@ -221,7 +221,7 @@ def test_folders_outside_the_root_are_403_whether_they_exist_or_not(
     for response in (
         client.post("/v1/adapters", json={"name": "local", **fields}),
         client.post("/v1/load_lora_adapter", json={"lora_name": "local", "lora_path": fields["source"]}),
-        client.post("/v1/router", json={"path": fields["source"] if fields["source"] != "~" else ".."}),
+        client.post("/v1/router", json={"path": fields["source"]}),
     ):
         assert response.status_code == 403
         assert "outside the adapter roots" in response.json()["error"]["message"]
@@ -297,6 +297,13 @@ def test_further_adapter_roots_open_further_folders(folders: Path) -> None:
     with harness.serve() as client:
         assert client.post("/v1/adapters", json={"name": "a", "source": "../outside/deep"}).status_code == 202
         assert client.post("/v1/adapters", json={"name": "b", "source": "adapters/one"}).status_code == 403
+
+
+def test_a_root_that_is_not_there_is_told_at_the_start(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with Harness(root=folders / "root", adapter_roots=("adapters", "nothing", "file")).serve():
+        pass
+    warned = [record.getMessage() for record in caplog.records if "adapter root" in record.getMessage()]
+    assert [message.split()[3] for message in warned] == [str(folders / "root" / name) for name in ("nothing", "file")]
 
 
 def test_guards_travel_as_if_match_and_etag(client: httpx.Client, harness: Harness) -> None:
