@@ -14,6 +14,9 @@ from server.adapters.patterns import STEPS_PER_ADAPTER, STEPS_PER_NAME, Budget, 
 from server.adapters.peft_config import CONFIG_NAME, PeftConfig
 from server.errors import RefusalReason
 
+HEADS_AND_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out", "output")
+"""What the output heads and token embeddings of causal language models are called."""
+
 
 @dataclass(frozen=True)
 class TargetSettings:
@@ -34,7 +37,7 @@ def match_targets(
     except PatternBudgetError as error:
         where = f"{CONFIG_NAME}: target_modules, exclude_modules, rank_pattern, alpha_pattern"
         return {}, [RefusalReason("pattern_too_complex", str(error), where)]
-    reasons = _unknown_targets(config, projections)
+    reasons = _unknown_targets(config, projections, is_any_known=bool(settings))
     if not settings and not reasons:
         message = (
             "no projection of the base model is left after target_modules, exclude_modules and layers_to_transform"
@@ -99,13 +102,16 @@ def _layer_index(name: str, list_names: Mapping[str, int]) -> int | None:
     return min(numbered, key=lambda found: found[0])[1] if numbered else None
 
 
-def _unknown_targets(config: PeftConfig, projections: Sequence[str]) -> list[RefusalReason]:
-    """Listed names that are no projection here. PEFT skips them; for us they mean another base, or a head or
-    embedding that we do not adapt, and dropping a part of an adapter in silence is not an option."""
+def _unknown_targets(config: PeftConfig, projections: Sequence[str], *, is_any_known: bool) -> list[RefusalReason]:
+    """Listed names that are no projection here. PEFT skips them where another one is, and so do we: many lists are
+    written for several architectures, and weights for such a name are refused where they are found. Heads and
+    embeddings are not skipped: the base has them, under one name or another, and we do not adapt them."""
     if isinstance(config.target_modules, Pattern) or config.targets_all_linear:
         return []
     known = {suffix for name in projections for suffix in suffixes(name)}
     unknown = sorted(set(config.target_modules) - known)
+    if is_any_known:
+        unknown = [name for name in unknown if name.rpartition(".")[2] in HEADS_AND_EMBEDDINGS]
     if not unknown:
         return []
     leaves = ", ".join(sorted({name.rpartition(".")[2] for name in projections}))

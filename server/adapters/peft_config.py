@@ -150,7 +150,9 @@ class _Reader:
         return float(value)
 
     def _boolean(self, name: str) -> bool:
-        value = self.content.get(name, False)
+        value = self.content.get(name)
+        if value is None:  # as PEFT reads it: it only asks whether the field is true
+            return False
         if not isinstance(value, bool):
             self.refuse("invalid_config_value", f"{name} is {_show(value)}, not true or false", name)
             return False

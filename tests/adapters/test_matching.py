@@ -71,7 +71,15 @@ def test_ranks_and_scalings_are_those_of_peft(ranks: dict[str, int], alphas: dic
         assert settings[name] == TargetSettings(rank, alpha / (math.sqrt(rank) if is_rslora else rank))
 
 
-def test_a_listed_name_that_is_no_projection_is_refused_by_name() -> None:
+@pytest.mark.parametrize("listed", [["query_key_value", "Wqkv"], ["layers.99.q_proj"]])
+def test_listed_names_that_are_nowhere_are_refused_by_name_if_all_are(listed: list[str]) -> None:
+    assert matched({"target_modules": [*listed, "q_proj"]}) == matched({"target_modules": ["q_proj"]})
+    _, reasons = matched({"target_modules": listed})
+    assert [reason.code for reason in reasons] == ["unknown_target_modules"]
+    assert all(repr(name) in reasons[0].message for name in listed)
+
+
+def test_listed_heads_and_embeddings_are_refused_by_name() -> None:
     _, reasons = matched({"target_modules": ["q_proj", "lm_head", "embed_tokens"]})
     assert [reason.code for reason in reasons] == ["unknown_target_modules"]
     assert "'embed_tokens', 'lm_head'" in reasons[0].message
