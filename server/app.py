@@ -13,6 +13,7 @@ from server.api import adapters, calibrate, chat, completions, models, router, s
 from server.api.auth import ApiKeyGate
 from server.api.errors import install_error_handlers
 from server.api.middleware import BodyGate, RequestScope
+from server.api.paths import warn_of_missing_roots
 from server.api.services import Services
 from server.api.warmup import warm_up
 
@@ -35,6 +36,7 @@ def create_app(services: Services) -> FastAPI:
         ],
     )
     app.state.services = services
+    warn_of_missing_roots(services.config)
     install_error_handlers(app)
     for module in (chat, completions, tokenize, models, adapters, calibrate, router, system):
         app.include_router(module.router)

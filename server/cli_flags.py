@@ -61,12 +61,17 @@ def config_from(arguments: argparse.Namespace) -> ServerConfig:
     overrides = {name: getattr(arguments, name, None) for name in ServerSettings.model_fields}
     if overrides["adapter_roots"]:
         # A folder typed into a shell is relative to the shell's folder, one in the file to the file's.
-        overrides["adapter_roots"] = tuple(str(Path(folder).resolve()) for folder in overrides["adapter_roots"])
+        overrides["adapter_roots"] = tuple(map(_from_shell, overrides["adapter_roots"]))
     config = load_config(arguments.config, overrides)
     if arguments.dtype is None:
         return config
     base_model = config.base_model.model_copy(update={"dtype": arguments.dtype})
     return config.model_copy(update={"base_model": base_model})
+
+
+def _from_shell(folder: str) -> str:
+    """Absolute, unless it starts at a home: shells expand `--adapter-root ~/x`, but not `--adapter-root=~/x`."""
+    return folder if folder.startswith("~") else str(Path(folder).resolve())
 
 
 def key_from_environment() -> str | None:

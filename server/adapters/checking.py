@@ -41,7 +41,9 @@ class Verdict:
 
 
 def check_adapter(spec: AdapterSpec, loader: AdapterLoader) -> Verdict:
-    """Load and judge one adapter. Raises AdapterDownloadError when there is nothing to judge."""
+    """Load and judge one adapter. Raises AdapterDownloadError when there is nothing to judge, and InvalidRequestError
+    when the spec contradicts itself."""
+    spec = spec.with_revision_apart(loader.root)
     try:
         adapter = loader.load(spec)
     except AdapterRefusedError as error:

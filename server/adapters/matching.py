@@ -6,13 +6,16 @@ The rules stand in `peft/tuners/tuners_utils.py` (`check_target_module_exists`, 
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
-from server.adapters.patterns import STEPS_PER_NAME, Budget, Pattern, PatternBudgetError
+from server.adapters.pattern_table import PatternTable
+from server.adapters.patterns import STEPS_PER_ADAPTER, STEPS_PER_NAME, Budget, Pattern, PatternBudgetError, suffixes
 from server.adapters.peft_config import CONFIG_NAME, PeftConfig
 from server.errors import RefusalReason
+
+HEADS_AND_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "lm_head", "embed_out", "output")
+"""What the output heads and token embeddings of causal language models are called."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,13 @@ def match_targets(
     config: PeftConfig, projections: Sequence[str]
 ) -> tuple[dict[str, TargetSettings], list[RefusalReason]]:
     """Projection name -> settings for every projection that PEFT would adapt, and reasons to refuse the config."""
-    matcher = _Matcher(config, Budget(STEPS_PER_NAME * len(projections)))
+    matcher = _Matcher(config, Budget(min(STEPS_PER_NAME * len(projections), STEPS_PER_ADAPTER)))
     try:
         settings = {name: matcher.settings(name) for name in projections if matcher.is_target(name)}
     except PatternBudgetError as error:
         where = f"{CONFIG_NAME}: target_modules, exclude_modules, rank_pattern, alpha_pattern"
         return {}, [RefusalReason("pattern_too_complex", str(error), where)]
-    reasons = _unknown_targets(config, projections)
+    reasons = _unknown_targets(config, projections, is_any_known=bool(settings))
     if not settings and not reasons:
         message = (
             "no projection of the base model is left after target_modules, exclude_modules and layers_to_transform"
@@ -43,23 +46,17 @@ def match_targets(
     return settings, reasons
 
 
-def suffixes(name: str) -> list[str]:
-    """The path and all of its tails at dots: `a.b.c`, `b.c`, `c`."""
-    parts = name.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]
-
-
-_Value = TypeVar("_Value")
-
-
 class _Matcher:
-    """The config with its name lists as sets, and the pattern budget of this adapter."""
+    """The config with its lists made ready to be looked up in, and the pattern budget of this adapter."""
 
     def __init__(self, config: PeftConfig, budget: Budget) -> None:
         self._config = config
         self._budget = budget
         self._targets = _as_set(config.target_modules)
         self._excluded = _as_set(config.exclude_modules)
+        self._ranks = PatternTable(config.rank_pattern)
+        self._alphas = PatternTable(config.alpha_pattern)
+        self._list_names = {name: place for place, name in reversed(list(enumerate(config.layers_pattern)))}
 
     def is_target(self, name: str) -> bool:
         """PEFT's `check_target_module_exists`: exclusion first; an exact name is not filtered by layer."""
@@ -73,8 +70,8 @@ class _Matcher:
 
     def settings(self, name: str) -> TargetSettings:
         """Rank and scaling; the first pattern that matches wins, as in PEFT's `get_pattern_key`."""
-        rank = self._first_match(self._config.rank_pattern, name, self._config.rank)
-        alpha = self._first_match(self._config.alpha_pattern, name, self._config.alpha)
+        rank = self._ranks.first(name, self._budget, self._config.rank)
+        alpha = self._alphas.first(name, self._budget, self._config.alpha)
         divisor = math.sqrt(rank) if self._config.is_rank_stabilized else rank
         return TargetSettings(rank, alpha / divisor)
 
@@ -85,38 +82,36 @@ class _Matcher:
 
     def _is_in_layers(self, name: str) -> bool:
         layers = self._config.layers_to_transform
-        return layers is None or _layer_index(name, self._config.layers_pattern) in layers
-
-    def _first_match(self, patterns: Iterable[tuple[Pattern, _Value]], name: str, default: _Value) -> _Value:
-        for pattern, value in patterns:
-            if pattern.matches_suffix(name, self._budget):
-                return value
-        return default
+        return layers is None or _layer_index(name, self._list_names) in layers
 
 
-def _layer_index(name: str, list_names: tuple[str, ...]) -> int | None:
+def _layer_index(name: str, list_names: Mapping[str, int]) -> int | None:
     r"""Index in the first numbered module list of a path, as PEFT reads it for `layers_to_transform`.
 
     Without list names it is PEFT's `.*?\.[^.]*\.(\d+)\.`: the first number that stands at least third and not last.
-    With them it is the first number right after one of the names; earlier names win.
+    With them it is the first number right after one of the names; those with a lower place win.
     """
     parts = name.split(".")
     if not list_names:
         return next((int(part) for part in parts[2:-1] if part.isdecimal()), None)
-    for list_name in list_names:
-        for parent, part in itertools.pairwise(parts[:-1]):
-            if parent == list_name and part.isdecimal():
-                return int(part)
-    return None
+    numbered = [
+        (list_names[parent], int(part))
+        for parent, part in itertools.pairwise(parts[:-1])
+        if parent in list_names and part.isdecimal()
+    ]
+    return min(numbered, key=lambda found: found[0])[1] if numbered else None
 
 
-def _unknown_targets(config: PeftConfig, projections: Sequence[str]) -> list[RefusalReason]:
-    """Listed names that are no projection here. PEFT skips them; for us they mean another base, or a head or
-    embedding that we do not adapt, and dropping a part of an adapter in silence is not an option."""
+def _unknown_targets(config: PeftConfig, projections: Sequence[str], *, is_any_known: bool) -> list[RefusalReason]:
+    """Listed names that are no projection here. PEFT skips them where another one is, and so do we: many lists are
+    written for several architectures, and weights for such a name are refused where they are found. Heads and
+    embeddings are not skipped: the base has them, under one name or another, and we do not adapt them."""
     if isinstance(config.target_modules, Pattern) or config.targets_all_linear:
         return []
     known = {suffix for name in projections for suffix in suffixes(name)}
     unknown = sorted(set(config.target_modules) - known)
+    if is_any_known:
+        unknown = [name for name in unknown if name.rpartition(".")[2] in HEADS_AND_EMBEDDINGS]
     if not unknown:
         return []
     leaves = ", ".join(sorted({name.rpartition(".")[2] for name in projections}))

@@ -204,10 +204,12 @@ class _Parser:
         for sign, bounds in (("*", (0, None)), ("+", (1, None)), ("?", (0, 1))):
             if self._take(sign):
                 return bounds
+        if not self._text.startswith("{", self._at):
+            return None
         inner, closing, _ = self.rest[1:].partition("}")
         low, comma, high = inner.partition(",")
         is_repeat = closing and (low or comma) and all(not part or _is_digits(part) for part in (low, high))
-        if not self.rest.startswith("{") or not is_repeat:
+        if not is_repeat:
             return None
         self._at += len(inner) + 2
         if max(len(low), len(high)) > 4:  # no module name has ten thousand characters

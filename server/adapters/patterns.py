@@ -6,7 +6,10 @@ the same syntax (parsed by `pattern_syntax`) but follows all paths at once, as s
 nodes x length^2; a budget of steps bounds what is left.
 """
 
+import re
+
 from server.adapters.pattern_syntax import (
+    MAX_PATTERN_CHARACTERS,
     Alternatives,
     Assertion,
     CharacterClass,
@@ -21,6 +24,12 @@ from server.adapters.pattern_syntax import (
 
 STEPS_PER_NAME = 10_000
 """Steps that all patterns of one adapter may take per module name, about 6 ms; the costliest public ones take 800."""
+
+STEPS_PER_ADAPTER = 1_500_000
+"""Steps that they may take over all names, 1 to 1.5 s: from 150 names on, this is the limit that counts."""
+
+
+_PLAIN = re.compile(rf"[A-Za-z0-9_.-]{{0,{MAX_PATTERN_CHARACTERS}}}")
 
 
 class PatternBudgetError(ValueError):
@@ -40,36 +49,40 @@ class Budget:
             raise PatternBudgetError("its patterns take too many steps to match")
 
 
+def is_plain(text: str) -> bool:
+    """Whether nothing in a pattern is special but dots: such a one has one length, and can be looked up."""
+    return _PLAIN.fullmatch(text) is not None
+
+
 class Pattern:
     """One compiled pattern. Raises `pattern_syntax.PatternSyntaxError` when it is malformed or not supported."""
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self._root = parse(text)
-        self._is_plain = all(is_word(character) or character in ".-" for character in text)
+        self.is_plain = is_plain(text)
+        self._root = None if self.is_plain else parse(text)
 
     def fullmatch(self, name: str, budget: Budget) -> bool:
         """Whether `re.fullmatch(pattern, name)` would match."""
-        if self._is_plain:
-            return self._matches_plain(name, budget)
-        return bool(_Run(name, budget).ends(self._root, 0) >> len(name))
+        return bool(_Run(name, budget).ends(self._tree(), 0) >> len(name))
 
     def matches_suffix(self, name: str, budget: Budget) -> bool:
         r"""Whether `re.match(rf"(.*\.)?({pattern})$", name)` would match, PEFT's rule for rank and alpha patterns."""
-        if self._is_plain:
-            size = len(self.text)
-            boundary = len(name) == size or (len(name) > size and name[-size - 1] == ".")
-            return size > 0 and boundary and self._matches_plain(name[-size:], budget)
         run = _Run(name, budget)
         starts = [0, *(index + 1 for index, character in enumerate(name) if character == ".")]
-        return any(run.ends(self._root, start) >> len(name) for start in starts)
+        return any(run.ends(self._tree(), start) >> len(name) for start in starts)
 
-    def _matches_plain(self, name: str, budget: Budget) -> bool:
-        """A pattern of word characters and dots has one length; only its dots are special."""
-        budget.spend()
-        return len(name) == len(self.text) and all(
-            wanted in (".", found) for wanted, found in zip(self.text, name, strict=True)
-        )
+    def _tree(self) -> Node:
+        """Plain patterns are parsed when somebody matches them: most of them are only looked up."""
+        if self._root is None:
+            self._root = parse(self.text)
+        return self._root
+
+
+def suffixes(name: str) -> list[str]:
+    """The path and all of its tails at dots: `a.b.c`, `b.c`, `c`."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 class _Run:
@@ -93,6 +106,7 @@ class _Run:
             case Literal(text):
                 return 1 << start + len(text) if self._name.startswith(text, start) else 0
             case CharacterClass():
+                self._budget.spend(len(node.ranges))  # it compares with each
                 inside = start < len(self._name) and node.matches(self._name[start])
                 return 1 << start + 1 if inside else 0
             case Assertion(kind):
@@ -107,6 +121,8 @@ class _Run:
             case Group(children):
                 positions = 1 << start
                 for child in children:
+                    if not positions:
+                        break
                     positions = self._advance(child, positions)
                 return positions
             case Repeat(child, minimum, maximum):
@@ -130,6 +146,8 @@ class _Run:
         limit = len(self._name) + 1
         positions = 1 << start
         for _ in range(min(minimum, limit)):
+            if not positions:
+                return 0
             positions = self._advance(child, positions)
         reached = frontier = positions
         optional = limit if maximum is None else min(maximum - minimum, limit)

@@ -7,7 +7,7 @@ from typing import Any
 
 from server.adapters.config_fields import BASE_CHANGING_INITS, HARMLESS_INITS, LORA_CONFIG_FIELDS, Treatment
 from server.adapters.pattern_syntax import PatternSyntaxError
-from server.adapters.patterns import Pattern
+from server.adapters.patterns import Pattern, is_plain
 from server.errors import RefusalReason
 
 CONFIG_NAME = "adapter_config.json"
@@ -18,6 +18,13 @@ MAX_CONFIG_BYTES = 1024**2
 ALL_LINEAR = "all-linear"
 """PEFT's shorthand for every linear map but the output head, in any case."""
 
+
+MAX_PATTERNS = 10_000
+"""Most entries of `rank_pattern`, and of `alpha_pattern`; files that list every module by its full name have hundreds,
+of large models thousands."""
+
+MAX_SPECIAL_CHARACTERS = 100_000
+"""Characters of all patterns together that are more than names with dots; parsing takes 0.4 s of so many."""
 
 _BREAKING_CODES = ("invalid_config_value", "unsupported_pattern", "no_target_modules")
 """Reasons after which ranks and targets are unknown; any other one leaves the tensors open to checking."""
@@ -59,6 +66,7 @@ class _Reader:
     content: Mapping[str, Any]
     max_rank: int
     reasons: list[RefusalReason] = field(default_factory=list)
+    num_special_characters: int = 0
 
     def refuse(self, code: str, message: str, name: str) -> None:
         self.reasons.append(RefusalReason(code, message, f"{CONFIG_NAME}: {name}"))
@@ -142,7 +150,9 @@ class _Reader:
         return float(value)
 
     def _boolean(self, name: str) -> bool:
-        value = self.content.get(name, False)
+        value = self.content.get(name)
+        if value is None:  # as PEFT reads it: it only asks whether the field is true
+            return False
         if not isinstance(value, bool):
             self.refuse("invalid_config_value", f"{name} is {_show(value)}, not true or false", name)
             return False
@@ -205,10 +215,20 @@ class _Reader:
         if not isinstance(value, dict):
             self.refuse("invalid_config_value", f"{name} is {_show(value)}, not a mapping", name)
             return []
+        if len(value) > MAX_PATTERNS:
+            message = f"{name} has {len(value)} patterns, more than the limit of {MAX_PATTERNS}"
+            self.refuse("unsupported_pattern", message, name)
+            return []
         compiled = ((self._pattern(key, name), item) for key, item in value.items())
         return [(pattern, item) for pattern, item in compiled if pattern is not None]
 
     def _pattern(self, text: str, name: str) -> Pattern | None:
+        if not is_plain(text):
+            self.num_special_characters += len(text)
+            if self.num_special_characters > MAX_SPECIAL_CHARACTERS:
+                message = f"the patterns are too long, more than {MAX_SPECIAL_CHARACTERS} characters together"
+                self.refuse("unsupported_pattern", message, name)
+                return None
         try:
             return Pattern(text)
         except PatternSyntaxError as error:

@@ -7,9 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from server.config import AdapterSpec
 from server.errors import InvalidRequestError
-
-HUB_ID_PATTERN = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
-"""`org/name`. The Hub's own rules are narrower; its client checks the rest."""
+from server.naming import HUB_ID_PATTERN
 
 COMMIT_PATTERN = r"[0-9a-f]{40}"
 
@@ -33,7 +31,8 @@ def local_folder(spec: AdapterSpec, root: Path) -> Path | None:
     """Absolute folder of a local source with its links resolved, or None when the source is a Hub id.
 
     A source that is a folder below `root` (or absolute) is local; what merely looks like a Hub id is one; everything
-    else is taken for a folder that is missing. Raises InvalidRequestError when the spec contradicts itself.
+    else is taken for a folder that is missing. `spec.with_revision_apart` comes first. Raises InvalidRequestError when
+    the spec contradicts itself, or names a URL.
     """
     if not spec.source or "\0" in spec.source:
         raise InvalidRequestError(f"adapter {spec.name!r}: the source is not a path or Hub id", param="source")
@@ -51,6 +50,12 @@ def _local_folder(spec: AdapterSpec, subfolder: str | None, root: Path) -> Path 
     path = Path(spec.source).expanduser()
     if not (root / path).is_dir() and re.fullmatch(HUB_ID_PATTERN, spec.source) is not None:
         return None
+    if "://" in spec.source:
+        message = (
+            f"adapter {spec.name!r}: the source {spec.source[:200]!r} is a URL, and none is ever opened; name a "
+            "repository of the Hub as org/name, or org/name@revision"
+        )
+        raise InvalidRequestError(message, param="source")
     if spec.revision is not None:
         message = f"adapter {spec.name!r}: revision is for Hub sources; {spec.source!r} is a local folder"
         raise InvalidRequestError(message, param="revision")

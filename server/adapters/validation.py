@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.adapters.base_name import is_same_base
-from server.adapters.matching import TargetSettings
+from server.adapters.matching import HEADS_AND_EMBEDDINGS, TargetSettings
 from server.adapters.peft_config import CONFIG_NAME
 from server.adapters.tensor_file import DTYPES, TensorEntry
 from server.errors import RefusalReason
@@ -32,7 +32,7 @@ _FOREIGN_TENSORS: tuple[tuple[str, str, str], ...] = (
     (r"\.lora_[AB](\.default)?\.bias$", "lora_bias", "a trained bias of LoRA"),
     (r"\.lora_embedding_[AB]", "embedding_target", "LoRA on an embedding"),
     (r"\.(token_adapter|trainable_tokens)", "added_tokens", "trained rows of the token embedding"),
-    (r"\.(embed_tokens|wte|embed_in|word_embeddings|lm_head|embed_out|output)\.(base_layer\.|modules_to_save\.)?weight$",
+    (rf"\.({'|'.join(HEADS_AND_EMBEDDINGS)})\.(base_layer\.|modules_to_save\.)?weight$",
      "added_tokens", "a whole embedding or output head, as adapters with added tokens carry"),
     (r"\.lora_diag", "kasa", "KaSA's singular values"),
     (r"\.lora_velora", "velora", "VeLoRA's projection"),

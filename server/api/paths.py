@@ -1,17 +1,28 @@
 """Which folders HTTP clients may name: those below the adapter roots, after every symlink is resolved."""
 
+import logging
 from pathlib import Path
 
 from server.adapters.sources import local_folder
 from server.config import AdapterSpec, ServerConfig
 from server.errors import InvalidRequestError, PermissionDeniedError
 
+logger = logging.getLogger(__name__)
+
+
+def warn_of_missing_roots(config: ServerConfig) -> None:
+    """Below a root that is not there nothing can be registered: a slip of the pen, or a disk that is not mounted."""
+    for root in config.adapter_roots:
+        if not root.is_dir():
+            logger.warning("the adapter root %s is not a folder; no adapter below it can be registered", root)
+
 
 def checked_source(config: ServerConfig, spec: AdapterSpec) -> AdapterSpec:
-    """The spec as the registry may have it: a Hub source as it is, a local one with its folder resolved.
+    """The spec as the registry may have it: a Hub source with its revision apart, a local one with its folder resolved.
 
     Raises what `check_folder` raises, and InvalidRequestError for a spec that contradicts itself.
     """
+    spec = spec.with_revision_apart(config.root, config.adapter_roots)
     try:
         folder = local_folder(spec, config.root)
     except (OSError, RuntimeError) as error:
@@ -25,7 +36,7 @@ def checked_source(config: ServerConfig, spec: AdapterSpec) -> AdapterSpec:
 def router_folder(config: ServerConfig, path: str) -> Path:
     """The artefact folder that `path` names, relative to adapters.yaml. Raises what `check_folder` raises."""
     try:
-        folder = (config.root / path).resolve()
+        folder = (config.root / Path(path).expanduser()).resolve()
     except (OSError, ValueError, RuntimeError) as error:
         raise _unusable("path", path) from error
     check_folder(config, folder, named=path, param="path")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from server.config import BaseModelConfig
 from server.errors import ModelLoadError
+from server.naming import revision_apart
 
 PACKAGE_PREFIX = "package:"
 
@@ -20,7 +21,7 @@ KNOWN_PACKAGES = {
 """sha256 of the GGUF file inside packages we know. Packages on an index can change hands; these weights may not."""
 
 _PACKAGE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_ID = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,21 @@ def _locate(source: str, revision: str | None, root: Path) -> Source:
                 "and *.safetensors, or a .gguf file."
             )
         return GgufSource(path)
-    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(source):
+    repo_id, named = _revision_apart(source, revision)
+    if path.suffix == ".gguf" or not re.fullmatch(_HUB_ID, repo_id):
         raise ModelLoadError(
             f"base_model.source {source!r}: {path} does not exist. Relative paths start at the folder of the "
-            "configuration file; a Hub source has the form 'organisation/name'."
+            "configuration file; a Hub source has the form 'organisation/name', or "
+            "'organisation/name@revision'."
         )
-    return HubSource(source, revision)
+    return HubSource(repo_id, named)
+
+
+def _revision_apart(source: str, revision: str | None) -> tuple[str, str | None]:
+    try:
+        return revision_apart(source, revision, _HUB_ID)
+    except ValueError as error:
+        raise ModelLoadError(f"base_model: {error}", param="base_model.revision") from error
 
 
 def _in_package(name: str) -> Source:

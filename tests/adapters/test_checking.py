@@ -59,5 +59,8 @@ def test_a_refused_adapter_lists_every_reason(loader: AdapterLoader) -> None:
 def test_a_hub_adapter_is_judged_at_its_commit(loader: AdapterLoader, hub: FakeHub, tmp_path: Path) -> None:
     commit = hub.push_folder("org/a", tmp_path / "sound")
     assert check_adapter(AdapterSpec(name="a", source="org/a"), loader).revision == commit
+    hub.push_folder("org/a", tmp_path / "broken")
+    at_commit = check_adapter(AdapterSpec(name="a", source=f"org/a@{commit}"), loader)
+    assert (at_commit.source, at_commit.revision, at_commit.is_servable) == ("org/a", commit, True)
     with pytest.raises(AdapterDownloadError):
         check_adapter(AdapterSpec(name="a", source="org/absent"), loader)

@@ -1,6 +1,7 @@
 """Which projections are adapted, and how strongly: the same answers as PEFT's own functions."""
 
 import math
+import time
 from typing import Any
 
 import pytest
@@ -70,7 +71,15 @@ def test_ranks_and_scalings_are_those_of_peft(ranks: dict[str, int], alphas: dic
         assert settings[name] == TargetSettings(rank, alpha / (math.sqrt(rank) if is_rslora else rank))
 
 
-def test_a_listed_name_that_is_no_projection_is_refused_by_name() -> None:
+@pytest.mark.parametrize("listed", [["query_key_value", "Wqkv"], ["layers.99.q_proj"]])
+def test_listed_names_that_are_nowhere_are_refused_by_name_if_all_are(listed: list[str]) -> None:
+    assert matched({"target_modules": [*listed, "q_proj"]}) == matched({"target_modules": ["q_proj"]})
+    _, reasons = matched({"target_modules": listed})
+    assert [reason.code for reason in reasons] == ["unknown_target_modules"]
+    assert all(repr(name) in reasons[0].message for name in listed)
+
+
+def test_listed_heads_and_embeddings_are_refused_by_name() -> None:
     _, reasons = matched({"target_modules": ["q_proj", "lm_head", "embed_tokens"]})
     assert [reason.code for reason in reasons] == ["unknown_target_modules"]
     assert "'embed_tokens', 'lm_head'" in reasons[0].message
@@ -87,3 +96,41 @@ def test_a_pattern_that_takes_too_long_is_refused() -> None:
     config = parsed({"target_modules": "((.*a.*)*.*b.*)*(.*c.*)*(.*)*(.*d)*x"})
     _, reasons = match_targets(config, ["model.layers." + "abcd" * 300 for _ in range(3)])
     assert [reason.code for reason in reasons] == ["pattern_too_complex"]
+
+
+LONG_CLASS = "[" + "!-#" * 1300 + "]"
+MASKED = {"".join("." if number >> bit & 1 else "a" for bit in range(14)) + "x" * 18: 1 for number in range(10_000)}
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {f"model.layers.{layer}.self_attn.x_proj": 1 for layer in range(10_000)},
+        {f"model.layers.{layer}.self_attn.x_proj": 1 for layer in range(30_000)},
+        MASKED,
+        {f"{LONG_CLASS}{{{count}}}": 1 for count in range(200)},
+        {f"{LONG_CLASS}*x{count}": 1 for count in range(20)},
+        {f"(a|m){number}": 1 for number in range(9_999)},
+        {"(a|m)*|" * 500 + str(number): 1 for number in range(24)},
+        {"q" + "(?:a)" * 800 + str(number): 1 for number in range(24)},
+        {"((" * 19 + "m" + "))" * 19 + ".*" * 1900 + str(number): 1 for number in range(200)},
+    ],
+    ids=["listed", "too many", "masks", "classes", "class", "short", "alternatives", "dead end", "long"],
+)
+def test_no_config_within_the_size_limit_takes_long(patterns: dict[str, int]) -> None:
+    names = [f"model.layers.{layer}.self_attn.{leaf}_proj" for layer in range(60) for leaf in "qkvo"]
+    content = {"peft_type": "LORA", "target_modules": ".*", "rank_pattern": patterns, "alpha_pattern": patterns}
+    started_s = time.process_time()
+    config, reasons = parse_config(content, max_rank=512)
+    if config is not None:
+        reasons += match_targets(config, names)[1]
+    assert time.process_time() - started_s < 5.0, "about 1.5 s at most where nothing else runs"
+    assert {reason.code for reason in reasons} <= {"unsupported_pattern", "pattern_too_complex"}
+
+
+def test_layer_lists_by_the_thousand_are_looked_up() -> None:
+    lists = [*(f"x{number}" for number in range(50_000)), "h", "layers"]
+    fields = {"target_modules": ["q_proj", "c_attn"], "layers_to_transform": [0], "layers_pattern": lists}
+    started_s = time.process_time()
+    assert set(matched(fields)[0]) == {LLAMA[0], GPT[0], "h.0.attn.c_attn"}
+    assert time.process_time() - started_s < 5.0, "a few hundredths of a second"

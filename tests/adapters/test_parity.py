@@ -95,6 +95,15 @@ def test_config_that_says_all_linear_equals_the_expanded_list_that_peft_saves(
     _compare(adapter, llama, folder)
 
 
+def test_a_list_made_for_several_architectures_equals_what_peft_makes_of_it(
+    llama: PreTrainedModel, save_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = save_adapter(tmp_path, llama, 4, ["q_proj", "query_key_value", "c_attn"])
+    adapter = _load(folder, llama)
+    assert adapter.targets == ("q_proj",)
+    _compare(adapter, llama, folder)
+
+
 @pytest.mark.parametrize("suffix", ["", ".default"])
 def test_tensor_names_with_and_without_the_default_adapter_name_load_as_in_peft(
     suffix: str, llama: PreTrainedModel, save_adapter: Callable[..., Path], tmp_path: Path

@@ -52,6 +52,11 @@ def test_fields_that_come_to_the_same_scaling_share_a_digest(load: Load, folder:
     assert load(edit_config(folder, {"lora_alpha": 4, "use_rslora": True})).digest == before
 
 
+def test_null_is_as_good_as_false_where_peft_only_asks_for_true(load: Load, folder: Path) -> None:
+    before = load(folder).digest
+    assert load(edit_config(folder, {"use_rslora": None})).digest == before
+
+
 def test_the_digest_sees_one_changed_weight(load: Load, folder: Path) -> None:
     before = load(folder).digest
 

@@ -221,7 +221,7 @@ def test_folders_outside_the_root_are_403_whether_they_exist_or_not(
     for response in (
         client.post("/v1/adapters", json={"name": "local", **fields}),
         client.post("/v1/load_lora_adapter", json={"lora_name": "local", "lora_path": fields["source"]}),
-        client.post("/v1/router", json={"path": fields["source"] if fields["source"] != "~" else ".."}),
+        client.post("/v1/router", json={"path": fields["source"]}),
     ):
         assert response.status_code == 403
         assert "outside the adapter roots" in response.json()["error"]["message"]
@@ -248,11 +248,62 @@ def test_folders_below_the_root_must_exist(
     assert rooted[1].post("/v1/adapters", json={"name": "local", **fields}).status_code == status
 
 
+@pytest.mark.parametrize("revision", ["main", "0" * 40, "refs/pr/1", "a@b", "x" * 500])
+def test_a_source_may_name_its_revision(rooted: tuple[Harness, httpx.Client], revision: str) -> None:
+    harness, client = rooted
+    apart = {"name": "a", "source": "org/name", "revision": revision}
+    together = {"name": "a", "source": f"org/name@{revision}"}
+    for body in (apart, together, {**together, "revision": revision}):
+        assert client.post("/v1/adapters", json=body).status_code == 202
+    vllm = {"lora_name": "a", "lora_path": together["source"]}
+    assert client.post("/v1/load_lora_adapter", json=vllm).status_code == 200
+    first, *others = harness.registry.registered
+    assert (first.source, first.revision) == ("org/name", revision)
+    assert others == [first] * 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"source": "org/name@main", "revision": "dev"}, "revision", "names revision 'main', `revision` is 'dev'"),
+        ({"source": "org/name@"}, "revision", "names no revision"),
+        ({"source": "adapters/one@main"}, "revision", "revision is for Hub sources"),
+        ({"source": "hf://org/name"}, "source", "name a repository of the Hub as org/name"),
+        ({"source": "https://huggingface.co/org/name"}, "source", "is a URL, and none is ever opened"),
+    ],
+)
+def test_sources_that_contradict_themselves_or_name_a_host_are_400(
+    rooted: tuple[Harness, httpx.Client], fields: dict[str, str], param: str, message: str
+) -> None:
+    harness, client = rooted
+    response = client.post("/v1/adapters", json={"name": "a", **fields})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert message in response.json()["error"]["message"]
+    assert not harness.registry.registered
+
+
+def test_a_folder_that_is_named_like_a_revision_is_a_folder_where_it_may_be_named(tmp_path: Path) -> None:
+    (tmp_path / "org/name@main").mkdir(parents=True)
+    (tmp_path / "open").mkdir()
+    for root, expected in ((".", (str(tmp_path / "org/name@main"), None)), ("open", ("org/name", "main"))):
+        harness = Harness(root=tmp_path, adapter_roots=(root,))
+        with harness.serve() as client:
+            assert client.post("/v1/adapters", json={"name": "a", "source": "org/name@main"}).status_code == 202
+        assert [(spec.source, spec.revision) for spec in harness.registry.registered] == [expected]
+
+
 def test_further_adapter_roots_open_further_folders(folders: Path) -> None:
     harness = Harness(root=folders / "root", adapter_roots=("../outside",))
     with harness.serve() as client:
         assert client.post("/v1/adapters", json={"name": "a", "source": "../outside/deep"}).status_code == 202
         assert client.post("/v1/adapters", json={"name": "b", "source": "adapters/one"}).status_code == 403
+
+
+def test_a_root_that_is_not_there_is_told_at_the_start(folders: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with Harness(root=folders / "root", adapter_roots=("adapters", "nothing", "file")).serve():
+        pass
+    warned = [record.getMessage() for record in caplog.records if "adapter root" in record.getMessage()]
+    assert [message.split()[3] for message in warned] == [str(folders / "root" / name) for name in ("nothing", "file")]
 
 
 def test_guards_travel_as_if_match_and_etag(client: httpx.Client, harness: Harness) -> None:

@@ -38,6 +38,32 @@ def test_organisation_and_name_is_a_hub_id(tmp_path: Path) -> None:
     assert located("org/model-1.5", tmp_path, "abc") == HubSource("org/model-1.5", "abc")
 
 
+@pytest.mark.parametrize("revision", [None, "refs/pr/1"])
+def test_a_hub_id_may_name_its_revision(tmp_path: Path, revision: str | None) -> None:
+    for repo_id in ("org/model-1.5", "gpt2"):
+        assert located(f"{repo_id}@refs/pr/1", tmp_path, revision) == HubSource(repo_id, "refs/pr/1")
+
+
+def test_a_folder_that_is_named_like_a_revision_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "org/model@main").mkdir(parents=True)
+    assert located("org/model@main", tmp_path) == FolderSource(tmp_path / "org/model@main")
+
+
+@pytest.mark.parametrize(
+    ("source", "revision", "problem"),
+    [
+        ("org/model@main", "dev", "names revision 'main', `revision` is 'dev'"),
+        ("org/model@", None, "names no revision"),
+        ("https://huggingface.co/org/model", None, "has the form 'organisation/name'"),
+    ],
+)
+def test_a_source_that_contradicts_its_revision_or_is_a_url_is_refused(
+    tmp_path: Path, source: str, revision: str | None, problem: str
+) -> None:
+    with pytest.raises(ModelLoadError, match=problem):
+        located(source, tmp_path, revision)
+
+
 def test_a_relative_folder_starts_at_the_root_and_wins_over_a_hub_id(tmp_path: Path) -> None:
     (tmp_path / "org/model").mkdir(parents=True)
     assert located("org/model", tmp_path) == FolderSource(tmp_path / "org/model")
