@@ -3,7 +3,6 @@
 Each parser raises pydantic's custom error with words that follow the field's name.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -114,8 +113,7 @@ def _parse_adapters(value: Any) -> list[str] | dict[str, float]:
 
 
 def _adapter_weight(name: str, weight: Any) -> float:
-    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not is_number or not math.isfinite(weight) or not 0 <= weight <= MAX_ADAPTER_WEIGHT:
+    if not _is_number_within(weight, 0, MAX_ADAPTER_WEIGHT):
         raise problem(f"weight of {name[:96]!r} must be a finite number from 0 to {MAX_ADAPTER_WEIGHT:g}")
     return float(weight)
 
@@ -135,10 +133,14 @@ def _bias_key(key: str) -> int:
 
 
 def _bias(key: str, bias: Any) -> float:
-    is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
-    if not is_number or not math.isfinite(bias) or not -100 <= bias <= 100:
+    if not _is_number_within(bias, -100, 100):
         raise problem(f"value of {key!r} must be a number from -100 to 100")
     return float(bias)
+
+
+def _is_number_within(value: Any, least: float, most: float) -> bool:
+    """False for NaN and infinities, and for integers that no float can hold, which `math.isfinite` would raise for."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 
 def _unicode(value: str) -> str:
