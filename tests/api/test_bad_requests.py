@@ -1,6 +1,8 @@
 """Every malformed, absurd or unsupported request: right status, OpenAI's envelope, the field, and helpful words."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -275,14 +277,31 @@ def test_refusals_leave_no_lease_and_are_counted(client: httpx.Client, harness: 
 def test_full_queue_is_503_with_retry_after_and_takes_back_the_rest() -> None:
     harness = Harness(max_waiting_requests=0)
     with harness.serve() as client:
-        # 16 sequences may run at once; the 17th prompt would have to wait.
-        with harness.held():
-            response = client.post(COMPLETIONS, json={"model": "auto", "prompt": ["a"] * 17})
+        harness.runner.step_s = 0.01
+        with ThreadPoolExecutor() as pool:
+            body = {"model": "auto", "prompt": "a", "max_tokens": 100, "ignore_eos": True}
+            running = pool.submit(client.post, COMPLETIONS, json=body)
+            while not harness.engine.num_running:
+                time.sleep(0.005)
+            # 16 sequences may run at once: 15 seats are free, and the second of these waits for nobody but the first.
+            together = pool.submit(client.post, COMPLETIONS, json={**body, "prompt": ["a"] * 17})
+            while harness.engine.num_waiting + harness.engine.num_running < 18:
+                time.sleep(0.005)
+            response = client.post(COMPLETIONS, json={"model": "auto", "prompt": ["a"] * 3})
+        assert running.result().status_code == together.result().status_code == 200
         error = refusal(response, 503)
         assert (error["code"], error["type"]) == ("server_overloaded", "overloaded_error")
         assert response.headers["retry-after"] == "1"
         harness.settle()
         assert harness.metric("requests_rejected_total", {"reason": "server_overloaded"}) == 1
+
+
+@pytest.mark.parametrize("fields", [{"prompt": ["a"] * 64}, {"prompt": "a", "n": 16}, {"prompt": ["ab", "c"], "n": 9}])
+def test_an_idle_server_takes_what_is_larger_than_its_queue(fields: dict[str, Any]) -> None:
+    harness = Harness(max_waiting_requests=1)
+    with harness.serve() as client:
+        response = client.post(COMPLETIONS, json={"model": "auto", "max_tokens": 2, **fields})
+        assert response.status_code == 200, response.text
 
 
 @pytest.mark.parametrize(
