@@ -31,7 +31,11 @@ def create_app(services: Services) -> FastAPI:
         middleware=[
             Middleware(RequestScope),
             Middleware(ApiKeyGate, secrets=services.secrets),
-            Middleware(BodyGate, max_body_bytes=services.config.server.max_body_bytes),
+            Middleware(
+                BodyGate,
+                max_body_bytes=services.config.server.max_body_bytes,
+                is_draining=lambda: services.engine.is_draining,
+            ),
         ],
     )
     app.state.services = services
@@ -49,14 +53,15 @@ def create_app(services: Services) -> FastAPI:
     return app
 
 
-async def drain(services: Services) -> None:
-    """Refuse new requests and let running ones finish, for `drain_timeout_s` at most. Idempotent.
+async def drain(services: Services, timeout_s: float | None = None) -> None:
+    """Refuse new requests and let running ones finish, for `timeout_s` at most, by default `drain_timeout_s`; then cut
+    them off. Idempotent.
 
     /ready says so from the first moment on, so call it while the server still listens.
     """
     services.lifecycle.mark_not_ready("draining")
     services.registry.desk.refuse_waiting()
-    await services.engine.drain(services.config.server.drain_timeout_s)
+    await services.engine.drain(services.config.server.drain_timeout_s if timeout_s is None else timeout_s)
 
 
 @asynccontextmanager
