@@ -12,7 +12,7 @@ from server import __version__
 from server.api import adapters, calibrate, chat, completions, models, router, system, tokenize
 from server.api.auth import ApiKeyGate
 from server.api.errors import install_error_handlers
-from server.api.middleware import BodyGate, RequestScope
+from server.api.middleware import BodyGate, HeadAsGet, RequestScope
 from server.api.services import Services
 from server.api.warmup import warm_up
 
@@ -30,6 +30,7 @@ def create_app(services: Services) -> FastAPI:
         lifespan=_lifespan,
         middleware=[
             Middleware(RequestScope),
+            Middleware(HeadAsGet),
             Middleware(ApiKeyGate, secrets=services.secrets),
             Middleware(
                 BodyGate,

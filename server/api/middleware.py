@@ -1,4 +1,4 @@
-"""ASGI layers around every route: request ids and a last resort, and limits on bodies while they are read."""
+"""ASGI layers around every route: request ids and a last resort, HEAD, and limits on bodies while they are read."""
 
 import asyncio
 import logging
@@ -58,6 +58,20 @@ class RequestScope:
         finally:
             elapsed_ms = 1000 * (time.monotonic() - started_s)
             logger.debug("request %s: %s %s %d %.1f ms", request_id, scope["method"], scope["path"], status, elapsed_ms)
+
+
+class HeadAsGet:
+    """Answers HEAD wherever GET is answered, as RFC 9110 wants it. The HTTP server knows that HEAD was asked for,
+    and sends the headers only.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
 
 
 class _BodyLateError(Exception):

@@ -60,6 +60,7 @@ def test_unexpected_exception_is_500_without_internals(
     assert response.headers["x-request-id"] == "boom"
     assert "request boom failed unexpectedly" in caplog.text
     assert "secret detail" in caplog.text  # for the operator
+    assert harness.metric("requests_rejected_total", {"reason": "internal_error"}) == 1
 
 
 def chunks(size: int) -> Iterator[bytes]:
@@ -151,3 +152,23 @@ def whole_answer(connection: socket.socket) -> bytes:
     while part := connection.recv(4096):
         answer += part
     return answer
+
+
+READABLE = """/ /health /ready /metrics /openapi.json /v1/models /v1/models/auto /v1/adapters /v1/adapters/gsm8k
+/v1/router /playground/dom.js"""
+
+
+@pytest.mark.parametrize("path", READABLE.split())
+def test_head_is_get_without_the_body(client: httpx.Client, path: str) -> None:
+    head, get = client.head(path), client.get(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+    if path != "/metrics":  # which counts the time between the two
+        assert head.headers["content-length"] == get.headers["content-length"]
+
+
+def test_head_of_what_cannot_be_read_is_refused_as_get_is(client: httpx.Client) -> None:
+    assert client.head("/v1/nothing").status_code == 404
+    refused = client.head(COMPLETIONS)
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+    assert "head" not in client.get("/openapi.json").json()["paths"]["/health"]
