@@ -12,7 +12,7 @@ from server import __version__
 from server.api import adapters, calibrate, chat, completions, models, router, system, tokenize
 from server.api.auth import ApiKeyGate
 from server.api.errors import install_error_handlers
-from server.api.middleware import BodyGate, RequestScope
+from server.api.middleware import BodyGate, HeadAsGet, RequestScope
 from server.api.paths import warn_of_missing_roots
 from server.api.services import Services
 from server.api.warmup import warm_up
@@ -31,8 +31,13 @@ def create_app(services: Services) -> FastAPI:
         lifespan=_lifespan,
         middleware=[
             Middleware(RequestScope),
+            Middleware(HeadAsGet),
             Middleware(ApiKeyGate, secrets=services.secrets),
-            Middleware(BodyGate, max_body_bytes=services.config.server.max_body_bytes),
+            Middleware(
+                BodyGate,
+                max_body_bytes=services.config.server.max_body_bytes,
+                is_draining=lambda: services.engine.is_draining,
+            ),
         ],
     )
     app.state.services = services
@@ -51,14 +56,15 @@ def create_app(services: Services) -> FastAPI:
     return app
 
 
-async def drain(services: Services) -> None:
-    """Refuse new requests and let running ones finish, for `drain_timeout_s` at most. Idempotent.
+async def drain(services: Services, timeout_s: float | None = None) -> None:
+    """Refuse new requests and let running ones finish, for `timeout_s` at most, by default `drain_timeout_s`; then cut
+    them off. Idempotent.
 
     /ready says so from the first moment on, so call it while the server still listens.
     """
     services.lifecycle.mark_not_ready("draining")
     services.registry.desk.refuse_waiting()
-    await services.engine.drain(services.config.server.drain_timeout_s)
+    await services.engine.drain(services.config.server.drain_timeout_s if timeout_s is None else timeout_s)
 
 
 @asynccontextmanager

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -63,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
         help="run the server",
         description="Loads model, adapters and router, then serves until SIGTERM or Ctrl-C. On either it refuses new "
-        "requests, lets running ones finish (drain-timeout-s), and exits with 0.",
+        "requests, lets running ones finish (drain-timeout-s), and exits with 0; a second signal cuts them off.",
         epilog="Keys come from the environment: LORA_MIXER_API_KEYS (comma-separated; needed for every /v1 route when "
         "set) and LORA_MIXER_ADMIN_KEY (needed to change adapters or router; without it only this machine may).",
     )
@@ -125,6 +126,10 @@ class _DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._services = services
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Any signal after the first sets `force_exit`; uvicorn's own handler does so for SIGINT only."""
+        super().handle_exit(signal.SIGINT if self.should_exit else sig, frame)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         try:
             await super().startup(sockets)
@@ -138,10 +143,13 @@ class _DrainingServer(uvicorn.Server):
 
         timeout_s = self._services.config.server.drain_timeout_s
         logger.info("stopping: no new requests; running ones get up to %g s to finish", timeout_s)
-        draining = asyncio.create_task(drain(self._services))
-        while not draining.done() and not self.force_exit:  # A second Ctrl-C ends the patience.
-            await asyncio.wait([draining], timeout=0.1)
-        if not draining.done():
+        for patience_s in (timeout_s, 0):  # A second signal ends the patience, a third does not wait for that either.
+            draining = asyncio.create_task(drain(self._services, patience_s))
+            self.force_exit = False
+            while not draining.done() and not self.force_exit:
+                await asyncio.wait([draining], timeout=0.1)
+            if draining.done():
+                break
             draining.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await draining

@@ -260,7 +260,7 @@ class Metrics:
         self._request_s.observe(latency_s)
 
     def count_rejection(self, reason: str) -> None:
-        """One request was refused; `reason` is the default code of an error class."""
+        """One request was refused; `reason` is the default code of an error class, or `internal_error`."""
         self._rejected.labels(reason).inc()
 
     def count_load(self, outcome: str, seconds: float) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 
+from server.adapters.records import AdapterInfo, AdapterState
 from server.app import drain
 from tests.api.fakes import Harness
 
@@ -16,14 +17,14 @@ SLOW = {"model": "auto", "prompt": "x", "ignore_eos": True, "max_tokens": 100}
 class _Background(threading.Thread):
     """A request in flight."""
 
-    def __init__(self, client: httpx.Client, body: dict[str, Any]) -> None:
+    def __init__(self, client: httpx.Client, body: dict[str, Any], path: str = "/v1/completions") -> None:
         super().__init__()
         self.response: httpx.Response | None = None
-        self._client, self._body = client, body
+        self._client, self._body, self._path = client, body, path
         self.start()
 
     def run(self) -> None:
-        self.response = self._client.post("/v1/completions", json=self._body)
+        self.response = self._client.post(self._path, json=self._body)
 
 
 def _wait_until_running(harness: Harness) -> None:
@@ -66,6 +67,42 @@ def test_draining_refuses_new_requests_and_says_so_while_it_listens() -> None:
         assert request.response is not None
         assert request.response.status_code == 200
         assert client.get("/health").status_code == 200
+
+
+def test_draining_refuses_changes_of_adapters_and_router() -> None:
+    harness = Harness()
+    source = {"name": "new", "source": "org/new"}
+    vllms = {"lora_name": "new", "lora_path": "org/new"}
+    with harness.serve() as client:
+        asyncio.run(drain(harness.services))
+        for response in (
+            client.post("/v1/adapters", json=source),
+            client.post("/v1/adapters", json={**source, "name": "gsm8k"}, headers={"If-Match": "*"}),
+            client.delete("/v1/adapters/gsm8k"),
+            client.post("/v1/adapters/gsm8k/calibrate", json={"examples": ["one", "two"]}),
+            client.post("/v1/load_lora_adapter", json=vllms),
+            client.post("/v1/unload_lora_adapter", json={"lora_name": "gsm8k"}),
+            client.post("/v1/router", json={"path": "router"}),
+        ):
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "not_ready")
+            assert response.headers["retry-after"] == "5"
+        assert client.get("/v1/adapters/gsm8k").json()["state"] == "READY"
+    assert harness.registry.registered == []
+    assert harness.registry.router_folders == []
+
+
+def test_a_registration_that_is_waited_for_does_not_hold_up_the_end() -> None:
+    harness = Harness()
+    harness.registry.settles_as = AdapterInfo("new", AdapterState.DOWNLOADING, "org/new")
+    with harness.serve() as client:
+        body = {"name": "new", "source": "org/new", "wait": True}
+        request = _Background(client, body, "/v1/adapters")
+        while not harness.registry.registered:
+            time.sleep(0.005)
+        asyncio.run(drain(harness.services))
+        request.join()
+    assert request.response is not None
+    assert (request.response.status_code, request.response.headers["retry-after"]) == (503, "5")
 
 
 def test_drain_cuts_off_what_takes_too_long_with_an_error() -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -87,6 +88,56 @@ class TestServe:
 
         served(harness, use)
         assert answers[0]["choices"][0]["text"] == "x" * 30
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_a_second_signal_cuts_running_requests_off(
+        self,
+        served: Callable[[Harness, Callable[[str], None]], str],
+        number: signal.Signals,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        harness = Harness(drain_timeout_s=60)
+        started_s, answers = time.monotonic(), list[httpx.Response]()
+
+        def use(url: str) -> None:
+            harness.runner.step_s = 0.05
+            body = {"model": "auto", "prompt": "hello", "max_tokens": 400, "ignore_eos": True}
+            request = threading.Thread(
+                target=lambda: answers.append(httpx.post(f"{url}/v1/completions", json=body, trust_env=False))
+            )
+            request.start()
+            while harness.engine.num_running == 0:
+                time.sleep(0.005)
+            os.kill(os.getpid(), signal.SIGTERM)
+            while httpx.get(f"{url}/ready", trust_env=False).status_code == 200:
+                time.sleep(0.005)
+            os.kill(os.getpid(), number)
+            request.join()
+
+        served(harness, use)
+        assert time.monotonic() - started_s < 15, "400 steps would take 20 s"
+        assert answers[0].status_code == 503
+        assert "cut this generation off" in answers[0].text
+        assert harness.registry.is_closed
+        assert "Traceback" not in caplog.text
+
+    def test_a_body_that_is_still_on_its_way_holds_up_nothing(
+        self, served: Callable[[Harness, Callable[[str], None]], str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        head = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+        answers: list[bytes] = []
+
+        def use(url: str) -> None:
+            address = httpx.URL(url)
+            with socket.create_connection((address.host, address.port or 80), timeout=5) as connection:
+                connection.sendall(head)
+                time.sleep(0.05)
+                os.kill(os.getpid(), signal.SIGTERM)
+                answers.append(connection.recv(64))
+
+        served(Harness(), use)
+        assert answers[0].startswith(b"HTTP/1.1 503")
+        assert caplog.text == ""
 
     def test_ipv6_addresses_are_urls(self) -> None:
         with cli.bound_socket(ServerSettings(host="::1", port=0)) as listener:

@@ -16,13 +16,13 @@ from starlette.responses import PlainTextResponse, Response
 from server.adapters.examples import MAX_EXAMPLES
 from server.adapters.records import AdapterInfo, AdapterState
 from server.adapters.sameness import ANY_ETAG
-from server.api.auth import AdminOnly
+from server.api.auth import MAY_CHANGE
 from server.api.errors import ERROR_RESPONSES, json_response
 from server.api.fields import IsNoOp, StrictBody, Text, only
 from server.api.paths import checked_source
 from server.api.services import InjectedServices, Services
 from server.config import AdapterSpec
-from server.errors import AdapterDownloadError, AdapterRefusedError, InvalidRequestError, LoraMixerError
+from server.errors import AdapterDownloadError, AdapterRefusedError, InvalidRequestError, LoraMixerError, NotReadyError
 from server.naming import ADAPTER_NAME_PATTERN, reserved_by
 
 WAIT_LIMIT_S = 600.0
@@ -101,7 +101,7 @@ async def get_adapter(name: str, services: InjectedServices) -> Response:
     return _answer(services.registry.get(name), 200)
 
 
-@router.post("/v1/adapters", summary="Register an adapter", dependencies=[AdminOnly], status_code=201)
+@router.post("/v1/adapters", summary="Register an adapter", dependencies=MAY_CHANGE, status_code=201)
 async def register_adapter(body: RegisterBody, services: InjectedServices, if_match: IfMatch = None) -> Response:
     """201 served, 202 in progress, 409 name taken by other content, 422 refused, with every reason.
 
@@ -115,14 +115,14 @@ async def register_adapter(body: RegisterBody, services: InjectedServices, if_ma
     return _answer(info, 201 if newest.state is AdapterState.READY else 202)
 
 
-@router.delete("/v1/adapters/{name}", summary="Retire an adapter", dependencies=[AdminOnly])
+@router.delete("/v1/adapters/{name}", summary="Retire an adapter", dependencies=MAY_CHANGE)
 async def retire_adapter(name: str, services: InjectedServices, if_match: IfMatch = None) -> Response:
     """No new request gets it; its memory is freed when the last running one ends. If-Match guards it: 412."""
     retire = functools.partial(services.registry.retire, name, expected=_etags(if_match))
     return json_response((await asyncio.to_thread(retire)).to_dict())
 
 
-@router.post("/v1/load_lora_adapter", summary="Register an adapter, as vLLM does", dependencies=[AdminOnly])
+@router.post("/v1/load_lora_adapter", summary="Register an adapter, as vLLM does", dependencies=MAY_CHANGE)
 async def load_lora_adapter(body: LoadBody, services: InjectedServices) -> Response:
     """Waits until the adapter is served."""
     registration = RegisterBody(name=body.lora_name, source=body.lora_path)
@@ -133,7 +133,7 @@ async def load_lora_adapter(body: LoadBody, services: InjectedServices) -> Respo
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter", summary="Retire an adapter, as vLLM does", dependencies=[AdminOnly])
+@router.post("/v1/unload_lora_adapter", summary="Retire an adapter, as vLLM does", dependencies=MAY_CHANGE)
 async def unload_lora_adapter(body: UnloadBody, services: InjectedServices) -> Response:
     """Running requests keep it until they end."""
     await asyncio.to_thread(services.registry.retire, body.lora_name)
@@ -172,9 +172,14 @@ def _etags(header: str | None) -> tuple[str, ...] | None:
 
 
 async def settled(services: Services, info: AdapterInfo) -> AdapterInfo:
-    """Its state once registration, replacement and calibration have ended, or after WAIT_LIMIT_S."""
+    """Its state once registration, replacement and calibration have ended, or after WAIT_LIMIT_S.
+
+    Raises NotReadyError when the server begins to drain before that.
+    """
     deadline_s = time.monotonic() + WAIT_LIMIT_S
     while not info.is_settled and time.monotonic() < deadline_s:
+        if services.engine.is_draining:
+            raise NotReadyError(f"The server is shutting down before {info.name!r} has settled. Ask again later.")
         info = await asyncio.to_thread(services.registry.wait, info.name, WAIT_SLICE_S)
     return info
 

@@ -1,4 +1,5 @@
-"""Who may call what: API keys for /v1, the admin key for routes that change the server, loopback as its stand-in.
+"""Who may call what, and when: API keys for /v1, the admin key for routes that change the server, loopback as its
+stand-in, and no change any more while it drains.
 
 Keys are compared in constant time and never logged.
 """
@@ -16,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.api.errors import error_response
 from server.api.services import services_of
 from server.config import Secrets
-from server.errors import AuthenticationError, PermissionDeniedError
+from server.errors import AuthenticationError, NotReadyError, PermissionDeniedError
 
 PROTECTED_PREFIXES = ("/v1/", "/tokenize", "/detokenize")
 PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip")
@@ -56,7 +57,14 @@ def require_admin(request: Request) -> None:
         raise _missing_key("the admin key")
 
 
-AdminOnly = Depends(require_admin)
+def refuse_while_draining(request: Request) -> None:
+    """Dependency of mutating routes. Raises NotReadyError. A server that starts takes changes already."""
+    if services_of(request).engine.is_draining:
+        raise NotReadyError("The server is shutting down and takes no changes any more. Try again later.")
+
+
+MAY_CHANGE = (Depends(require_admin), Depends(refuse_while_draining))
+"""Dependencies of every route that changes adapters or router."""
 
 
 def _presented_keys(headers: Headers) -> list[str]:

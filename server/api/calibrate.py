@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from server.api.adapters import Examples, settled
-from server.api.auth import AdminOnly
+from server.api.auth import MAY_CHANGE
 from server.api.errors import ERROR_RESPONSES, json_response
 from server.api.fields import StrictBody
 from server.api.services import InjectedServices
@@ -23,7 +23,7 @@ class CalibrateBody(StrictBody):
     """Answer when the row is made or refused, not at once."""
 
 
-@router.post("/v1/adapters/{name}/calibrate", summary="Route to an adapter by examples", dependencies=[AdminOnly])
+@router.post("/v1/adapters/{name}/calibrate", summary="Route to an adapter by examples", dependencies=MAY_CHANGE)
 async def calibrate_adapter(name: str, body: CalibrateBody, services: InjectedServices) -> Response:
     """200 done, 202 in progress; whether it is routed now, or why not, stands in the adapter object."""
     info = await asyncio.to_thread(services.registry.calibrate, name, body.examples)

@@ -117,15 +117,14 @@ def error_response(scope: Scope, error: errors.LoraMixerError, status: int | Non
         "request %s refused: %d %s (param %s) %s",
         request_id_of(scope), kind.status, error.code, error.param, details,
     )  # fmt: skip
-    services: Services | None = getattr(scope["app"].state, "services", None)
-    if services is not None:
-        services.metrics.count_rejection(type(error).default_code or "server_error")
+    _count_rejection(scope, type(error).default_code or "server_error")
     return json_response(envelope_of(error), kind.status, _headers_of(error))
 
 
 def unexpected_error_response(scope: Scope) -> Response:
-    """500 for the exception being handled; its traceback goes to the log only."""
+    """500 for the exception being handled, counted; its traceback goes to the log only."""
     logger.exception("request %s failed unexpectedly", request_id_of(scope))
+    _count_rejection(scope, "internal_error")
     body = {"message": INTERNAL_MESSAGE, "type": "server_error", "param": None, "code": "internal_error"}
     return json_response({"error": body}, 500)
 
@@ -157,6 +156,12 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ClientDisconnect, on_left)
     app.add_exception_handler(RequestValidationError, on_validation)
     app.add_exception_handler(HTTPException, on_http)
+
+
+def _count_rejection(scope: Scope, reason: str) -> None:
+    services: Services | None = getattr(scope["app"].state, "services", None)
+    if services is not None:
+        services.metrics.count_rejection(reason)
 
 
 def _headers_of(error: errors.LoraMixerError) -> dict[str, str]:

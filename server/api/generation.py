@@ -193,27 +193,25 @@ def submit(
     request_id: str,
     arrival_s: float,
 ) -> Generation:
-    """Queue every prompt, or none: raises OverloadedError or NotReadyError after taking back what was queued."""
+    """Queue every prompt, or none and raise OverloadedError or NotReadyError."""
     generation = Generation(services, body, prompts, arrival_s)
-    try:
-        for index, prompt in enumerate(prompts):
-            lease = leases.hand_over()
-            generation.leases.append(lease)
-            request = GenerationRequest(
-                prompt_token_ids=prompt.token_ids,
-                params=prompt.params,
-                plan=lease.plan,
-                course=prompt.course,
-                lease=lease,
-                request_id=f"{request_id}-{index}" if len(prompts) > 1 else request_id,
-                n=body.n,
-                priority=body.priority,
-                cache_salt=body.cache_salt,
-            )
-            generation.handles.append(services.engine.submit(request))
-    except BaseException:
-        generation.close()
-        raise
+    requests: list[GenerationRequest] = []
+    for index, prompt in enumerate(prompts):
+        lease = leases.hand_over()
+        generation.leases.append(lease)
+        request = GenerationRequest(
+            prompt_token_ids=prompt.token_ids,
+            params=prompt.params,
+            plan=lease.plan,
+            course=prompt.course,
+            lease=lease,
+            request_id=f"{request_id}-{index}" if len(prompts) > 1 else request_id,
+            n=body.n,
+            priority=body.priority,
+            cache_salt=body.cache_salt,
+        )
+        requests.append(request)
+    generation.handles.extend(services.engine.submit_all(requests))
     generation.choices.extend(_new_choice(services, body, index, arrival_s) for index in range(len(prompts) * body.n))
     generation.count_start()
     return generation

@@ -1,10 +1,11 @@
-"""ASGI layers around every route: request ids and a last resort, and limits on bodies while they are read."""
+"""ASGI layers around every route: request ids and a last resort, HEAD, and limits on bodies while they are read."""
 
 import asyncio
 import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -12,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import error_response, unexpected_error_response
-from server.errors import InvalidRequestError, PayloadTooLargeError
+from server.errors import InvalidRequestError, LoraMixerError, NotReadyError, PayloadTooLargeError
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +21,10 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 DRAIN_LIMIT_BYTES = 64 * 1024**2
 DRAIN_LIMIT_S = 5.0
 """How much of a refused body is read and thrown away, so that its sender gets to read the refusal."""
+BODY_LIMIT_S = 60.0
+"""Longest that a body may take to arrive: `max_body_bytes` by default, at 70 KB a second."""
+BODY_POLL_S = 0.5
+"""How soon a pending read notices the limit, or that the server drains."""
 
 
 class RequestScope:
@@ -55,16 +60,41 @@ class RequestScope:
             logger.debug("request %s: %s %s %d %.1f ms", request_id, scope["method"], scope["path"], status, elapsed_ms)
 
 
+class HeadAsGet:
+    """Answers HEAD wherever GET is answered, as RFC 9110 wants it. The HTTP server knows that HEAD was asked for,
+    and sends the headers only.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
+
+
+class _BodyLateError(Exception):
+    """A body has not arrived in time; the answer to its sender."""
+
+    def __init__(self, error: LoraMixerError, status: int | None = None) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.status = status
+
+
 class BodyGate:
-    """Reads bodies before any route sees them: JSON only, and at most `max_body_bytes`.
+    """Reads bodies before any route sees them: JSON only, at most `max_body_bytes`, within BODY_LIMIT_S, and none that
+    is still on its way when the server drains.
 
     Requiring JSON also keeps web pages of other origins out: a browser sends them cross-origin only after a CORS
     preflight, which this server never answers.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, is_draining: Callable[[], bool]) -> None:
         self._app = app
         self._max_bytes = max_body_bytes
+        self._is_draining = is_draining
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
@@ -80,17 +110,28 @@ class BodyGate:
             body = None if is_too_large else await self._read(receive)
         except ClientDisconnect:
             return
+        except _BodyLateError as late:
+            response = error_response(scope, late.error, late.status)
+            response.headers["Connection"] = "close"
+            await response(scope, receive, send)
+            return
         if body is None:
             await self._refuse(scope, receive, send)
             return
         await self._app(scope, _replay(body, receive), send)
 
     async def _read(self, receive: Receive) -> bytes | None:
-        """The whole body; None as soon as it is too large. Raises ClientDisconnect if its sender leaves halfway."""
+        """The whole body; None as soon as it is too large. Raises ClientDisconnect if its sender leaves halfway, and
+        _BodyLateError.
+        """
         parts: list[bytes] = []
-        size = 0
+        size, deadline_s = 0, time.monotonic() + BODY_LIMIT_S
         while True:
-            message = await receive()
+            try:
+                async with asyncio.timeout(BODY_POLL_S):
+                    message = await receive()
+            except TimeoutError:
+                message = {"type": "http.request", "more_body": True}
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
             parts.append(message.get("body", b""))
@@ -99,6 +140,11 @@ class BodyGate:
                 return None
             if not message.get("more_body", False):
                 return b"".join(parts)
+            if self._is_draining():
+                raise _BodyLateError(NotReadyError("The server is shutting down. Try again later."))
+            if time.monotonic() > deadline_s:
+                why = f"The request body did not arrive within {BODY_LIMIT_S:g} seconds."
+                raise _BodyLateError(InvalidRequestError(why, code="request_timeout"), 408)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the refusal first and end the response only after reading on for a while: closing a connection with

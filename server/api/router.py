@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from pydantic import Field
 from starlette.responses import Response
 
-from server.api.auth import AdminOnly
+from server.api.auth import MAY_CHANGE
 from server.api.errors import ERROR_RESPONSES, json_response
 from server.api.fields import StrictBody, Text
 from server.api.paths import router_folder
@@ -29,7 +29,7 @@ async def get_router(services: InjectedServices) -> Response:
     return json_response(services.registry.router_info())
 
 
-@router.post("/v1/router", summary="Swap the router while requests run", dependencies=[AdminOnly])
+@router.post("/v1/router", summary="Swap the router while requests run", dependencies=MAY_CHANGE)
 async def swap_router(body: SwapBody, services: InjectedServices) -> Response:
     """Requests in flight keep the router that they were admitted under. 422 `router_refused` changes nothing."""
     folder = await asyncio.to_thread(router_folder, services.config, body.path)

@@ -3,13 +3,14 @@
 Each parser raises pydantic's custom error with words that follow the field's name.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import PlainValidator
 
+from server.api.explain import UNKNOWN_FIELD
 from server.api.fields import Text, problem
+from server.routing.policy import BASE_ALIAS
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
@@ -94,8 +95,11 @@ def _part_text(part: Any, index: int) -> str:
         raise problem(f"must hold objects with a type; part {index} has none")
     if kind != "text":
         raise problem(f"part {index} has type {str(kind)[:40]!r}, which is not supported: this server reads text only")
-    if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
-        raise problem(f"part {index} must have exactly the fields type and text, with text a string")
+    foreign = [name for name, value in part.items() if name not in ("type", "text") and value is not None]
+    if foreign:
+        raise problem(f"part {index} has the field {foreign[0][:64]!r}, which is not a known field", UNKNOWN_FIELD)
+    if not isinstance(part.get("text"), str):
+        raise problem(f"part {index} must have a text, as a string")
     return _unicode(part["text"])
 
 
@@ -107,6 +111,8 @@ def _parse_adapters(value: Any) -> list[str] | dict[str, float]:
     if not all(isinstance(name, str) and name for name in value):
         raise problem("must hold adapter names, as strings")
     if isinstance(value, dict):
+        if BASE_ALIAS in value:
+            raise problem(f"must not weigh {BASE_ALIAS!r}: the base model is always there, and weights add to it")
         return {_unicode(name): _adapter_weight(name, weight) for name, weight in value.items()}
     if len(set(value)) < len(value):
         raise problem("must not name an adapter twice")
@@ -114,8 +120,7 @@ def _parse_adapters(value: Any) -> list[str] | dict[str, float]:
 
 
 def _adapter_weight(name: str, weight: Any) -> float:
-    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not is_number or not math.isfinite(weight) or not 0 <= weight <= MAX_ADAPTER_WEIGHT:
+    if not _is_number_within(weight, 0, MAX_ADAPTER_WEIGHT):
         raise problem(f"weight of {name[:96]!r} must be a finite number from 0 to {MAX_ADAPTER_WEIGHT:g}")
     return float(weight)
 
@@ -135,10 +140,14 @@ def _bias_key(key: str) -> int:
 
 
 def _bias(key: str, bias: Any) -> float:
-    is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
-    if not is_number or not math.isfinite(bias) or not -100 <= bias <= 100:
+    if not _is_number_within(bias, -100, 100):
         raise problem(f"value of {key!r} must be a number from -100 to 100")
     return float(bias)
+
+
+def _is_number_within(value: Any, least: float, most: float) -> bool:
+    """False for NaN and infinities, and for integers that no float can hold, which `math.isfinite` would raise for."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 
 def _unicode(value: str) -> str:

@@ -34,16 +34,20 @@ class Admission:
             return self._on_the_way + self._waiting
 
     def enter(self, num_sequences: int, num_tokens: int) -> None:
-        """Count a request in, or raise OverloadedError.
+        """Count in all that one client asks for together, or raise OverloadedError.
 
-        Free seats do not count as queue, so that an idle server takes a request whatever the limits; nor does the
-        token limit stop a request that waits for nobody.
+        Free seats do not count as queue. What finds nobody waiting and a free seat starts at once and is taken whole,
+        whatever the limits: its own sequences may wait for each other. So an idle server refuses nothing for good. Nor
+        does the token limit stop what waits for nobody.
         """
         with self._lock:
             num_queued = self._on_the_way + self._waiting
             num_seats = max(0, self._max_running - self._running)
-            if num_queued + num_sequences > self._max_waiting_requests + num_seats:
-                raise OverloadedError(f"{num_queued} requests are waiting already; retry later")
+            starts_at_once = num_queued == 0 and num_seats > 0
+            if not starts_at_once and num_queued + num_sequences > self._max_waiting_requests + num_seats:
+                raise OverloadedError(
+                    f"{num_queued} requests are waiting and {self._running} running already; retry later"
+                )
             queued_tokens = self._tokens_on_the_way + self._waiting_tokens
             if num_queued and queued_tokens + num_tokens > self._max_waiting_tokens:
                 raise OverloadedError(f"requests for {queued_tokens} tokens are waiting already; retry later")

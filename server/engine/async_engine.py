@@ -7,14 +7,14 @@ import asyncio
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
 from server.engine.admission import Admission
 from server.engine.engine import Engine
-from server.engine.generation import GenerationHandle, GenerationRequest, Mailbox
+from server.engine.generation import GenerationHandle, GenerationRequest, Mailbox, put_all
 from server.engine.sequence import FinishReason, Sequence, StepStats, TokenEvent
 from server.errors import NotReadyError
 
@@ -108,16 +108,19 @@ class AsyncEngine:
         self._thread.start()
 
     def submit(self, request: GenerationRequest) -> GenerationHandle:
-        """Queue a request; call from the event loop that will consume the handle. Owns the request's lease from here.
+        """`submit_all` for one."""
+        return self.submit_all([request])[0]
 
-        Raises NotReadyError before `start`, while draining and after the end; OverloadedError beyond the admission
-        limits; InvalidRequestError or ContextLengthError for a prompt that cannot be computed. Nothing is queued then
-        and the lease is released.
+    def submit_all(self, requests: Collection[GenerationRequest]) -> list[GenerationHandle]:
+        """Queue what one client asks for, or nothing; call from the event loop that will consume the handles. Owns the
+        leases from here, and releases them if it raises: NotReadyError before `start`, while draining and after the
+        end; OverloadedError beyond the limits; InvalidRequestError or ContextLengthError for what cannot be computed.
         """
         try:
-            return self._submit(request)
+            return self._submit_all(requests)
         except Exception:
-            request.lease.release()
+            for request in requests:
+                request.lease.release()
             raise
 
     def call_between_steps(self, function: Callable[[], T]) -> Future[T]:
@@ -154,18 +157,22 @@ class AsyncEngine:
 
     # Any thread
 
-    def _submit(self, request: GenerationRequest) -> GenerationHandle:
-        assert request.n >= 1, "a request has at least one sample"
-        self._engine.scheduler.check_fits(len(request.prompt_token_ids), request.params.max_tokens)
+    def _submit_all(self, requests: Collection[GenerationRequest]) -> list[GenerationHandle]:
+        for request in requests:
+            assert request.n >= 1, "a request has at least one sample"
+            self._engine.scheduler.check_fits(len(request.prompt_token_ids), request.params.max_tokens)
         loop = asyncio.get_running_loop()
         with self._lock:
             if self._is_draining or not self.is_alive:
                 raise NotReadyError("the server is draining" if self._is_draining else "the engine is not running")
-            self._admission.enter(request.n, request.num_tokens)
-            sequences = request.sequences(self._next_id, self._eos_token_ids)
-            self._next_id += request.n
-            mailbox = Mailbox(loop, (sequence.id for sequence in sequences))
-            self._inbox.put(_Submission(request, sequences, mailbox))
+            self._admission.enter(sum(request.n for request in requests), sum(r.num_tokens for r in requests))
+            return [self._enqueue(request, loop) for request in requests]
+
+    def _enqueue(self, request: GenerationRequest, loop: asyncio.AbstractEventLoop) -> GenerationHandle:
+        sequences = request.sequences(self._next_id, self._eos_token_ids)
+        self._next_id += request.n
+        mailbox = Mailbox(loop, (sequence.id for sequence in sequences))
+        self._inbox.put(_Submission(request, sequences, mailbox))
         return GenerationHandle(mailbox, self._abort)
 
     def _abort(self, sequence_ids: tuple[int, ...]) -> None:
@@ -246,7 +253,7 @@ class AsyncEngine:
                 by_loop[mailbox.loop].append((mailbox, event))
         for loop, deliveries in by_loop.items():
             try:
-                loop.call_soon_threadsafe(_put_all, deliveries)
+                loop.call_soon_threadsafe(put_all, deliveries)
             except RuntimeError:  # the loop is closed, its consumers are gone
                 self._abort_now(event.sequence_id for _, event in deliveries)
 
@@ -288,13 +295,6 @@ def _run_into(future: Future[Any], function: Callable[[], Any]) -> None:
     if not future.set_running_or_notify_cancel():
         return
     try:
-        result = function()
+        future.set_result(function())
     except BaseException as error:
         future.set_exception(error)
-    else:
-        future.set_result(result)
-
-
-def _put_all(deliveries: Iterable[tuple[Mailbox, TokenEvent]]) -> None:
-    for mailbox, event in deliveries:
-        mailbox.put(event)

@@ -99,6 +99,12 @@ class Mailbox:
         return self._events.popleft()
 
 
+def put_all(deliveries: Iterable[tuple[Mailbox, TokenEvent]]) -> None:
+    """One call for all that a step brings to an event loop."""
+    for mailbox, event in deliveries:
+        mailbox.put(event)
+
+
 class GenerationHandle(AsyncIterator[tuple[int, TokenEvent]]):
     """Yields (choice index, event) until every choice had its terminal event. For one consumer, on one event loop.
 

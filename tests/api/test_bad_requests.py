@@ -1,6 +1,8 @@
 """Every malformed, absurd or unsupported request: right status, OpenAI's envelope, the field, and helpful words."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -63,6 +65,8 @@ def refuse_completion(client: httpx.Client, fields: dict[str, Any], status: int 
         ({"logit_bias": {"x": 1}}, "key 'x' must be a token id"),
         ({"logit_bias": {"01": 1}}, "key '01' must be a token id"),
         ({"logit_bias": {"1": 101}}, "must be a number from -100 to 100"),
+        ({"logit_bias": {"1": 10**400}}, "must be a number from -100 to 100"),
+        ({"logit_bias": {"1": -(10**400)}}, "must be a number from -100 to 100"),
         ({"logit_bias": [1]}, "must be an object of token ids and biases"),
         ({"min_tokens": -1}, "must be at least 0"),
         ({"min_tokens": 9, "max_tokens": 8}, "must be at most 8"),
@@ -81,6 +85,9 @@ def refuse_completion(client: httpx.Client, fields: dict[str, Any], status: int 
         ({"adapters": [1]}, "must hold adapter names, as strings"),
         ({"adapters": {"gsm8k": 2.5}}, "must be a finite number from 0 to 2"),
         ({"adapters": {"gsm8k": -0.1}}, "must be a finite number from 0 to 2"),
+        ({"adapters": {"gsm8k": 10**400}}, "must be a finite number from 0 to 2"),
+        ({"temperature": 10**400}, "must be a number"),
+        ({"adapters": {"base": 0.5, "gsm8k": 0.5}}, "must not weigh 'base': the base model is always there"),
         ({"adapters": {"gsm8k": True}}, "must be a finite number"),
         ({"adapters": ["nobody"]}, "nobody"),
         ({"top_k_adapters": 0}, "must be at least 1"),
@@ -120,6 +127,18 @@ def test_common_fields_are_refused_by_name(client: httpx.Client, path: str, fiel
             "messages[0].content",
             "part 0 has type 'image_url', which is not supported",
         ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {}}]}]},
+            "messages[0].content",
+            "part 0 has the field 'cache_control', which is not a known field",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages[0].content",
+            "part 0 must have a text",
+        ),
+        ({"messages": [{"role": "assistant", "content": "x", "annotations": [{}]}]},
+         "messages[0].annotations", "is not supported"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content", "lone surrogate"),
         ({"messages": [{"role": "user", "content": "refuse me"}]}, "messages", "roles must alternate"),
         ({"messages": [MESSAGES[0]] * 2049}, "messages", "must have at most 2048 entries, got 2049"),
@@ -148,12 +167,12 @@ def test_common_fields_are_refused_by_name(client: httpx.Client, path: str, fiel
             "needs include_usage",
         ),
         ({"tools": [{"type": "function"}]}, "tools", "is not supported by this server"),
-        ({"tool_choice": "auto"}, "tool_choice", "is not supported"),
+        ({"tool_choice": "required"}, "tool_choice", "is not supported"),
         ({"functions": [{}]}, "functions", "is not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "is not supported"),
         ({"store": True}, "store", "is not supported"),
         ({"service_tier": "flex"}, "service_tier", "is not supported"),
-        ({"metadata": {"a": "b"}}, "metadata", "is not supported"),
+        ({"metadata": {"a": 1}}, "metadata.a", "must be a string"),
         ({"modalities": ["text", "audio"]}, "modalities", "is not supported"),
         ({"chat_template": "{{ x }}"}, "chat_template", "is not supported"),
         ({"tempreature": 1}, "tempreature", "is not a known field; did you mean 'temperature'?"),
@@ -201,6 +220,16 @@ def test_completion_fields_are_refused_by_name(
     error = refuse_completion(client, fields)
     assert words in error["message"]
     assert error["param"] == param
+
+
+def test_unknown_fields_have_one_code_wherever_they_are(client: httpx.Client) -> None:
+    part = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}
+    for fields in (
+        {"foo": 1},
+        {"messages": [{"role": "user", "content": "x", "foo": 1}]},
+        {"messages": [{"role": "user", "content": [part]}]},
+    ):
+        assert refuse_chat(client, fields)["code"] == "unknown_field"
 
 
 def test_all_problems_are_told_at_once(client: httpx.Client) -> None:
@@ -271,14 +300,31 @@ def test_refusals_leave_no_lease_and_are_counted(client: httpx.Client, harness: 
 def test_full_queue_is_503_with_retry_after_and_takes_back_the_rest() -> None:
     harness = Harness(max_waiting_requests=0)
     with harness.serve() as client:
-        # 16 sequences may run at once; the 17th prompt would have to wait.
-        with harness.held():
-            response = client.post(COMPLETIONS, json={"model": "auto", "prompt": ["a"] * 17})
+        harness.runner.step_s = 0.01
+        with ThreadPoolExecutor() as pool:
+            body = {"model": "auto", "prompt": "a", "max_tokens": 100, "ignore_eos": True}
+            running = pool.submit(client.post, COMPLETIONS, json=body)
+            while not harness.engine.num_running:
+                time.sleep(0.005)
+            # 16 sequences may run at once: 15 seats are free, and the second of these waits for nobody but the first.
+            together = pool.submit(client.post, COMPLETIONS, json={**body, "prompt": ["a"] * 17})
+            while harness.engine.num_waiting + harness.engine.num_running < 18:
+                time.sleep(0.005)
+            response = client.post(COMPLETIONS, json={"model": "auto", "prompt": ["a"] * 3})
+        assert running.result().status_code == together.result().status_code == 200
         error = refusal(response, 503)
         assert (error["code"], error["type"]) == ("server_overloaded", "overloaded_error")
         assert response.headers["retry-after"] == "1"
         harness.settle()
         assert harness.metric("requests_rejected_total", {"reason": "server_overloaded"}) == 1
+
+
+@pytest.mark.parametrize("fields", [{"prompt": ["a"] * 64}, {"prompt": "a", "n": 16}, {"prompt": ["ab", "c"], "n": 9}])
+def test_an_idle_server_takes_what_is_larger_than_its_queue(fields: dict[str, Any]) -> None:
+    harness = Harness(max_waiting_requests=1)
+    with harness.serve() as client:
+        response = client.post(COMPLETIONS, json={"model": "auto", "max_tokens": 2, **fields})
+        assert response.status_code == 200, response.text
 
 
 @pytest.mark.parametrize(

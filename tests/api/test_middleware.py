@@ -1,6 +1,9 @@
 """Request ids, the last resort for unexpected exceptions, and the limit on bodies while they are read."""
 
+import asyncio
+import contextlib
 import logging
+import select
 import socket
 import time
 from collections.abc import Iterator
@@ -8,6 +11,8 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from server.api import middleware
+from server.app import drain
 from tests.api.fakes import Harness
 
 COMPLETIONS = "/v1/completions"
@@ -55,6 +60,7 @@ def test_unexpected_exception_is_500_without_internals(
     assert response.headers["x-request-id"] == "boom"
     assert "request boom failed unexpectedly" in caplog.text
     assert "secret detail" in caplog.text  # for the operator
+    assert harness.metric("requests_rejected_total", {"reason": "internal_error"}) == 1
 
 
 def chunks(size: int) -> Iterator[bytes]:
@@ -101,3 +107,68 @@ def test_client_that_leaves_halfway_through_its_body_reaches_no_route(client: ht
         connection.sendall(head.encode() + b'{"model"')
     assert client.get("/health").status_code == 200
     assert harness.registry.leases == []
+
+
+def test_a_body_that_never_ends_is_408_and_its_connection_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "BODY_LIMIT_S", 0.2)
+    monkeypatch.setattr(middleware, "BODY_POLL_S", 0.05)
+    harness = Harness()
+    with harness.serve() as client, half_sent(client) as connection:
+        answer = whole_answer(connection)
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b'"code":"request_timeout"' in answer
+        assert harness.registry.leases == []
+
+
+def test_a_body_that_drips_is_408_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "BODY_LIMIT_S", 0.2)
+    with Harness().serve() as client, half_sent(client) as connection:
+        while not select.select([connection], [], [], 0.02)[0]:
+            connection.sendall(b" ")
+        assert whole_answer(connection).startswith(b"HTTP/1.1 408")
+
+
+def test_a_pending_body_is_refused_when_the_server_drains() -> None:
+    harness = Harness()
+    with harness.serve() as client, half_sent(client) as connection:
+        asyncio.run(drain(harness.services))
+        answer = whole_answer(connection)
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"retry-after: 5" in answer
+
+
+@contextlib.contextmanager
+def half_sent(client: httpx.Client) -> Iterator[socket.socket]:
+    """A connection whose request's body has begun."""
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+    with socket.create_connection((client.base_url.host, client.base_url.port or 80), timeout=5) as connection:
+        connection.sendall(head.encode() + b'{"model"')
+        yield connection
+
+
+def whole_answer(connection: socket.socket) -> bytes:
+    """Until the server closes."""
+    answer = b""
+    while part := connection.recv(4096):
+        answer += part
+    return answer
+
+
+READABLE = """/ /health /ready /metrics /openapi.json /v1/models /v1/models/auto /v1/adapters /v1/adapters/gsm8k
+/v1/router /playground/dom.js"""
+
+
+@pytest.mark.parametrize("path", READABLE.split())
+def test_head_is_get_without_the_body(client: httpx.Client, path: str) -> None:
+    head, get = client.head(path), client.get(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+    if path != "/metrics":  # which counts the time between the two
+        assert head.headers["content-length"] == get.headers["content-length"]
+
+
+def test_head_of_what_cannot_be_read_is_refused_as_get_is(client: httpx.Client) -> None:
+    assert client.head("/v1/nothing").status_code == 404
+    refused = client.head(COMPLETIONS)
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+    assert "head" not in client.get("/openapi.json").json()["paths"]["/health"]

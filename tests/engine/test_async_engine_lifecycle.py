@@ -46,9 +46,37 @@ async def test_sequences_beyond_the_seats_and_the_queue_are_refused(start_engine
     assert lease.num_releases == 1
     runner.gate.set()
     await asyncio.gather(*map(consume, admitted))
-    with pytest.raises(OverloadedError):
-        engine.submit(request(n=4))
-    await consume(engine.submit(request(n=3)))
+
+
+async def test_an_idle_engine_takes_whatever_comes_together_and_lets_nobody_queue_behind_it(
+    start_engine: StartEngine,
+) -> None:
+    runner = FakeRunner()
+    engine = start_engine(runner, {"max_num_seqs": 2}, max_waiting_requests=0, max_waiting_tokens=1)
+    await consume(engine.submit(request(n=4)))
+    runner.gate.clear()
+    together = engine.submit_all([request(n=2), request(), request(n=3)])
+    with pytest.raises(OverloadedError, match="6 requests are waiting"):
+        engine.submit(request())
+    runner.gate.set()
+    await asyncio.gather(*map(consume, together))
+    assert (engine.num_running, engine.num_waiting) == (0, 0)
+
+
+async def test_requests_that_come_together_behind_others_are_queued_all_or_none(start_engine: StartEngine) -> None:
+    runner = FakeRunner()
+    engine = start_engine(runner, {"max_num_seqs": 1}, max_waiting_requests=2)
+    runner.gate.clear()
+    first = engine.submit(request())
+    await asyncio.to_thread(runner.entered.wait, 5)
+    leases = [CountingLease() for _ in range(3)]
+    with pytest.raises(OverloadedError, match="1 requests are waiting"):
+        engine.submit_all([request(lease=lease) for lease in leases])
+    assert [lease.num_releases for lease in leases] == [1, 1, 1]
+    assert engine.num_running + engine.num_waiting == 1
+    pair = engine.submit_all([request(), request()])
+    runner.gate.set()
+    await asyncio.gather(*map(consume, [first, *pair]))
 
 
 async def test_the_queue_fills_behind_running_sequences_and_counts_each_once(start_engine: StartEngine) -> None:
