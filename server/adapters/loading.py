@@ -1,5 +1,6 @@
 """From an AdapterSpec to a validated Adapter: local folder or Hub, lock, checks. Knows no registry and no slots."""
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -14,7 +15,7 @@ from server.adapters.lockfile import LockEntry, Lockfile, LockKey
 from server.adapters.sources import ResolvedSource, local_folder
 from server.adapters.weights import Adapter, AdapterLimits, load_adapter
 from server.config import AdapterSpec
-from server.errors import AdapterRefusedError, RefusalReason
+from server.errors import AdapterRefusedError, InvalidRequestError, RefusalReason
 from server.routing.bank import ProjectionInfo
 
 logger = logging.getLogger(__name__)
@@ -32,17 +33,24 @@ class AdapterLoader:
     root: Path
     """Folder that relative sources are relative to."""
 
+    def may_download(self, spec: AdapterSpec) -> bool:
+        """Whether `load` may need the network. What is wrong with a source is for `load` to say."""
+        try:
+            return local_folder(spec, self.root) is None
+        except InvalidRequestError:
+            return False
+
     def load(
         self,
         spec: AdapterSpec,
         *,
         progress: Progress = ignore_progress,
-        on_validating: Callable[[], object] = lambda: None,
+        validating: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> Adapter:
         """Fetch and check one adapter; a Hub source is locked once it is known to be sound.
 
-        Calls `on_validating` between download and checks. Raises AdapterDownloadError, AdapterRefusedError,
-        InvalidRequestError, and whatever the two callbacks raise.
+        `validating` is around the checks. Raises AdapterDownloadError, AdapterRefusedError, InvalidRequestError, and
+        whatever the two callbacks raise.
         """
         start_s = time.monotonic()
         folder = local_folder(spec, self.root)
@@ -52,17 +60,17 @@ class AdapterLoader:
         else:
             locked = self.lockfile.get(LockKey.of(spec))
             resolved = self.hub.fetch(spec, locked=locked, progress=progress)
-        on_validating()
-        adapter = load_adapter(
-            resolved.folder,
-            spec.name,
-            projections=self.projections,
-            base_model_name=self.base_model_name,
-            limits=self.limits,
-            source=spec.source,
-            revision=resolved.revision,
-            link_root=resolved.link_root,
-        )
+        with validating():
+            adapter = load_adapter(
+                resolved.folder,
+                spec.name,
+                projections=self.projections,
+                base_model_name=self.base_model_name,
+                limits=self.limits,
+                source=spec.source,
+                revision=resolved.revision,
+                link_root=resolved.link_root,
+            )
         if locked is not None and locked.digest != adapter.digest:
             message = "adapters.lock states another digest for these files; delete its entry to accept the new one"
             raise AdapterRefusedError(spec.name, [RefusalReason("lock_mismatch", message, "adapters.lock")])
