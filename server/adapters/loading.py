@@ -74,8 +74,9 @@ class AdapterLoader:
         if locked is not None and locked.digest != adapter.digest:
             message = "adapters.lock states another digest for these files; delete its entry to accept the new one"
             raise AdapterRefusedError(spec.name, [RefusalReason("lock_mismatch", message, "adapters.lock")])
-        if resolved.revision is not None:
-            self._lock(spec, resolved, adapter, locked)
+        if resolved.revision is not None and not self._lock(spec, resolved, adapter, locked):
+            # Another name has locked the same source meanwhile, and its branch has moved in between.
+            return self.load(spec, progress=progress, validating=validating)
         logger.info(
             "adapter %s loaded in %.2f s, digest %s", spec.name, time.monotonic() - start_s, adapter.digest[:12]
         )
@@ -88,15 +89,16 @@ class AdapterLoader:
         except OSError as error:
             logger.warning("adapters.lock still lists %s: %s", spec.source, error)
 
-    def _lock(self, spec: AdapterSpec, resolved: ResolvedSource, adapter: Adapter, locked: LockEntry | None) -> None:
-        """What is locked stays so, also while locked examples cannot be had."""
+    def _lock(self, spec: AdapterSpec, resolved: ResolvedSource, adapter: Adapter, locked: LockEntry | None) -> bool:
+        """What is locked stays so, also while locked examples cannot be had. False: it is locked at another commit."""
         assert resolved.revision is not None
         files = {**({} if locked is None else locked.files), **resolved.files}
         try:
-            self.lockfile.put(LockKey.of(spec), LockEntry(resolved.revision, files, adapter.digest))
+            return self.lockfile.put(LockKey.of(spec), LockEntry(resolved.revision, files, adapter.digest))
         except OSError as error:
             # A read-only deployment still serves; it only has to resolve the branch again next time.
             logger.warning("adapters.lock could not record %s at %s: %s", spec.source, resolved.revision, error)
+            return True
 
 
 def _examples_of(resolved: ResolvedSource) -> ExamplesFile:

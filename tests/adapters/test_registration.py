@@ -1,5 +1,6 @@
 """Generations, guards, limits and restarts of registrations."""
 
+import contextlib
 import json
 import threading
 import time
@@ -10,9 +11,11 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from server.adapters.hub import HubSource
+from server.adapters.lockfile import LockKey
 from server.adapters.records import AdapterState
 from server.adapters.registration import NUM_DOWNLOADERS
 from server.adapters.registry import AdapterRegistry
+from server.adapters.weights import Adapter
 from server.config import AdapterSpec, ServerSettings
 from server.errors import (
     AdapterConflictError,
@@ -352,6 +355,27 @@ def test_a_retired_source_is_unlocked_before_its_last_request_ends(
     registry.retire("y")
     assert json.loads(lockfile.read_text())["adapters"] == []
     running.release()
+
+
+def test_names_of_one_source_serve_one_commit_although_its_branch_moves_in_between(
+    make_registry: MakeRegistry, hub: FakeHub, sources: Path, tmp_path: Path
+) -> None:
+    hub.push_folder("org/a", sources / "a")
+    loader = make_registry(hub=HubSource(endpoint=hub.endpoint, cache_folder=tmp_path / "cache")).loader
+    first, second = (AdapterSpec(name=name, source="org/a") for name in "xy")
+    others: list[Adapter] = []
+
+    def move_and_load_the_other() -> contextlib.AbstractContextManager[object]:
+        if not others:
+            hub.push_folder("org/a", sources / "b")
+            others.append(loader.load(second))
+        return contextlib.nullcontext()
+
+    adapter = loader.load(first, validating=move_and_load_the_other)
+    assert (adapter.revision, adapter.digest) == (others[0].revision, others[0].digest)
+    locked = loader.lockfile.get(LockKey.of(first))
+    assert locked is not None
+    assert (locked.commit, locked.digest) == (adapter.revision, adapter.digest)
 
 
 # Traffic
