@@ -1,14 +1,17 @@
-"""What huggingface_hub's cache has of a commit. The layout is the client's own:
+"""What huggingface_hub's cache has of a commit, and what is put there. The layout is the client's own:
 <cache>/models--org--name/snapshots/<commit>/<path>, linking into its blobs. Asks nobody over the network.
 """
 
 import contextlib
 import hashlib
+import os
+import shutil
+import uuid
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import constants, try_to_load_from_cache
-from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.file_download import are_symlinks_supported, repo_folder_name
 
 from server.adapters.examples import EXAMPLES_NAME
 from server.adapters.lockfile import LockEntry
@@ -27,6 +30,26 @@ def note_absence(folder: Path, commit: str, path: str) -> None:
     with contextlib.suppress(OSError):  # then the Hub is asked again
         note.parent.mkdir(parents=True, exist_ok=True)
         note.touch()
+
+
+def place(blob: Path, folder: Path, commit: str, path: str) -> Path:
+    """Have a blob of the cache under its path in a commit, as the client does: by a relative link, or a copy where the
+    file system has no links. Whoever reads it meanwhile finds what was there before, or this.
+    """
+    target = folder / "snapshots" / commit / path
+    if target.exists() and target.samefile(blob):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{uuid.uuid4().hex[:8]}.lora-mixer")
+    try:
+        if are_symlinks_supported(folder):
+            draft.symlink_to(os.path.relpath(blob, target.parent))
+        else:
+            shutil.copyfile(blob, draft)
+        os.replace(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)
+    return target
 
 
 def cached_source(

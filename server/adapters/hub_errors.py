@@ -62,8 +62,8 @@ def _explain_local(error: BaseException, repository: str) -> tuple[str, str]:
     if any("Timeout" in name for name in names):
         return f"the Hub did not answer in time for {repository}", "try again, or raise server.hub_timeout_s"
     if "CutShortError" in names:
-        return f"a file of {repository} broke off again and again", "try again: what has come is kept"
-    if "TooManyRedirects" in names:
+        return f"what the Hub sends of {repository} broke off again and again", "try again: what has come is kept"
+    if "TooManyRedirectsError" in names:
         return f"the answer about {repository} redirects without end", "check HF_ENDPOINT and proxies"
     if isinstance(error, ValueError | TypeError | KeyError):
         return f"the answer about {repository} was not the Hub's", "check HF_ENDPOINT and proxies"

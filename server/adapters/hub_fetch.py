@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.file_download import HfFileMetadata
+from huggingface_hub import hf_hub_url
 from huggingface_hub.hf_api import ModelInfo
-from huggingface_hub.utils._headers import build_hf_headers
 
 from server.adapters.download_meter import DownloadMeter, Progress
 from server.adapters.examples import EXAMPLES_NAME
-from server.adapters.hub_cache import note_absence, repository_folder, sha256_of
+from server.adapters.hub_answers import FileHead, ask_for_head, ask_for_list
+from server.adapters.hub_cache import note_absence, place, repository_folder
+from server.adapters.hub_content import StatedContent, WrongContentError
 from server.adapters.hub_errors import download_error
 from server.adapters.hub_listing import (
     RemoteFile,
@@ -26,8 +25,9 @@ from server.adapters.hub_listing import (
     examples_file,
     require_allowed,
 )
+from server.adapters.hub_requests import HTTP_ERROR, HubCall, HubRequests
 from server.adapters.hub_retry import RetryPolicy
-from server.adapters.hub_transfer import WrongContentError, download
+from server.adapters.hub_transfer import FileDownload
 from server.adapters.lockfile import LockEntry
 from server.config import AdapterSpec
 from server.errors import AdapterDownloadError, AdapterRefusedError
@@ -37,23 +37,20 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CLIENT_ERRORS: tuple[type[Exception], ...] = (
-    HfHubHTTPError.__bases__[0],  # HTTPError of the HTTP library the client is built on: timeouts, connection errors
+    HTTP_ERROR,
     OSError,  # most of the client's own, and the cache's
     ValueError,  # bad ids, and answers that are not JSON
     TypeError,  # answers that are not the JSON expected
     KeyError,
     RuntimeError,
 )
-"""What a call into huggingface_hub may raise; everything else is a bug of ours."""
+"""What a call to the Hub may raise; everything else is a bug of ours."""
 
 DOWNLOAD_ERRORS: tuple[type[Exception], ...] = (*CLIENT_ERRORS, AdapterDownloadError)
 """Also what the checks of a download raise."""
 
 OPTIONAL_TIMEOUT_S = 60.0
 """What the examples may take, and no more than a quarter of what all may: an adapter must not fail for their sake."""
-
-_ETAG_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
-"""ETags become file names in the cache."""
 
 
 @dataclass(frozen=True)
@@ -92,20 +89,21 @@ def fetch_files(
 ) -> Fetched:
     """Each wanted file; the examples come first, so that whoever finds the other two finds them as well.
 
-    Raises what huggingface_hub raises, AdapterDownloadError and AdapterRefusedError, and what `progress` raises.
+    Raises CLIENT_ERRORS, AdapterDownloadError and AdapterRefusedError, and what `progress` raises.
     """
-    return _Fetch(spec, wanted, settings, token, locked, progress).run(revision)
+    with HubRequests(token=token, timeout_s=settings.timeout_s) as requests:
+        return _Fetch(spec, wanted, settings, requests, locked, progress).run(revision)
 
 
 class _Fetch:
-    """One download of one source: its token, its deadline, its progress."""
+    """One download of one source: its connections, its deadline, its progress."""
 
     def __init__(
         self,
         spec: AdapterSpec,
         wanted: Mapping[str, str],
         settings: FetchSettings,
-        token: str | None,
+        requests: HubRequests,
         locked: LockEntry | None,
         progress: Progress,
     ) -> None:
@@ -113,7 +111,7 @@ class _Fetch:
         self._spec = spec
         self._wanted = wanted
         self._locked = locked
-        self._token = token
+        self._requests = requests
         self._limit_s = settings.download_timeout_s
         self._deadline_s = time.monotonic() + self._limit_s
         self._meter = DownloadMeter(progress)
@@ -121,21 +119,17 @@ class _Fetch:
         self._examples_problem: str | None = None
 
     def run(self, revision: str) -> Fetched:
-        """Raises CLIENT_ERRORS, AdapterDownloadError and AdapterRefusedError."""
+        """See `fetch_files`."""
         settings, spec = self._settings, self._spec
-        api = HfApi(endpoint=settings.endpoint, token=self._token)
         info = self._retried(
-            "the list of files",
-            lambda: api.model_info(
-                spec.source, revision=revision, files_metadata=True, securityStatus=True, timeout=settings.timeout_s
-            ),
+            "the list of files", lambda call: ask_for_list(call, spec.source, revision, settings.endpoint)
         )
         require_allowed(spec, str(info.id), settings.allowed)  # the Hub redirects names of repositories that have moved
         commit = commit_of(info, spec, revision)
         required = {name: path for name, path in self._wanted.items() if name != EXAMPLES_NAME}
         remote = checked_files(info, spec, required, max_bytes=settings.max_bytes)
         # The headers of all files before a byte of any: sizes that the list left out are checked here.
-        heads = {name: self._metadata(file, commit) for name, file in remote.items()}
+        heads = {name: self._head(file, commit) for name, file in remote.items()}
         sizes = {name: self._size(file, heads[name]) for name, file in remote.items()}
         if reasons := [reason for name, file in remote.items() for reason in check_size(file, sizes[name])]:
             raise AdapterRefusedError(spec.name, reasons)
@@ -152,7 +146,7 @@ class _Fetch:
             self._meter.end_file(sizes[name])
         return Fetched(paths, hashes, self._examples_problem)
 
-    def _examples_head(self, info: ModelInfo, commit: str) -> tuple[RemoteFile, HfFileMetadata, int] | None:
+    def _examples_head(self, info: ModelInfo, commit: str) -> tuple[RemoteFile, FileHead, int] | None:
         """The examples with headers and size, if they are wanted, are there and may be fetched."""
         if (path := self._wanted.get(EXAMPLES_NAME)) is None:
             return None
@@ -164,8 +158,8 @@ class _Fetch:
                 self._examples_problem = f"{path} is in adapters.lock, but the Hub lists none at {commit}"
             return None
 
-        def look() -> tuple[HfFileMetadata, int]:
-            head = self._metadata(file, commit)
+        def look() -> tuple[FileHead, int]:
+            head = self._head(file, commit)
             return head, self._size(file, head)
 
         if (found := self._forgiven(path, look)) is None:
@@ -190,92 +184,54 @@ class _Fetch:
         finally:
             self._limit_s, self._deadline_s = before
 
-    def _metadata(self, file: RemoteFile, commit: str) -> HfFileMetadata:
+    def _head(self, file: RemoteFile, commit: str) -> FileHead:
         url = self._url(file, commit)
-        head = self._retried(
-            file.path,
-            lambda: get_hf_file_metadata(
-                url, token=self._token, timeout=self._settings.timeout_s, endpoint=self._settings.endpoint
-            ),
-        )
-        if head.commit_hash not in (None, commit) or not re.fullmatch(_ETAG_PATTERN, head.etag or ""):
+        head = self._retried(file.path, lambda call: ask_for_head(call, url, self._settings.endpoint))
+        if head is None or head.commit not in (None, commit):
             raise self._error(f"the Hub's headers for {file.path} at {commit} are not usable; check HF_ENDPOINT")
         return head
 
-    def _size(self, file: RemoteFile, head: HfFileMetadata) -> int:
-        stated = {size for size in (file.size_bytes, head.size) if size is not None}
+    def _size(self, file: RemoteFile, head: FileHead) -> int:
+        stated = {size for size in (file.size_bytes, head.size_bytes) if size is not None}
         if len(stated) != 1:
             problem = "no size" if not stated else "two different sizes"
             raise self._error(f"the Hub states {problem} for {file.path}; check HF_ENDPOINT and proxies")
         return stated.pop()
 
-    def _file(
-        self, name: str, file: RemoteFile, head: HfFileMetadata, size_bytes: int, commit: str
-    ) -> tuple[Path, str]:
+    def _file(self, name: str, file: RemoteFile, head: FileHead, size_bytes: int, commit: str) -> tuple[Path, str]:
         """Fetch one file at a commit and verify it: its path in the cache and its sha256."""
-        etag = str(head.etag)
-        stated = file.sha256 or (etag if re.fullmatch(r"[0-9a-f]{64}", etag) else None)
+        stated = file.sha256 or (head.etag if re.fullmatch(r"[0-9a-f]{64}", head.etag) else None)
         expected = stated if self._locked is None else self._locked.files.get(name)
         if stated not in (None, expected):
             raise self._wrong_content(file, commit, "does not have the expected sha256")
-        for is_last_try in (False, True):
+        content = StatedContent(size_bytes, expected, head.sha1(file.git_hash) if expected is None else None)
+        blob = self._cache_folder / "blobs" / head.etag
+        try:
+            sha256 = self._blob(file, blob, content, commit)
+        except WrongContentError:
             try:
-                self._fill_blob(file, etag, size_bytes, expected, commit)
+                sha256 = self._blob(file, blob, content, commit)
             except WrongContentError as error:
-                if is_last_try:
-                    raise self._wrong_content(file, commit, str(error)) from error
-                continue
-            path = self._placed(file, commit)
-            found = sha256_of(path)
-            if path.stat().st_size == size_bytes and expected in (None, found):
-                return path, found
-            path.unlink()  # a copy of the blob, on file systems without links
-        raise self._wrong_content(file, commit, "cannot be placed in the cache")
+                raise self._wrong_content(file, commit, str(error)) from error
+        return place(blob, self._cache_folder, commit, file.path), sha256
 
-    def _fill_blob(self, file: RemoteFile, etag: str, size_bytes: int, expected: str | None, commit: str) -> None:
-        """Have the file's sound content in the cache's blob folder, where huggingface_hub looks before it downloads."""
-        settings = self._settings
-        blob = self._cache_folder / "blobs" / etag
+    def _blob(self, file: RemoteFile, blob: Path, content: StatedContent, commit: str) -> str:
+        """Have the file's content in the cache, whoever put it there; its sha256. Raises WrongContentError."""
         if blob.is_file():
-            if blob.stat().st_size == size_bytes and (expected is None or sha256_of(blob) == expected):
-                return
-            blob.unlink()
-        headers = build_hf_headers(token=self._token)
-        self._retried(
-            file.path,
-            lambda: download(
-                self._url(file, commit),
-                blob,
-                headers=headers,
-                size_bytes=size_bytes,
-                sha256=expected,
-                timeout_s=settings.timeout_s,
-                on_bytes=self._on_bytes,
-            ),
-        )
-
-    def _placed(self, file: RemoteFile, commit: str) -> Path:
-        """huggingface_hub links the blob into the commit's snapshot."""
-        return Path(
-            self._retried(
-                file.path,
-                lambda: hf_hub_download(
-                    self._spec.source,
-                    file.path,
-                    revision=commit,
-                    cache_dir=self._settings.cache_folder,
-                    endpoint=self._settings.endpoint,
-                    token=self._token,
-                    etag_timeout=self._settings.timeout_s,
-                ),
-            )
-        )
+            try:
+                with blob.open("rb") as found:
+                    return content.sha256_of(found)
+            except WrongContentError:
+                blob.unlink()
+        return self._retried(file.path, FileDownload(self._url(file, commit), blob, content, self._on_bytes).attempt)
 
     def _url(self, file: RemoteFile, commit: str) -> str:
         return hf_hub_url(self._spec.source, file.path, revision=commit, endpoint=self._settings.endpoint)
 
-    def _retried(self, what: str, attempt: Callable[[], T]) -> T:
-        return self._settings.retries.call(attempt, what=f"{what} of {self._spec.source}", check=self._check)
+    def _retried(self, what: str, attempt: Callable[[HubCall], T]) -> T:
+        return self._settings.retries.call(
+            lambda: self._requests.call(attempt, self._check), what=f"{what} of {self._spec.source}", check=self._check
+        )
 
     def _on_bytes(self, done: int) -> None:
         self._check()

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 from server.adapters.examples import MAX_FILE_BYTES
 from server.adapters.peft_config import CONFIG_NAME, MAX_CONFIG_BYTES
@@ -35,6 +35,15 @@ class RemoteFile:
     """None when the list does not say; the file's own headers do."""
     sha256: str | None
     """Of LFS files; git's own hash of small ones is no sha256 of the content."""
+    git_hash: str | None
+    """Git's own hash, of what the repository itself holds: of LFS files that is a pointer. None where the list does not
+    say."""
+
+    @classmethod
+    def listed(cls, sibling: Any, max_bytes: int) -> Self:
+        """As an entry of the repository's list has it."""
+        sha256 = sibling.lfs.sha256 if sibling.lfs else None
+        return cls(sibling.rfilename, max_bytes, sibling.size, sha256, sibling.blob_id)
 
 
 def require_allowed(spec: AdapterSpec, repository: str, allowed: Sequence[str]) -> None:
@@ -75,12 +84,7 @@ def checked_files(info: Any, spec: AdapterSpec, wanted: Mapping[str, str], *, ma
         if (sibling := listed.get(path)) is None:
             reasons.append(_absent(path, listed))
             continue
-        file = RemoteFile(
-            path,
-            MAX_CONFIG_BYTES if name == CONFIG_NAME else max_bytes,
-            sibling.size,
-            sibling.lfs.sha256 if sibling.lfs else None,
-        )
+        file = RemoteFile.listed(sibling, MAX_CONFIG_BYTES if name == CONFIG_NAME else max_bytes)
         if file.size_bytes is not None:
             reasons += check_size(file, file.size_bytes)
         files[name] = file
@@ -95,7 +99,7 @@ def examples_file(info: Any, path: str) -> tuple[RemoteFile | None, str | None]:
     sibling = next((sibling for sibling in info.siblings or () if sibling.rfilename == path), None)
     if sibling is None:
         return None, None
-    file = RemoteFile(path, MAX_FILE_BYTES, sibling.size, sibling.lfs.sha256 if sibling.lfs else None)
+    file = RemoteFile.listed(sibling, MAX_FILE_BYTES)
     if file.size_bytes is not None and (reasons := check_size(file, file.size_bytes)):
         return None, f"{path}: {reasons[0].message}"
     if level := next((level for accused, level in _accusations(info.security_repo_status) if accused == path), None):

@@ -1,104 +1,118 @@
 """One file of the Hub into a file here: resumed where it broke off, never longer than stated, verified at the end.
 
 huggingface_hub's own transfer keeps nothing of a download that ends early and reports in pieces of 10 MB, larger than
-most adapters; this one goes through its session, hooks and errors, and leaves the layout of the cache to it. Partial
-files stand beside their target and survive the process.
+most adapters; this one leaves the layout of the cache to it. Partial files stand beside their target and survive the
+process.
 """
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_session
-from huggingface_hub.utils._http import hf_raise_for_status
+from huggingface_hub.errors import HfHubHTTPError
 
+from server.adapters.hub_content import StatedContent, WrongContentError
+from server.adapters.hub_errors import status_of
+from server.adapters.hub_requests import HubCall, encoding_of
 from server.adapters.hub_retry import CutShortError
 
+MAX_FRUITLESS_RESUMES = 2
+"""Resumes in a row that may bring nothing; then the file begins anew, should it be the resuming that fails."""
 
-class WrongContentError(OSError):
-    """The bytes are not those that the Hub, or the lock, states."""
-
-
-def download(
-    url: str,
-    target: Path,
-    *,
-    headers: Mapping[str, str],
-    size_bytes: int,
-    sha256: str | None,
-    timeout_s: float,
-    on_bytes: Callable[[int], object],
-) -> str:
-    """Fetch `url` to `target`; the sha256 of what stands there then.
-
-    A partial file of an earlier try is completed. `on_bytes` hears how many bytes of the file are here and may raise.
-    Raises CutShortError (what came so far is kept), WrongContentError (nothing is kept), HTTP errors and OSError.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _partial_file(target) as (path, file):
-        _transfer(url, file, headers=headers, size_bytes=size_bytes, timeout_s=timeout_s, on_bytes=on_bytes)
-        file.flush()
-        file.seek(0)
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-        if sha256 not in (None, found):
-            path.unlink(missing_ok=True)
-            raise WrongContentError("does not have the expected sha256")
-        os.fsync(file.fileno())
-        os.replace(path, target)
-    return found
+PLAIN = {"Accept-Encoding": "identity"}
+"""Compressed bodies have another length, and ranges of them mean something else. Some mirrors compress even so."""
 
 
-def _transfer(
-    url: str,
-    file: BufferedRandom,
-    *,
-    headers: Mapping[str, str],
-    size_bytes: int,
-    timeout_s: float,
-    on_bytes: Callable[[int], object],
-) -> None:
-    """Append what is missing of `size_bytes` bytes."""
-    done = file.seek(0, os.SEEK_END)
-    if done > size_bytes:
-        file.truncate(0)
-        done = 0
-    on_bytes(done)
-    if done == size_bytes:
-        return
-    # Compressed bodies have another length, and ranges of them mean something else.
-    asked = {**headers, "Accept-Encoding": "identity", **({"Range": f"bytes={done}-"} if done else {})}
-    with get_session().stream("GET", url, headers=asked, timeout=timeout_s, follow_redirects=True) as response:
-        hf_raise_for_status(response)
-        if done and not _continues_at(response, done):
-            done = file.seek(0)
-            file.truncate(0)
-        for piece in response.iter_raw():  # as they arrive: a chunk size would hold back what a slow Hub sends
+class FileDownload:
+    """Fetches a URL to `target`, in one attempt or several."""
+
+    def __init__(self, url: str, target: Path, content: StatedContent, on_bytes: Callable[[int], object]) -> None:
+        """`on_bytes` hears how many bytes of the file are here and may raise."""
+        self._url = url
+        self._target = target
+        self._content = content
+        self._on_bytes = on_bytes
+        self._num_fruitless = 0
+
+    def attempt(self, call: HubCall) -> str:
+        """Complete the file, or the partial one of an earlier attempt; the sha256 of what stands at the target then.
+
+        Raises CutShortError (what came so far is kept), WrongContentError (nothing is kept), what `HubCall` raises, and
+        OSError.
+        """
+        self._target.parent.mkdir(parents=True, exist_ok=True)
+        with _partial_file(self._target) as (path, file):
+            self._transfer(call, file)
+            file.flush()
+            try:
+                found = self._content.sha256_of(file)
+            except WrongContentError:
+                path.unlink(missing_ok=True)
+                raise
+            os.fsync(file.fileno())
+            os.replace(path, self._target)
+        return found
+
+    def _transfer(self, call: HubCall, file: BufferedRandom) -> None:
+        """Append what is missing."""
+        done = file.seek(0, os.SEEK_END)
+        if done > self._content.size_bytes or self._num_fruitless >= MAX_FRUITLESS_RESUMES:
+            done = file.truncate(0)
+        self._on_bytes(done)
+        if done == self._content.size_bytes or (done and self._resumed(call, file, done)):
+            return
+        with call.open("GET", self._url, PLAIN) as response:
+            self._copy(call, response, file, 0)
+
+    def _resumed(self, call: HubCall, file: BufferedRandom, done: int) -> bool:
+        """Complete the partial file by its rest; False when the server cannot give just that."""
+        try:
+            with call.open("GET", self._url, {**PLAIN, "Range": f"bytes={done}-"}) as response:
+                if response.status_code != 206:  # it ignores ranges and sends the whole
+                    self._copy(call, response, file, 0)
+                    return True
+                if not _continues_at(response, done):
+                    return False
+                self._num_fruitless += 1
+                self._copy(call, response, file, done)
+                return True
+        except HfHubHTTPError as error:
+            if status_of(error) == 416:  # it refuses ranges, or this one: its file would be shorter than stated
+                return False
+            raise
+
+    def _copy(self, call: HubCall, response: Any, file: BufferedRandom, done: int) -> None:
+        """Write a body that begins `done` bytes into the file."""
+        file.truncate(done)
+        for piece in call.pieces(response):  # as they arrive: a chunk size would hold back what a slow Hub sends
+            self._num_fruitless = 0
             done += len(piece)
-            if done > size_bytes:
+            if done > self._content.size_bytes:
                 file.truncate(0)
                 raise WrongContentError("has the wrong length: it is longer than the Hub states")
             file.write(piece)
             file.flush()  # to the system, so that a killed process loses nothing that was reported
-            on_bytes(done)
-    if done < size_bytes:
-        # A body of known length would have raised if it had broken off: the Hub's file really is shorter.
-        if {"content-length", "transfer-encoding"} & {name.lower() for name in response.headers}:
-            file.truncate(0)
-            raise WrongContentError("has the wrong length: it is shorter than the Hub states")
-        raise CutShortError(f"{done} of {size_bytes} bytes")
+            self._on_bytes(done)
+        if done < self._content.size_bytes:
+            # A body whose end is marked would have raised if it had broken off: the Hub's file really is shorter.
+            marks = {"content-length", "transfer-encoding"} & {name.lower() for name in response.headers}
+            if marks or encoding_of(response):
+                file.truncate(0)
+                raise WrongContentError("has the wrong length: it is shorter than the Hub states")
+            raise CutShortError(f"{done} of {self._content.size_bytes} bytes")
 
 
 def _continues_at(response: Any, position: int) -> bool:
-    """Whether the body goes on where the partial file ends; a server may ignore ranges, or take them elsewhere."""
-    return response.status_code == 206 and str(response.headers.get("Content-Range", "")).startswith(
-        f"bytes {position}-"
-    )
+    """Whether the body goes on where the partial file ends; a server may take ranges elsewhere, or of what it has
+    compressed.
+    """
+    content_range = str(response.headers.get("Content-Range", ""))
+    return content_range.startswith(f"bytes {position}-") and not encoding_of(response)
 
 
 @contextlib.contextmanager

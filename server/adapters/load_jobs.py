@@ -1,9 +1,10 @@
-"""One load at a time per loader thread: fetch, check, confirm in the journal, admit; or the reason why not."""
+"""One load at a time per thread: fetch, check, confirm in the journal, admit; or the reason why not."""
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from server.adapters.journal import Journal, JournalEntry
 from server.adapters.loading import AdapterLoader
@@ -19,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 LOG_INTERVAL_S = 5.0
 """Between two log lines about one download."""
+
+NUM_VALIDATING = 2
+"""Adapters read and checked at a time; each takes its size in memory."""
 
 
 class LoadJobs:
@@ -54,16 +58,17 @@ class LoadJobs:
         self._on_ready = on_ready
         self._on_load = on_load
         self._tidy_soon = tidy_soon
+        self._turns = threading.Semaphore(NUM_VALIDATING)
 
     def run(self, record: Record) -> None:
-        """On a loader's thread, from DOWNLOADING to READY or FAILED."""
+        """From DOWNLOADING to READY or FAILED."""
         start_s = time.monotonic()
         outcome = "ready"
         try:
             adapter = self._loader.load(
                 record.spec,
                 progress=lambda done, total: self._report(record, done, total),
-                on_validating=lambda: self._report(record, 1, 1, AdapterState.VALIDATING),
+                validating=lambda: self._validating(record),
             )
             if record.expected_digest not in (None, adapter.digest):
                 raise AdapterRefusedError(record.spec.name, [_changed_content(record, adapter.digest)])
@@ -84,6 +89,12 @@ class LoadJobs:
             logger.exception("adapter %s could not be registered", record.spec.name)
             self._end(record, LoraMixerError(f"internal error: {type(error).__name__}", code=outcome))
         self._on_load(outcome, time.monotonic() - start_s)
+
+    @contextlib.contextmanager
+    def _validating(self, record: Record) -> Iterator[None]:
+        with self._turns:
+            self._report(record, 1, 1, AdapterState.VALIDATING)
+            yield
 
     def _confirm(self, record: Record, digest: str) -> None:
         """Have the digest in the journal before the adapter serves. Raises CancelledLoadError if it was retired."""

@@ -1,5 +1,6 @@
 """From an AdapterSpec to a validated Adapter: local folder or Hub, lock, checks. Knows no registry and no slots."""
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -14,7 +15,7 @@ from server.adapters.lockfile import LockEntry, Lockfile, LockKey
 from server.adapters.sources import ResolvedSource, local_folder
 from server.adapters.weights import Adapter, AdapterLimits, load_adapter
 from server.config import AdapterSpec
-from server.errors import AdapterRefusedError, RefusalReason
+from server.errors import AdapterRefusedError, InvalidRequestError, RefusalReason
 from server.routing.bank import ProjectionInfo
 
 logger = logging.getLogger(__name__)
@@ -32,17 +33,24 @@ class AdapterLoader:
     root: Path
     """Folder that relative sources are relative to."""
 
+    def may_download(self, spec: AdapterSpec) -> bool:
+        """Whether `load` may need the network. What is wrong with a source is for `load` to say."""
+        try:
+            return local_folder(spec, self.root) is None
+        except InvalidRequestError:
+            return False
+
     def load(
         self,
         spec: AdapterSpec,
         *,
         progress: Progress = ignore_progress,
-        on_validating: Callable[[], object] = lambda: None,
+        validating: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
     ) -> Adapter:
         """Fetch and check one adapter; a Hub source is locked once it is known to be sound.
 
-        Calls `on_validating` between download and checks. Raises AdapterDownloadError, AdapterRefusedError,
-        InvalidRequestError, and whatever the two callbacks raise.
+        `validating` is around the checks. Raises AdapterDownloadError, AdapterRefusedError, InvalidRequestError, and
+        whatever the two callbacks raise.
         """
         start_s = time.monotonic()
         folder = local_folder(spec, self.root)
@@ -52,22 +60,23 @@ class AdapterLoader:
         else:
             locked = self.lockfile.get(LockKey.of(spec))
             resolved = self.hub.fetch(spec, locked=locked, progress=progress)
-        on_validating()
-        adapter = load_adapter(
-            resolved.folder,
-            spec.name,
-            projections=self.projections,
-            base_model_name=self.base_model_name,
-            limits=self.limits,
-            source=spec.source,
-            revision=resolved.revision,
-            link_root=resolved.link_root,
-        )
+        with validating():
+            adapter = load_adapter(
+                resolved.folder,
+                spec.name,
+                projections=self.projections,
+                base_model_name=self.base_model_name,
+                limits=self.limits,
+                source=spec.source,
+                revision=resolved.revision,
+                link_root=resolved.link_root,
+            )
         if locked is not None and locked.digest != adapter.digest:
             message = "adapters.lock states another digest for these files; delete its entry to accept the new one"
             raise AdapterRefusedError(spec.name, [RefusalReason("lock_mismatch", message, "adapters.lock")])
-        if resolved.revision is not None:
-            self._lock(spec, resolved, adapter, locked)
+        if resolved.revision is not None and not self._lock(spec, resolved, adapter, locked):
+            # Another name has locked the same source meanwhile, and its branch has moved in between.
+            return self.load(spec, progress=progress, validating=validating)
         logger.info(
             "adapter %s loaded in %.2f s, digest %s", spec.name, time.monotonic() - start_s, adapter.digest[:12]
         )
@@ -80,15 +89,16 @@ class AdapterLoader:
         except OSError as error:
             logger.warning("adapters.lock still lists %s: %s", spec.source, error)
 
-    def _lock(self, spec: AdapterSpec, resolved: ResolvedSource, adapter: Adapter, locked: LockEntry | None) -> None:
-        """What is locked stays so, also while locked examples cannot be had."""
+    def _lock(self, spec: AdapterSpec, resolved: ResolvedSource, adapter: Adapter, locked: LockEntry | None) -> bool:
+        """What is locked stays so, also while locked examples cannot be had. False: it is locked at another commit."""
         assert resolved.revision is not None
         files = {**({} if locked is None else locked.files), **resolved.files}
         try:
-            self.lockfile.put(LockKey.of(spec), LockEntry(resolved.revision, files, adapter.digest))
+            return self.lockfile.put(LockKey.of(spec), LockEntry(resolved.revision, files, adapter.digest))
         except OSError as error:
             # A read-only deployment still serves; it only has to resolve the branch again next time.
             logger.warning("adapters.lock could not record %s at %s: %s", spec.source, resolved.revision, error)
+            return True
 
 
 def _examples_of(resolved: ResolvedSource) -> ExamplesFile:

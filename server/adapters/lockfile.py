@@ -67,12 +67,19 @@ class Lockfile:
         with self._mutex:
             return self._entries.get(key)
 
-    def put(self, key: LockKey, entry: LockEntry) -> None:
-        """Add or replace an entry. Raises OSError when the file cannot be written; memory is changed even so."""
+    def put(self, key: LockKey, entry: LockEntry) -> bool:
+        """Add an entry or replace one of the same commit. One of another commit stays: then False, and nothing changes.
+
+        Raises OSError when the file cannot be written; memory is changed even so.
+        """
         with self._mutex:
-            if self._entries.get(key) != entry:
+            known = self._entries.get(key)
+            if known is not None and known.commit != entry.commit:
+                return False
+            if known != entry:
                 self._entries = {**self._entries, key: entry}
                 self._write()
+            return True
 
     def remove(self, key: LockKey) -> None:
         """Forget an entry, if there is one. Raises OSError as `put` does."""

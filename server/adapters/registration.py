@@ -33,7 +33,10 @@ from server.naming import reserved_by
 logger = logging.getLogger(__name__)
 
 NUM_LOADERS = 2
-"""Adapters downloaded and checked at a time; more would only share the same network and memory."""
+"""Adapters loaded from local folders at a time; more would only share the same disk and memory."""
+
+NUM_DOWNLOADERS = 8
+"""Adapters from the Hub that load at a time, apart from the local ones: some may be slow, and hold up nobody."""
 
 
 class Registrations:
@@ -68,6 +71,7 @@ class Registrations:
         self._max_loading = max_loading
         self._on_retired = on_retired
         self._loaders = ThreadPoolExecutor(NUM_LOADERS, thread_name_prefix="adapter-loader")
+        self._downloaders = ThreadPoolExecutor(NUM_DOWNLOADERS, thread_name_prefix="adapter-downloader")
         self._decisions = threading.Lock()
         """Held from a decision until it is in the journal. Taken before the state's mutex."""
         self._numbers = itertools.count(1)
@@ -114,7 +118,7 @@ class Registrations:
                     logger.error("adapter %s is not served: %s", record.spec.name, error)
                     continue
             names.append(record.spec.name)
-            self._loaders.submit(self._jobs.run, record)
+            self._start(record)
         return names
 
     def register(
@@ -140,7 +144,7 @@ class Registrations:
                     return self._guard.readmit(known) if is_same and known is not None else info
                 record.examples = examples
                 self._keep(record, is_replacement=record is not self._state.records.get(spec.name))
-            self._loaders.submit(self._jobs.run, record)
+            self._start(record)
             return info
 
     def retire(self, name: str, expected: Collection[str] | None) -> AdapterInfo:
@@ -174,8 +178,13 @@ class Registrations:
             for record in (*self._state.records.values(), *self._state.replacements.values()):
                 record.cancelled.set()
         self._publisher.close()
-        self._loaders.shutdown(wait=True, cancel_futures=True)
+        for threads in (self._loaders, self._downloaders):
+            threads.shutdown(wait=True, cancel_futures=True)
         self._journal.close()
+
+    def _start(self, record: Record) -> None:
+        threads = self._downloaders if self._loader.may_download(record.spec) else self._loaders
+        threads.submit(self._jobs.run, record)
 
     # Deciding
 

@@ -12,7 +12,7 @@ from server.adapters.loading import AdapterLoader
 from server.adapters.records import Record
 from server.adapters.state import RegistryState
 from server.adapters.weights import Adapter
-from server.errors import AdapterRefusedError, LoraMixerError, RefusalReason
+from server.errors import AdapterRefusedError, LoraMixerError, NotReadyError, RefusalReason
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Reloads:
                 self._threads.submit(self._run, record)
 
     def close(self) -> None:
-        """Finish what is being read, start nothing more."""
+        """Finish what is being read, give up what is being downloaded, start nothing more."""
         with self._state.mutex:
             self._is_closed = True
         self._threads.shutdown(wait=True, cancel_futures=True)
@@ -69,7 +69,7 @@ class Reloads:
         failure: LoraMixerError | None = None
         adapter: Adapter | None = None
         try:
-            adapter = self._loader.load(record.spec)
+            adapter = self._loader.load(record.spec, progress=self._check)
             known = record.adapter
             if known is not None and adapter.digest != known.digest:
                 raise AdapterRefusedError(record.spec.name, [_changed(known.digest, adapter.digest)])
@@ -87,6 +87,10 @@ class Reloads:
             self._on_loaded(record, seconds)
         else:
             self._on_failed(record, failure, seconds)
+
+    def _check(self, _done: int, _total: int) -> None:
+        if self._is_closed:
+            raise NotReadyError("the server is shutting down")
 
 
 def _changed(known: str, found: str) -> RefusalReason:

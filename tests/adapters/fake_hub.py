@@ -5,6 +5,7 @@ redirect to another host name, as the real Hub's do to its CDN. Commits are immu
 """
 
 import contextlib
+import gzip
 import hashlib
 import json
 import re
@@ -31,6 +32,8 @@ class Repository:
     is_gated: bool = False
     security: dict[str, object] | None = None
     """What the malware scanners say, for those who ask."""
+    listed: dict[str, Mapping[str, object]] = field(default_factory=dict)
+    """What the list says of a path in place of the truth."""
     lists_sizes: bool = True
     """False: as listings without `blobs=true`, which some mirrors never give."""
     moved_to: str | None = None
@@ -61,8 +64,17 @@ class Fault:
     """Redirect there; `self` means the very same URL."""
     ignores_range: bool = False
     """Send the whole body with 200, whatever range was asked for."""
+    refuses_range: bool = False
+    """Answer 416 to a range."""
+    compresses: bool = False
+    """Send the body, or its range, compressed, whatever was asked for."""
     drip_s: float = 0.0
-    """Pause between pieces of 1,000 bytes."""
+    """Pause between pieces of `piece_bytes` of the body."""
+    piece_bytes: int = 1000
+    header_drip_s: float | None = None
+    """Send header lines without end, with pauses in between."""
+    is_endless: bool = False
+    """With `status`: the body has no end, only pauses of `drip_s`."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +182,13 @@ class _Handler(BaseHTTPRequestHandler):
         self._fault = self.hub.take_fault(self.command, path)
         if self._fault is not None:
             time.sleep(self._fault.delay_s)
+            if self._fault.header_drip_s is not None:
+                return self._send_without_end(b"X-More: x\r\n", self._fault.header_drip_s)
+            if self._fault.is_endless:
+                return self._send_without_end(bytes(self._fault.piece_bytes), self._fault.drip_s, is_body=True)
             if self._fault.status is not None:
-                return self._answer(self._fault.status, b'{"error": "on purpose"}', self._fault.headers)
+                body = self._fault.body or b'{"error": "on purpose"}'
+                return self._answer(self._fault.status, body, self._fault.headers)
             if self._fault.location is not None:
                 target = self.path if self._fault.location == "self" else self._fault.location
                 return self._answer(302, b"", {"Location": target})
@@ -204,7 +221,10 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         if (commit := repository.resolve(revision)) is None:
             return self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        siblings = [_sibling(path, content) for path, content in repository.commits[commit].items()]
+        siblings = [
+            {**_sibling(path, content), **repository.listed.get(path, {})}
+            for path, content in repository.commits[commit].items()
+        ]
         if not repository.lists_sizes:
             siblings = [{"rfilename": sibling["rfilename"]} for sibling in siblings]
         info: dict[str, object] = {
@@ -245,6 +265,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self._fault is not None and self._fault.body is not None:
             content = self._fault.body
         is_whole = self._fault is not None and self._fault.ignores_range
+        if self._fault is not None and self._fault.refuses_range and "Range" in self.headers:
+            return self._answer(416, b"", {"Content-Range": f"bytes */{len(content)}"})
         if not is_whole and (match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))):
             start = int(match[1])
             total = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
@@ -255,6 +277,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
+        if self._fault is not None and self._fault.compresses:
+            body = gzip.compress(body)
+            self.send_header("Content-Encoding", "gzip")
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Connection", "close")
         self.end_headers()
@@ -268,9 +293,23 @@ class _Handler(BaseHTTPRequestHandler):
         if self._fault is None or not self._fault.drip_s:
             self.wfile.write(body)
             return
-        for start in range(0, len(body), 1000):
-            self.wfile.write(body[start : start + 1000])
+        for start in range(0, len(body), self._fault.piece_bytes):
+            self.wfile.write(body[start : start + self._fault.piece_bytes])
             time.sleep(self._fault.drip_s)
+
+    def _send_without_end(self, piece: bytes, pause_s: float, *, is_body: bool = False) -> None:
+        """Until the client breaks off."""
+        status = self._fault.status if self._fault is not None else None
+        self.send_response(status or 200)
+        for name, value in self._fault.headers.items() if self._fault is not None else ():
+            self.send_header(name, value)
+        self.send_header("Connection", "close")
+        self.close_connection = True
+        with contextlib.suppress(ConnectionError):
+            self.end_headers() if is_body else self.flush_headers()
+            while True:
+                self.wfile.write(piece)
+                time.sleep(pause_s)
 
 
 def _sibling(path: str, content: bytes) -> dict[str, object]:

@@ -82,7 +82,7 @@ def test_examples_come_first_at_the_same_commit_and_link_into_the_cache(hub: Fak
         (Fault("examples.jsonl", method="GET", status=404, times=99), "HTTP 404"),
         (Fault("examples.jsonl", status=500, times=99), "HTTP 500"),
         (Fault("examples.jsonl", method="GET", status=403, times=99), "HTTP 403"),
-        (Fault("examples.jsonl", method="GET", cut_at=10, times=99), "could not be reached"),
+        (Fault("examples.jsonl", method="GET", cut_at=10, times=99), "broke off again and again"),
         (Fault("examples.jsonl", method="GET", body=EXAMPLES[:-1], times=99), "shorter than the Hub states"),
         (Fault("examples.jsonl", method="GET", body=EXAMPLES + b"x", times=99), "longer than the Hub states"),
         (Fault("examples.jsonl", location="self", times=99), "redirects without end"),

@@ -1,16 +1,21 @@
 """Generations, guards, limits and restarts of registrations."""
 
+import contextlib
 import json
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 from transformers import LlamaForCausalLM
 
 from server.adapters.hub import HubSource
+from server.adapters.lockfile import LockKey
 from server.adapters.records import AdapterState
+from server.adapters.registration import NUM_DOWNLOADERS
 from server.adapters.registry import AdapterRegistry
+from server.adapters.weights import Adapter
 from server.config import AdapterSpec, ServerSettings
 from server.errors import (
     AdapterConflictError,
@@ -173,6 +178,60 @@ def test_only_so_many_registrations_run_at_once(
     add(registry, "a")
 
 
+@pytest.fixture
+def dripping(
+    make_registry: MakeRegistry, hub: FakeHub, sources: Path, tmp_path: Path
+) -> Callable[..., AdapterRegistry]:
+    """`dripping(names)`: a registry that waits for a Hub that drips headers, with a registration under each name."""
+    hub.push_folder("org/slow", sources / "a")
+    hub.push_folder("org/sound", sources / "b")
+    hub.fail(Fault("org/slow", header_drip_s=0.1, times=99))
+
+    def start(names: Iterable[str], download_timeout_s: float = 60.0) -> AdapterRegistry:
+        registry = make_registry(
+            hub=HubSource(
+                endpoint=hub.endpoint, cache_folder=tmp_path / "cache", download_timeout_s=download_timeout_s
+            ),
+            settings=ServerSettings(max_adapters=16),
+        )
+        for name in names:
+            registry.register(AdapterSpec(name=name, source="org/slow"))
+        while hub.count("GET", "org/slow") < min(len(registry.list()), NUM_DOWNLOADERS):
+            time.sleep(0.01)
+        return registry
+
+    return start
+
+
+def test_a_hub_that_drips_holds_up_nobody_else(dripping: Callable[..., AdapterRegistry]) -> None:
+    registry = dripping("xyz")
+    add(registry, "a")
+    registry.register(AdapterSpec(name="b", source="org/sound"))
+    assert registry.wait("b", 10).state is AdapterState.READY
+    assert all(registry.get(name).state is AdapterState.DOWNLOADING for name in "xyz")
+
+
+def test_local_folders_do_not_wait_for_downloads_however_many(dripping: Callable[..., AdapterRegistry]) -> None:
+    registry = dripping([f"slow-{index}" for index in range(NUM_DOWNLOADERS + 1)])
+    add(registry, "a", "c")
+
+
+def test_a_hub_that_drips_fails_its_adapter_in_time(dripping: Callable[..., AdapterRegistry]) -> None:
+    registry = dripping("x", download_timeout_s=0.5)
+    info = registry.wait("x", 10)
+    assert (info.state, info.code) == (AdapterState.FAILED, "adapter_download_failed")
+    assert "took longer than 0.5 s" in str(info.reason)
+
+
+def test_retiring_and_closing_do_not_wait_for_the_hub(dripping: Callable[..., AdapterRegistry]) -> None:
+    registry = dripping("xyz")
+    registry.retire("x")
+    assert registry.wait_retired("x", 5)
+    start_s = time.monotonic()
+    registry.close()
+    assert time.monotonic() - start_s < 5
+
+
 @pytest.mark.parametrize(
     ("name", "other", "is_alike"),
     [
@@ -296,6 +355,27 @@ def test_a_retired_source_is_unlocked_before_its_last_request_ends(
     registry.retire("y")
     assert json.loads(lockfile.read_text())["adapters"] == []
     running.release()
+
+
+def test_names_of_one_source_serve_one_commit_although_its_branch_moves_in_between(
+    make_registry: MakeRegistry, hub: FakeHub, sources: Path, tmp_path: Path
+) -> None:
+    hub.push_folder("org/a", sources / "a")
+    loader = make_registry(hub=HubSource(endpoint=hub.endpoint, cache_folder=tmp_path / "cache")).loader
+    first, second = (AdapterSpec(name=name, source="org/a") for name in "xy")
+    others: list[Adapter] = []
+
+    def move_and_load_the_other() -> contextlib.AbstractContextManager[object]:
+        if not others:
+            hub.push_folder("org/a", sources / "b")
+            others.append(loader.load(second))
+        return contextlib.nullcontext()
+
+    adapter = loader.load(first, validating=move_and_load_the_other)
+    assert (adapter.revision, adapter.digest) == (others[0].revision, others[0].digest)
+    locked = loader.lockfile.get(LockKey.of(first))
+    assert locked is not None
+    assert (locked.commit, locked.digest) == (adapter.revision, adapter.digest)
 
 
 # Traffic

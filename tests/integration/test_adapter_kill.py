@@ -231,3 +231,26 @@ def test_a_download_that_a_kill_cut_off_goes_on_after_the_restart_and_then_offli
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert "hf_secret" not in log
     assert b"hf_secret" not in written
+
+
+def test_a_hub_that_drips_keeps_a_server_neither_from_its_end_nor_from_its_start(
+    tiny_llama: "Callable[..., LlamaForCausalLM]",
+    make_adapter: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    make_tiny_root(tmp_path, tiny_llama, make_adapter, num_adapters=2, num_configured=1, hub_download_timeout_s=3)
+    with FakeHub() as hub:
+        hub.push_folder("org/a1", tmp_path / "sources" / "a1")
+        hub.fail(Fault("/api/models", header_drip_s=0.1, times=10**9))
+        environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache")}
+        with serve_apart(tmp_path, environment) as (url, process):
+            for index in range(9):
+                answer = httpx.post(f"{url}/v1/adapters", json={"name": f"drip-{index}", "source": "org/a1"})
+                assert answer.status_code == 202
+            process.terminate()
+            assert process.wait(20) == 0
+        with serve_apart(tmp_path, environment) as (url, _):
+            listed = {info["name"]: info["state"] for info in httpx.get(f"{url}/v1/adapters").json()["data"]}
+    assert listed == {"a0": "READY", **{f"drip-{index}": "FAILED" for index in range(9)}}

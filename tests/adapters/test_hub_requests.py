@@ -1,0 +1,142 @@
+"""Hubs that drip, never end or send too much: every download ends when it should, its threads too, in little memory."""
+
+import gzip
+import threading
+import time
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.adapters.hub import HubSource
+from server.adapters.hub_answers import MAX_LIST_BYTES
+from server.adapters.hub_retry import RetryPolicy
+from server.config import AdapterSpec
+from server.errors import AdapterDownloadError
+from tests.adapters.fake_hub import FakeHub, Fault
+
+FILES = {
+    "adapter_config.json": b'{"r": 4}',
+    "adapter_model.safetensors": bytes(range(256)) * 1000,
+    "examples.jsonl": b'"what is two and two?"\n' * 1000,
+}
+SPEC = AdapterSpec(name="a", source="org/name")
+
+DRIPS = {
+    "list": Fault("/api/models", method="GET", drip_s=0.1, piece_bytes=1),
+    "headers of the list": Fault("/api/models", header_drip_s=0.1),
+    "headers of a file": Fault("adapter_config.json", method="HEAD", header_drip_s=0.1),
+    "headers of a body": Fault("/cdn/", method="GET", header_drip_s=0.1),
+    "body": Fault("/cdn/", method="GET", drip_s=0.1, piece_bytes=1),
+    "silence": Fault("/api/models", delay_s=20.0),
+}
+
+
+def make_source(hub: FakeHub, tmp_path: Path, **options: Any) -> HubSource:
+    defaults: dict[str, Any] = {"cache_folder": tmp_path / "cache", "retries": RetryPolicy(1, first_wait_s=0.01)}
+    return HubSource(endpoint=hub.endpoint, **{**defaults, **options})
+
+
+@pytest.fixture(params=DRIPS)
+def dripping(request: pytest.FixtureRequest, hub: FakeHub) -> Iterator[FakeHub]:
+    """A Hub that lets a client wait; afterwards none of ours does."""
+    hub.push("org/name", FILES)
+    fault = DRIPS[request.param]
+    hub.fail(Fault(**{**vars(fault), "times": 99}))
+    yield hub
+    until_s = time.monotonic() + 8
+    while any(thread.name == "hub-request" for thread in threading.enumerate()):
+        assert time.monotonic() < until_s, "a request outlives its download"
+        time.sleep(0.01)
+
+
+def test_a_hub_that_drips_anywhere_is_given_up_in_time(dripping: FakeHub, tmp_path: Path) -> None:
+    start_s = time.monotonic()
+    with pytest.raises(AdapterDownloadError, match=r"took longer than 0\.5 s"):
+        make_source(dripping, tmp_path, download_timeout_s=0.5).fetch(SPEC)
+    assert time.monotonic() - start_s < 8
+
+
+def test_a_download_may_be_abandoned_wherever_it_waits(dripping: FakeHub, tmp_path: Path) -> None:
+    class AbandonedError(Exception):
+        pass
+
+    start_s = time.monotonic()
+
+    def abandon(_done: int, _total: int) -> None:
+        if time.monotonic() - start_s > 0.5:
+            raise AbandonedError
+
+    with pytest.raises(AbandonedError):
+        make_source(dripping, tmp_path).fetch(SPEC, progress=abandon)
+    assert time.monotonic() - start_s < 8
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_examples_whose_headers_drip_cost_the_adapter_nothing_but_them(
+    method: str, hub: FakeHub, tmp_path: Path
+) -> None:
+    hub.push("org/name", FILES)
+    hub.fail(Fault("examples.jsonl", method=method, header_drip_s=0.1, times=99))
+    resolved = make_source(hub, tmp_path, download_timeout_s=2).fetch(SPEC)
+    assert set(resolved.files) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert "took longer than 0.5 s" in str(resolved.examples_problem)
+
+
+@pytest.mark.parametrize("drip_s", [0.0, 0.1])
+@pytest.mark.parametrize("path", ["/api/models", "/cdn/"])
+def test_the_body_of_an_error_is_not_waited_for(path: str, drip_s: float, hub: FakeHub, tmp_path: Path) -> None:
+    hub.push("org/name", FILES)
+    hub.fail(Fault(path, status=404, is_endless=True, drip_s=drip_s, piece_bytes=65_536, times=99))
+    start_s = time.monotonic()
+    with pytest.raises(AdapterDownloadError, match="HTTP 404"):
+        make_source(hub, tmp_path).fetch(SPEC)
+    assert time.monotonic() - start_s < 8
+
+
+def test_the_body_of_a_redirect_is_not_waited_for(hub: FakeHub, tmp_path: Path) -> None:
+    hub.push("org/name", FILES)
+    target = {"Location": "/api/models/org/name/revision/main?securityStatus=true"}
+    hub.fail(Fault("/api/models", status=302, is_endless=True, headers=target, piece_bytes=65_536))
+    start_s = time.monotonic()
+    make_source(hub, tmp_path).fetch(SPEC)
+    assert time.monotonic() - start_s < 8
+
+
+def test_a_redirect_to_nowhere_is_an_error(hub: FakeHub, tmp_path: Path) -> None:
+    hub.push("org/name", FILES)
+    hub.fail(Fault("/api/models", status=302))
+    with pytest.raises(AdapterDownloadError, match="not the Hub's"):
+        make_source(hub, tmp_path).fetch(SPEC)
+
+
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_a_list_without_end_takes_little_memory(is_compressed: bool, hub: FakeHub, tmp_path: Path) -> None:
+    hub.push("org/name", FILES)
+    if is_compressed:
+        body = gzip.compress(bytes(8 * MAX_LIST_BYTES))
+        hub.fail(Fault("/api/models", status=200, body=body, headers={"Content-Encoding": "gzip"}))
+    else:
+        hub.fail(Fault("/api/models", status=200, is_endless=True, piece_bytes=65_536))
+    tracemalloc.start()
+    with pytest.raises(AdapterDownloadError, match="not the Hub's"):
+        make_source(hub, tmp_path).fetch(SPEC)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 3 * MAX_LIST_BYTES
+
+
+def test_a_compressed_list_is_read(hub: FakeHub, tmp_path: Path) -> None:
+    commit = hub.push("org/name", FILES)
+    hub.fail(Fault("/api/models", compresses=True))
+    assert make_source(hub, tmp_path).fetch(SPEC).revision == commit
+
+
+@pytest.mark.parametrize("encoding", ["br", "gzip"])
+def test_a_list_that_cannot_be_decompressed_is_an_error(encoding: str, hub: FakeHub, tmp_path: Path) -> None:
+    hub.push("org/name", FILES)
+    hub.fail(Fault("/api/models", status=200, headers={"Content-Encoding": encoding}))
+    with pytest.raises(AdapterDownloadError, match="not the Hub's"):
+        make_source(hub, tmp_path).fetch(SPEC)
