@@ -2,7 +2,7 @@
 two files come down at that commit, and examples if it has some, and their bytes are verified. Only the modules `hub*`
 here talk to the network.
 
-Tokens are passed to huggingface_hub and to nobody else; none is logged or stored.
+Tokens go into headers that huggingface_hub makes, to the Hub's own address; none is logged or stored.
 """
 
 import dataclasses
