@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from router_training.forward import check_output_head, prepare_for_training
 from router_training.settings import BASE_NAME
+from server.adapters.router_swap import check_fit
 from server.adapters.weights import Adapter, AdapterLimits, load_adapter
 from server.config import AdapterSpec, ServerConfig, cache_folder
 from server.errors import ConfigError, LoraMixerError, RouterArtefactError
@@ -13,7 +14,6 @@ from server.routing.attach import RoutedModel, attach_routing
 from server.routing.bank import BankSnapshot, ProjectionInfo
 from server.routing.policy import BASE_DIGEST, BASE_PLAN, BASE_SLOT, GatePlan, Policy, fixed_plan, routed_plan
 from server.routing.router import RouterArtefact
-from server.routing.router_bank import check_base
 
 FIRST_SLOT = 1
 """Adapter i of the roster sits in slot i + 1; slot 0 is the base model."""
@@ -90,8 +90,7 @@ class Roster:
 
 def check_artefact(artefact: RouterArtefact, roster: Roster) -> None:
     """Refuse an artefact of another base or of other adapters. Raises RouterArtefactError naming each difference."""
-    routed = roster.routed
-    check_base(artefact, base_model=roster.loaded.name, hidden_size=routed.hidden_size, num_layers=routed.num_layers)
+    check_fit(artefact, roster.routed, roster.loaded.name, origin="the router")
     digests = {adapter.digest for adapter in artefact.adapters}
     if missing := [adapter.name for adapter in roster.adapters if adapter.digest not in digests]:
         raise RouterArtefactError(

@@ -16,6 +16,12 @@ from server.routing.router_bank import check_base
 def load_checked_artefact(folder: Path, routed: RoutedModel, base_model_name: str) -> RouterArtefact:
     """Read an artefact for this model. Raises RouterArtefactError when it is damaged or belongs to another one."""
     artefact = load_artefact(folder)
+    check_fit(artefact, routed, base_model_name, origin=f"the router in {folder}")
+    return artefact
+
+
+def check_fit(artefact: RouterArtefact, routed: RoutedModel, base_model_name: str, *, origin: str) -> None:
+    """Refuse a router of another model. Raises RouterArtefactError naming each difference; `origin` is its subject."""
     check_base(artefact, base_model=base_model_name, hidden_size=routed.hidden_size, num_layers=routed.num_layers)
     # A per-layer gate reads the input of the layer's attention, which is as wide as the hidden state.
     widths = {gate_key(artefact.granularity, info): info.d_in for info in routed.projections.values()}
@@ -30,8 +36,7 @@ def load_checked_artefact(folder: Path, routed: RoutedModel, base_model_name: st
     ]
     if problems:
         listed = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
-        raise RouterArtefactError(f"the router in {folder} does not fit: {listed}")
-    return artefact
+        raise RouterArtefactError(f"{origin} does not fit: {listed}")
 
 
 def check_digests(artefact: RouterArtefact, ready: Iterable[ServedAdapter]) -> None:

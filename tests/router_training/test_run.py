@@ -348,3 +348,12 @@ def test_other_json_is_no_record(tmp_path: Path, content: str, capsys: pytest.Ca
     (tmp_path / "x.json").write_text(content, encoding="utf-8")
     assert main(["report", str(tmp_path / "x.json")]) == 1
     assert "x.json" in capsys.readouterr().err
+
+
+def test_an_artefact_with_a_gate_of_no_layer_is_refused(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = project / "router"
+    run(project, "train", "--out", str(out), *QUICK, "--steps", "0", "--validation-rows", "1")
+    artefact = load_artefact(out)
+    save_artefact(replace(artefact, rows={**artefact.rows, "layer.77": artefact.rows["layer.0"].clone()}), out)
+    assert run(project, "evaluate", "--router", str(out)) == 1
+    assert "gate 'layer.77' belongs to no layer of this model" in capsys.readouterr().err
