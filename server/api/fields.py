@@ -45,8 +45,8 @@ def never(_value: object, _body: Mapping[str, Any]) -> bool:
 class StrictBody(BaseModel):
     """A request body or a part of one.
 
-    No coercion: true is no integer, "1" is no number, NaN is refused. A field that is null counts as absent. Fields
-    in `unsupported` may only hold a value that asks for nothing.
+    No coercion: true is no integer, "1" is no number, NaN is refused. A field that is null counts as absent,
+    known or not. Fields in `unsupported` may only hold a value that asks for nothing.
     """
 
     model_config = ConfigDict(
@@ -85,12 +85,12 @@ class StrictBody(BaseModel):
         """Fields that this body may not have, with the reason; at most as many as one message lists."""
         refused: list[tuple[str, PydanticCustomError]] = []
         for name, value in data.items():
-            if name in cls.model_fields or len(refused) == MAX_LISTED_PROBLEMS:
+            if name in cls.model_fields or value is None or len(refused) == MAX_LISTED_PROBLEMS:
                 continue
             is_no_op = cls.unsupported.get(name)
             if is_no_op is None:
                 refused.append((name, problem(_unknown_field(name, cls.model_fields), UNKNOWN_FIELD)))
-            elif value is not None and not is_no_op(value, data):
+            elif not is_no_op(value, data):
                 refused.append((name, problem("is not supported by this server", UNSUPPORTED_FIELD)))
         return refused
 

@@ -1,7 +1,8 @@
 """Bodies of chat and completions requests: OpenAI's fields, vLLM's sampling extras, and the routing extensions.
 
 Checks what one field can say alone. What depends on other fields, the configuration or the vocabulary is checked in
-`api/sampling.py`. `user` and `safety_identifier` are opaque labels of the caller's end user: accepted, never used.
+`api/sampling.py`. `user`, `safety_identifier`, `metadata` and `prompt_cache_key` are the caller's own labels and hints,
+which change no answer: accepted, never used.
 """
 
 from collections.abc import Mapping
@@ -32,16 +33,14 @@ def _is_n(value: Any, body: Mapping[str, Any]) -> bool:
 UNSUPPORTED_EVERYWHERE: Mapping[str, IsNoOp] = {
     "store": only(False),
     "service_tier": only("auto", "default"),
-    "metadata": only({}),
     "best_of": _is_n,
-    "suffix": never,
+    "suffix": only(""),
     "response_format": only({"type": "text"}),
     "structured_outputs": never,
     "guided_json": never,
     "guided_regex": never,
     "guided_choice": never,
     "guided_grammar": never,
-    "prompt_cache_key": never,
     "prompt_cache_options": never,
     "prompt_cache_retention": never,
     "use_beam_search": only(False),
@@ -64,10 +63,10 @@ UNSUPPORTED_EVERYWHERE: Mapping[str, IsNoOp] = {
 UNSUPPORTED_IN_CHAT: Mapping[str, IsNoOp] = {
     **UNSUPPORTED_EVERYWHERE,
     "tools": only([]),
-    "tool_choice": only("none"),
-    "parallel_tool_calls": only(True, False),  # says nothing without tools
+    "tool_choice": only("none", "auto"),  # says nothing without tools
+    "parallel_tool_calls": only(True, False),  # nor does this
     "functions": only([]),
-    "function_call": only("none"),
+    "function_call": only("none", "auto"),
     "audio": never,
     "modalities": only(["text"]),
     "prediction": never,
@@ -149,6 +148,10 @@ class GenerationBody(StrictBody):
     """Opaque label; not used."""
     safety_identifier: Text | None = None
     """Opaque label; not used."""
+    metadata: dict[str, Text] | None = None
+    """Opaque labels; not used."""
+    prompt_cache_key: Text | None = None
+    """Hint for servers behind a balancer; not used: equal prefixes are found without it, see `cache_salt`."""
 
     @property
     def includes_usage(self) -> bool:
@@ -172,6 +175,7 @@ class ChatMessage(StrictBody):
         "tool_call_id": never,
         "function_call": never,
         "refusal": never,
+        "annotations": only([]),
         "audio": never,
         "reasoning_content": never,
     }

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 
 from pydantic import PlainValidator
 
+from server.api.explain import UNKNOWN_FIELD
 from server.api.fields import Text, problem
+from server.routing.policy import BASE_ALIAS
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 1024
@@ -93,8 +95,11 @@ def _part_text(part: Any, index: int) -> str:
         raise problem(f"must hold objects with a type; part {index} has none")
     if kind != "text":
         raise problem(f"part {index} has type {str(kind)[:40]!r}, which is not supported: this server reads text only")
-    if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
-        raise problem(f"part {index} must have exactly the fields type and text, with text a string")
+    foreign = [name for name, value in part.items() if name not in ("type", "text") and value is not None]
+    if foreign:
+        raise problem(f"part {index} has the field {foreign[0][:64]!r}, which is not a known field", UNKNOWN_FIELD)
+    if not isinstance(part.get("text"), str):
+        raise problem(f"part {index} must have a text, as a string")
     return _unicode(part["text"])
 
 
@@ -106,6 +111,8 @@ def _parse_adapters(value: Any) -> list[str] | dict[str, float]:
     if not all(isinstance(name, str) and name for name in value):
         raise problem("must hold adapter names, as strings")
     if isinstance(value, dict):
+        if BASE_ALIAS in value:
+            raise problem(f"must not weigh {BASE_ALIAS!r}: the base model is always there, and weights add to it")
         return {_unicode(name): _adapter_weight(name, weight) for name, weight in value.items()}
     if len(set(value)) < len(value):
         raise problem("must not name an adapter twice")

@@ -87,6 +87,7 @@ def refuse_completion(client: httpx.Client, fields: dict[str, Any], status: int 
         ({"adapters": {"gsm8k": -0.1}}, "must be a finite number from 0 to 2"),
         ({"adapters": {"gsm8k": 10**400}}, "must be a finite number from 0 to 2"),
         ({"temperature": 10**400}, "must be a number"),
+        ({"adapters": {"base": 0.5, "gsm8k": 0.5}}, "must not weigh 'base': the base model is always there"),
         ({"adapters": {"gsm8k": True}}, "must be a finite number"),
         ({"adapters": ["nobody"]}, "nobody"),
         ({"top_k_adapters": 0}, "must be at least 1"),
@@ -126,6 +127,18 @@ def test_common_fields_are_refused_by_name(client: httpx.Client, path: str, fiel
             "messages[0].content",
             "part 0 has type 'image_url', which is not supported",
         ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {}}]}]},
+            "messages[0].content",
+            "part 0 has the field 'cache_control', which is not a known field",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "messages[0].content",
+            "part 0 must have a text",
+        ),
+        ({"messages": [{"role": "assistant", "content": "x", "annotations": [{}]}]},
+         "messages[0].annotations", "is not supported"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content", "lone surrogate"),
         ({"messages": [{"role": "user", "content": "refuse me"}]}, "messages", "roles must alternate"),
         ({"messages": [MESSAGES[0]] * 2049}, "messages", "must have at most 2048 entries, got 2049"),
@@ -154,12 +167,12 @@ def test_common_fields_are_refused_by_name(client: httpx.Client, path: str, fiel
             "needs include_usage",
         ),
         ({"tools": [{"type": "function"}]}, "tools", "is not supported by this server"),
-        ({"tool_choice": "auto"}, "tool_choice", "is not supported"),
+        ({"tool_choice": "required"}, "tool_choice", "is not supported"),
         ({"functions": [{}]}, "functions", "is not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "is not supported"),
         ({"store": True}, "store", "is not supported"),
         ({"service_tier": "flex"}, "service_tier", "is not supported"),
-        ({"metadata": {"a": "b"}}, "metadata", "is not supported"),
+        ({"metadata": {"a": 1}}, "metadata.a", "must be a string"),
         ({"modalities": ["text", "audio"]}, "modalities", "is not supported"),
         ({"chat_template": "{{ x }}"}, "chat_template", "is not supported"),
         ({"tempreature": 1}, "tempreature", "is not a known field; did you mean 'temperature'?"),
@@ -207,6 +220,16 @@ def test_completion_fields_are_refused_by_name(
     error = refuse_completion(client, fields)
     assert words in error["message"]
     assert error["param"] == param
+
+
+def test_unknown_fields_have_one_code_wherever_they_are(client: httpx.Client) -> None:
+    part = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}
+    for fields in (
+        {"foo": 1},
+        {"messages": [{"role": "user", "content": "x", "foo": 1}]},
+        {"messages": [{"role": "user", "content": [part]}]},
+    ):
+        assert refuse_chat(client, fields)["code"] == "unknown_field"
 
 
 def test_all_problems_are_told_at_once(client: httpx.Client) -> None:

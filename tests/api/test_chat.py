@@ -226,11 +226,24 @@ def test_values_of_unsupported_fields_that_ask_for_nothing_are_accepted(client: 
         "detokenize": True, "return_tokens_as_token_ids": False, "logits_processors": [], "mm_processor_kwargs": {},
         "vllm_xargs": {}, "kv_transfer_params": None, "prompt_embeds": None, "request_id": None,
         "parallel_tool_calls": False, "echo": False, "add_special_tokens": False, "truncate_prompt_tokens": None,
+        "tools": [], "tool_choice": "auto", "function_call": "auto", "suffix": "", "nobody_knows_this": None,
     }  # fmt: skip
     ask(client, **no_ops)
     for field in ("detokenize", "return_tokens_as_token_ids", "add_special_tokens"):
         response = client.post(PATH, json=body(**{field: not no_ops[field]}))
         assert response.json()["error"]["code"] == "unsupported_field"
+
+
+def test_labels_and_hints_change_nothing(client: httpx.Client) -> None:
+    labels = {"user": "u", "safety_identifier": "s", "metadata": {"job": "7"}, "prompt_cache_key": "k"}
+    assert ask(client, **labels)["choices"] == ask(client)["choices"]
+
+
+def test_null_asks_for_nothing_in_messages_and_parts_too(client: httpx.Client) -> None:
+    parts = [{"type": "text", "text": "x", "cache_control": None}]
+    nothing: dict[str, Any] = {"annotations": [], "refusal": None, "audio": None, "reasoning": None}
+    answered = {"role": "assistant", "content": "y", **nothing}
+    ask(client, messages=[{"role": "user", "content": parts}, answered, {"role": "user", "content": "z", "foo": None}])
 
 
 def test_defaults_are_openais(client: httpx.Client, harness: Harness) -> None:

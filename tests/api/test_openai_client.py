@@ -1,6 +1,9 @@
 """The official openai-python client against the served app: typed answers, streams, and its exception classes."""
 
+import threading
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -23,6 +26,14 @@ def test_chat(sdk: openai.OpenAI) -> None:
     assert answer.usage is not None
     assert answer.usage.prompt_tokens_details is not None
     assert answer.usage.total_tokens == 21 + 30
+
+
+def test_an_answer_can_be_sent_back_as_it_came(sdk: openai.OpenAI) -> None:
+    question: Any = {"role": "user", "content": "Hi"}
+    answer = sdk.chat.completions.create(model="auto", messages=[question])
+    dumped: Any = answer.choices[0].message.model_dump()
+    assert "annotations" in dumped
+    sdk.chat.completions.create(model="auto", messages=[question, dumped, question])
 
 
 def test_chat_stream(sdk: openai.OpenAI) -> None:
@@ -110,9 +121,15 @@ def test_overload_is_retried_by_the_client(harness: Harness) -> None:
     del harness
     crowded = Harness(max_waiting_requests=0)
     with crowded.serve() as client, openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="x", max_retries=0) as sdk:
-        with crowded.held(), pytest.raises(openai.InternalServerError) as caught:
-            sdk.completions.create(model="auto", prompt=["x"] * 30)
+        first = threading.Thread(target=lambda: sdk.completions.create(model="auto", prompt="x"))
+        with crowded.held():
+            first.start()
+            while not crowded.engine.num_waiting:
+                time.sleep(0.005)
+            with pytest.raises(openai.InternalServerError) as caught:
+                sdk.completions.create(model="auto", prompt=["x"] * 30)
         assert caught.value.status_code == 503
+        first.join()
 
 
 def test_missing_key_is_an_authentication_error() -> None:
