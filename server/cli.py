@@ -131,6 +131,9 @@ class _DrainingServer(uvicorn.Server):
         super().handle_exit(signal.SIGINT if self.should_exit else sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        for listener in sockets or ():
+            # What is left of our connections must not keep the next server from binding; see `bound_socket`.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             await super().startup(sockets)
         except OSError as error:  # Somebody began to listen there while the model was being loaded.
@@ -166,9 +169,12 @@ def bound_socket(settings: ServerSettings) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise ConfigError(f"cannot listen on {where}: {error.strerror or error}") from error
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind(address)
+        try:
+            listener.bind(address)  # Alone: another server that is still loading its model holds the port as well.
+        except OSError:  # Or do only connections of a server before linger there?
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
     except OSError as error:
         listener.close()
         raise ConfigError(

@@ -139,6 +139,22 @@ class TestServe:
         assert answers[0].startswith(b"HTTP/1.1 503")
         assert caplog.text == ""
 
+    def test_a_port_has_one_server_that_loads_and_is_free_again_at_its_end(
+        self, served: Callable[[Harness, Callable[[str], None]], str]
+    ) -> None:
+        with cli.bound_socket(ServerSettings(port=0)) as loading, pytest.raises(ConfigError, match="cannot listen on"):
+            cli.bound_socket(ServerSettings(port=loading.getsockname()[1]))
+        urls: list[str] = []
+        with httpx.Client(trust_env=False) as client:  # The server closes its connection first, which lingers then.
+
+            def use(url: str) -> None:
+                urls.append(url)
+                assert client.get(f"{url}/health").status_code == 200
+                os.kill(os.getpid(), signal.SIGTERM)
+
+            served(Harness(), use)
+        cli.bound_socket(ServerSettings(port=httpx.URL(urls[0]).port)).close()
+
     def test_ipv6_addresses_are_urls(self) -> None:
         with cli.bound_socket(ServerSettings(host="::1", port=0)) as listener:
             assert re.fullmatch(r"http://\[::1\]:\d+", cli.url_of(listener))

@@ -6,6 +6,7 @@ Knows no asyncio and no text.
 import logging
 import time
 
+from server.engine.layout import num_recomputed
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import (
     RoutingStats,
@@ -91,6 +92,6 @@ class Engine:
 
 
 def _num_prompt_tokens(batch: ScheduledBatch) -> int:
-    """Prompt tokens computed in this step: neither cached ones nor output recomputed after a preemption."""
+    """Prompt tokens computed in this step: neither cached ones nor what is recomputed after a preemption."""
     remaining = ((row, row.sequence.num_prompt_tokens - row.sequence.num_computed_tokens) for row in batch.rows)
-    return sum(min(row.num_tokens, max(0, prompt_tokens)) for row, prompt_tokens in remaining)
+    return sum(max(0, min(row.num_tokens, prompt_tokens) - num_recomputed(row)) for row, prompt_tokens in remaining)

@@ -42,6 +42,11 @@ class StepLayout:
         return positions
 
 
+def num_recomputed(row: ScheduledSequence) -> int:
+    """How many of the row's tokens, its first, were computed and counted before a preemption already."""
+    return min(row.num_tokens, max(0, row.sequence.num_counted_tokens - row.sequence.num_computed_tokens))
+
+
 def lay_out(batch: ScheduledBatch) -> StepLayout:
     """The layout of one step."""
     order = tuple(sorted(range(len(batch.rows)), key=lambda i: batch.rows[i].num_tokens > 1))

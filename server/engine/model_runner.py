@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from server.engine.graph import Graph, GraphOutput, StepGates
-from server.engine.layout import StepLayout, lay_out
+from server.engine.layout import StepLayout, lay_out, num_recomputed
 from server.engine.sampler import SampledToken, is_plainly_greedy, sample, score_tokens
 from server.engine.sampling_ops import greatest
 from server.engine.sequence import (
@@ -156,6 +156,13 @@ def _pairs(weights: Tensor) -> tuple[tuple[int, float], ...]:
 
 def _routing_stats(layout: StepLayout, gates: StepGates) -> RoutingStats:
     share = gates.share[: layout.num_tokens]  # (T, E)
+    again = {
+        position
+        for row, start in zip(layout.rows, layout.starts, strict=True)
+        for position in range(start, start + num_recomputed(row))
+    }
+    if again:
+        share = share.index_fill(0, torch.tensor(sorted(again), device=share.device), 0.0)
     routed: list[int] = []
     chosen: list[int] = []  # a prompt gate's decisions are its router's
     for row, start in zip(layout.rows, layout.starts, strict=True):
@@ -166,6 +173,7 @@ def _routing_stats(layout: StepLayout, gates: StepGates) -> RoutingStats:
         if layout.plans[index].policy is Policy.ROUTED:
             routed += range(start, start + count)
         start += count
+    routed = [position for position in routed if position not in again] if again else routed
     entropy = ops.gate_entropy(share if len(routed) == layout.num_tokens else share[routed])
     mass = _pairs(share.sum(dim=0))
     routed_mass = mass if len(chosen) == layout.num_tokens else _pairs(share[chosen].sum(dim=0))

@@ -180,6 +180,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
+        sequence.num_counted_tokens = max(sequence.num_counted_tokens, sequence.num_computed_tokens)
         self._free_blocks(sequence)
         sequence.status = SequenceStatus.WAITING
         sequence.num_preemptions += 1

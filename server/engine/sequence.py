@@ -168,6 +168,8 @@ class Sequence:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     """How often its blocks were taken away; its K/V is computed anew after each."""
+    num_counted_tokens: int = 0
+    """Computed before its last preemption, and counted in the statistics then."""
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained content hashes of the full blocks of prompt + output, filled lazily by the block pool's user."""
@@ -256,7 +258,7 @@ class ScheduledBatch:
 
 @dataclass(frozen=True)
 class RoutingStats:
-    """Routing totals of one step, over real (unpadded) tokens."""
+    """Routing totals of one step, over real (unpadded) tokens that no earlier step has counted."""
 
     gate_mass: tuple[tuple[int, float], ...] = ()
     """(slot, sum of gate weight over tokens, averaged over routed layers)."""

@@ -241,13 +241,8 @@ def test_labels_and_hints_change_nothing(client: httpx.Client) -> None:
 
 def test_null_asks_for_nothing_in_messages_and_parts_too(client: httpx.Client) -> None:
     parts = [{"type": "text", "text": "x", "cache_control": None}]
-    answered: dict[str, Any] = {
-        "role": "assistant",
-        "content": "y",
-        "annotations": [],
-        "refusal": None,
-        "reasoning": None,
-    }
+    nothing: dict[str, Any] = {"annotations": [], "refusal": None, "audio": None, "reasoning": None}
+    answered = {"role": "assistant", "content": "y", **nothing}
     ask(client, messages=[{"role": "user", "content": parts}, answered, {"role": "user", "content": "z", "foo": None}])
 
 

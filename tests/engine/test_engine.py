@@ -44,6 +44,20 @@ def test_step_counts_what_it_did() -> None:
     assert (stats.num_prompt_tokens, stats.num_generated_tokens) == (0, 1)
 
 
+def test_prompt_tokens_are_counted_once_however_often_they_are_computed() -> None:
+    engine = build_engine(num_blocks=6)  # 5 blocks of 4 tokens: too few for both
+    params = SamplingParams(temperature=0, max_tokens=8)
+    both = [Sequence(id_, list(range(10 * id_, 10 * id_ + 7)), params) for id_ in (1, 2)]
+    for each in both:
+        engine.add(each)
+    num_counted = 0
+    while engine.has_work:
+        _, stats = engine.step()
+        num_counted += stats.num_prompt_tokens + stats.num_cached_tokens
+    assert sum(each.num_preemptions for each in both) >= 1
+    assert num_counted == 14
+
+
 def test_a_failing_step_ends_its_batch_with_an_error_and_the_engine_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     def fail(batch: ScheduledBatch) -> Exception | None:
         first = any(row.sequence.id == 1 for row in batch.rows)

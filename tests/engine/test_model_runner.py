@@ -278,6 +278,19 @@ def test_mass_is_routed_where_the_router_had_a_choice(tiny_llama: Callable[..., 
     assert len(guided.entropies) == 2, "what the prompt gate decided has no entropy"
 
 
+def test_tokens_computed_again_after_a_preemption_are_in_no_routing_total(tiny_llama: Callable[..., Any]) -> None:
+    runner, routed, _ = make_setup(tiny_llama())
+    digests = {slot: f"adapter-{slot}" for slot in (1, 2)}
+    artefact = artefact_for(routed, [(digest, digest) for digest in digests.values()])
+    routed.routers.publish(routed.routers.stage(1, artefact, {digest: slot for slot, digest in digests.items()}))
+    rows = [make_sequence(first, plan=routed_plan(digests, digests, 1, "layer", 2), max_tokens=2) for first in (1, 20)]
+    rows[0].num_counted_tokens = 3
+    stats = runner.run(ScheduledBatch(tuple(ScheduledSequence(row, 4) for row in rows))).routing
+    assert sum(mass for _, mass in stats.gate_mass) == pytest.approx(1 + 4, abs=1e-5)
+    assert sum(mass for _, mass in stats.routed_mass) == pytest.approx(1 + 4, abs=1e-5)
+    assert len(stats.entropies) == 1 + 4
+
+
 @pytest.mark.parametrize("left", [0, 1], ids=["whole", "all but its end"])
 def test_a_row_that_is_not_finite_fails_alone_and_its_blocks_are_cleaned(
     tiny_llama: Callable[..., Any], left: int
