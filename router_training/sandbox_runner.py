@@ -142,8 +142,10 @@ def main() -> None:
     limit_resources(task["limits"])
     texts = {"<program>": task["program"]} | {f"<test {number}>": test for number, test in enumerate(task["tests"])}
     steps = [compile(text, name, "exec", dont_inherit=True) for name, text in texts.items()]
-    module = type(sys)("__main__")
-    sys.modules["__main__"], sys.argv[:] = module, ["<program>"]
+    # Imported, not run: what a program does as a script, such as to exit, is no business of its tests.
+    module = type(sys)("program")
+    sys.modules["program"] = sys.modules["__main__"] = module
+    sys.argv[:] = ["<program>"]
     execute, write, leave = exec, os.write, os._exit  # the program may put others in their places
     refuse_what_has_no_event()
     sys.addaudithook(guard_of(os.path.realpath(os.getcwd()), task["max_changes"]))

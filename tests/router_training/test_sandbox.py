@@ -48,6 +48,11 @@ def test_how_a_program_ends_behind_its_last_test_does_not_matter() -> None:
     assert passes_tests(program, ["assert one() == 1"])
 
 
+def test_a_program_is_a_module_and_not_run_as_a_script() -> None:
+    program = "import sys\ndef one(): return 1\nif __name__ == '__main__': sys.exit(one())"
+    assert passes_tests(program, ["assert one() == 1"])
+
+
 def test_a_program_is_given_nothing_but_its_own_module() -> None:
     program = """
 import os, sys, __main__
