@@ -83,13 +83,13 @@ def test_a_missing_field_on_line_4711_is_found_there(tmp_path: Path) -> None:
 
 def test_tests_are_read_and_refused_where_they_are_no_list_of_strings(tmp_path: Path) -> None:
     file = tmp_path / "code/train.jsonl"
-    write(file, row() | {"tests": ["assert f(1) == 2"]}, row() | {"tests": []}, row())
+    write(file, row() | {"tests": ["assert f(1) == 2"]}, row() | {"tests": []}, row() | {"tests": None}, row())
     chats = read_splits([tmp_path], ["code"], ("train",))["train"]["code"]
-    assert [chat.tests for chat in chats] == [("assert f(1) == 2",), (), ()]
-    write(file, row(), *[row() | {"tests": tests} for tests in ("assert f(1) == 2", [1], None, {"a": "b"})])
+    assert [chat.tests for chat in chats] == [("assert f(1) == 2",), (), (), ()]
+    write(file, row(), *[row() | {"tests": tests} for tests in ("assert f(1) == 2", [1], {"a": "b"})])
     with pytest.raises(TrainingDataError) as caught:
         read_splits([tmp_path], ["code"], ("train",))
-    assert caught.value.problems == tuple(f"{file}:{line}: 'tests' must be a list of strings" for line in (2, 3, 4, 5))
+    assert caught.value.problems == tuple(f"{file}:{line}: 'tests' must be a list of strings" for line in (2, 3, 4))
 
 
 def test_folders_add_tasks_and_a_task_in_two_of_them_is_refused(tmp_path: Path) -> None:
