@@ -13,7 +13,7 @@ from server.api.generation import Generation
 from server.api.logprobs import token_label
 from server.engine.sequence import TraceLevel
 from server.routing.plan_course import PlanSpan
-from server.routing.policy import BASE_ALIAS, BASE_SLOT
+from server.routing.policy import BASE_ALIAS, BASE_SLOT, Policy
 
 if TYPE_CHECKING:
     from server.model.tokenizer import ChatTokenizer
@@ -57,14 +57,16 @@ class RoutingTrace:
         return {**summary, "prompt": self._prompt()} if self._spans else summary
 
     def _prompt(self) -> list[dict[str, Any]]:
-        """Stretches of the prompt's beginning in order, and whose they are; None where the router decides. Where the
-        prompt gate is not sure, the likeliest adapter and the weights of all that act."""
+        """Stretches of the prompt's beginning in order, and whose they are; None where the router decides, and what it
+        leaves out there. Where the prompt gate is not sure, the likeliest adapter and the weights of all that act."""
         stretches, start = [], 0
         for stop, plan in self._spans:
             weights = plan.weights or ((BASE_SLOT, 1.0),)
             likeliest, _ = max(weights, key=lambda pair: pair[1])
             stretch: dict[str, Any] = {"tokens": stop - start}
-            stretch["adapter"] = None if plan is self._plan else self._names[likeliest]
+            stretch["adapter"] = None if plan.policy is Policy.ROUTED else self._names[likeliest]
+            if plan.policy is Policy.ROUTED and (left_out := set(self._plan.allowed_slots).difference(plan.slots)):
+                stretch["left_out"] = sorted(self._names[slot] for slot in left_out)
             if len(weights) > 1:
                 stretch["weights"] = self._by_name(weights)
             stretches.append(stretch)

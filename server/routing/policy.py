@@ -1,8 +1,8 @@
 """How one request gets its gates: a small immutable plan. Knows slots and digests, no tensors and no names."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 BASE_SLOT = 0
@@ -85,6 +85,16 @@ def routed_plan(
         allowed_slots=tuple(sorted(allowed)),
         router_generation=router_generation,
         top_k=top_k,
+    )
+
+
+def without(plan: GatePlan, slots: Collection[int], digest_of_slot: Mapping[int, str]) -> GatePlan:
+    """A routed plan less some of its slots, at least one of which stays."""
+    allowed = tuple(slot for slot in plan.allowed_slots if slot not in slots)
+    assert allowed, "somebody has to answer"
+    content = [plan.fingerprint.hex(), *sorted(digest_of_slot[slot] for slot in slots)]
+    return replace(
+        plan, fingerprint=_digest("without", content), allowed_slots=allowed, top_k=min(plan.top_k, len(allowed))
     )
 
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from server.routing.plan_course import ENDLESS, NO_COURSE, NO_TURNS, AnswerTurns, PlanCourse, PlanSpan, Turn
-from server.routing.policy import BASE_PLAN, BASE_SLOT, GatePlan, Policy, fixed_plan
+from server.routing.policy import BASE_PLAN, BASE_SLOT, GatePlan, Policy, fixed_plan, without
 from server.routing.prompt_gate import FAINT_NEWCOMER_SHARE, Mixture, PromptGate
 
 
@@ -29,7 +29,8 @@ def prompt_course(
     way back in the answer, which the router decides. (A later one may mean something in its conversation.) The answer's
     header follows whoever is likely first: the first task is answered first, and the line ends before the others'
     answers follow those (`AnswerTurns`); but no trained one where the question may be a newcomer's. A newcomer that has
-    a question for certain answers it alone, up to the next one.
+    a question for certain answers it alone, up to the next one; one that hardly has a part in a question that is most
+    likely nobody's has none in the answer.
 
     `column_of_slot` (V,) each. None at all where an allowed choice has no scores: the gate would give that one's
     prompts to others. `newcomers`: slots that the gate was not trained with. `answer_ends`: line ends in a row that end
@@ -42,7 +43,9 @@ def prompt_course(
     new_columns = [index for index, slot in enumerate(slots) if slot in newcomers]
     base_column = slots.index(BASE_SLOT) if BASE_SLOT in slots else None
     draft = _Draft(plan, token_ids)
-    plan_of = cache(partial(_plan_of, digest_of_slot, slots))  # equal plans are one object
+    # Equal plans are one object.
+    plan_of = cache(partial(_plan_of, digest_of_slot, slots))
+    less = cache(lambda absent: without(plan, [slots[column] for column in absent], digest_of_slot))
     for index, (start, stop) in enumerate(gate.frame.user_messages(token_ids)):
         is_first = index == 0
         draft.answer(start - (start if is_first else len(gate.frame.header)))
@@ -64,16 +67,21 @@ def prompt_course(
         draft.owners += plans
         tasks = [choice for choice, _ in groupby(one for one in reading.choices if one not in (None, base_column))]
         begins = reading.first
-        if reading.newcomer_share > FAINT_NEWCOMER_SHARE:
+        if reading.newcomer_share > FAINT_NEWCOMER_SHARE and len(reading.absent) < len(new_columns):
             begins = _alone(tasks[0]) if tasks and tasks[0] in new_columns else None
+        turns = NO_TURNS
         if begins is not None and gate.frame.is_answered(token_ids, stop):
             draft.fill(stop, plan)
             draft.fill(stop + len(gate.frame.answer), plan_of(begins))
             known = takewhile(lambda pair: slots[pair[0]] in answer_ends, pairwise(tasks))
             waiting = tuple(Turn(answer_ends[slots[task]], plan_of(_alone(following))) for task, following in known)
-            draft.expect(turns=AnswerTurns(gate.frame, waiting) if waiting else NO_TURNS)
+            turns = AnswerTurns(gate.frame, waiting) if waiting else NO_TURNS
         if reading.answers is not None:
-            draft.expect(alone=plan_of(_alone(reading.answers)))
+            draft.expect(only=plan_of(_alone(reading.answers)))
+        elif reading.absent and turns is NO_TURNS:
+            draft.expect(only=less(reading.absent))
+        else:
+            draft.expect(turns=turns)
     draft.answer(len(token_ids))
     return draft.course()
 
@@ -101,9 +109,9 @@ class _Draft:
         self._token_ids = token_ids
         self.expect()
 
-    def expect(self, *, turns: AnswerTurns = NO_TURNS, alone: GatePlan | None = None) -> None:
+    def expect(self, *, turns: AnswerTurns = NO_TURNS, only: GatePlan | None = None) -> None:
         """What the next answer follows: turns, one plan, or the request's own."""
-        self._turns, self._alone = turns, alone
+        self._turns, self._only = turns, only
 
     def fill(self, stop: int, owner: GatePlan) -> None:
         """Give the tokens before `stop` that nobody has yet."""
@@ -112,7 +120,7 @@ class _Draft:
     def answer(self, stop: int) -> None:
         """Give those before `stop`, which are an answer's."""
         if self._turns.frame is None:
-            self.fill(stop, self._alone or self._plan)
+            self.fill(stop, self._only or self._plan)
         for token in self._token_ids[len(self.owners) : stop]:
             self._turns = self._turns.after(token)
             self.owners.append(self._turns.begun or self._plan)
@@ -120,11 +128,11 @@ class _Draft:
     def course(self) -> PlanCourse:
         spans: list[PlanSpan] = []
         end = 0
-        for _, group in groupby([*self.owners, self._alone or self._plan], key=id):
+        for _, group in groupby([*self.owners, self._only or self._plan], key=id):
             alike = list(group)
             end += len(alike)
             spans.append(PlanSpan(end, alike[0]))
-        if self._alone is not None:
+        if self._only is not None:
             spans[-1] = spans[-1]._replace(stop=ENDLESS)
         while spans and spans[-1].plan is self._plan:
             spans.pop()

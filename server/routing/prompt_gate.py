@@ -49,6 +49,10 @@ MAX_NEWCOMER_SHARE = 0.1
 FAINT_NEWCOMER_SHARE = 0.01
 """The same for a question that trained choices have for certain, up to which they may begin its answer."""
 
+MIN_NEWCOMER_PART = 0.05
+"""Mean posterior of a newcomer below which it has no part in the answer to a question that is most likely nobody's. Its
+gate row, of a few examples, would take some of that answer's tokens all the same."""
+
 
 @dataclass(frozen=True)
 class PromptGateSettings:
@@ -90,6 +94,8 @@ class Reading:
     """Mean posterior of all newcomers together, whoever the question is given to."""
     answers: int | None
     """The newcomer that gets the answer too; None where the router decides."""
+    absent: tuple[int, ...] = ()
+    """Newcomers that the router leaves out of the answer: the question is most likely nobody's, and hardly theirs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +169,10 @@ class PromptGate:
             choices, mixtures = [base] * len(choices), [((base, 1.0),)] * len(choices)
         begins = mixtures_of(first[None], top_k, base)[0] if is_sure.any() else None
         answers = next((new for new in newcomers if posterior[:, new].min() >= NEWCOMER_ANSWERS), None)
-        return Reading(choices, mixtures, begins, newcomer_share, answers)
+        is_nobodys = base is not None and int(first.argmax()) == base
+        parts = posterior.mean(axis=0)
+        absent = tuple(new for new in newcomers if is_nobodys and parts[new] < MIN_NEWCOMER_PART)
+        return Reading(choices, mixtures, begins, newcomer_share, answers, absent)
 
     def _needed(self, num_choices: int, base: int | None) -> Floats:
         """(num_choices,): posterior from which a token is given to each: of two, a half is a toss-up."""

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from server.routing.plan_course import ENDLESS, PlanCourse, PlanSpan
-from server.routing.policy import BASE_PLAN, Policy, fixed_plan
+from server.routing.policy import BASE_PLAN, GatePlan, Policy, fixed_plan, without
 from tests.api.fakes import BASE_NAME, Harness
 from tests.api.sse import stream
 
@@ -101,6 +101,19 @@ def test_of_an_unsure_stretch_the_weights_of_all_that_act_are_told(
         {"tokens": 2, "adapter": "mbpp", "weights": {"gsm8k": 0.375, "mbpp": 0.625}},
         {"tokens": 1, "adapter": "base"},
     ]
+
+
+def test_adapters_that_the_router_leaves_out_are_told(
+    harness: Harness, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def course(plan: GatePlan, *_: object) -> PlanCourse:
+        left_out = max(plan.allowed_slots)
+        return PlanCourse((PlanSpan(2, BASE_PLAN), PlanSpan(ENDLESS, without(plan, [left_out], {left_out: "digest"}))))
+
+    monkeypatch.setattr(harness.registry, "prompt_course", course)
+    first, second = trace(client, "summary")["prompt"]
+    assert first == {"tokens": 2, "adapter": "base"}
+    assert (second["adapter"], len(second["left_out"])) == (None, 1)
 
 
 @pytest.mark.parametrize("level", ["summary", "tokens", "layers"])

@@ -26,8 +26,8 @@ from server.routing.attach import RoutedModel, attach_routing
 from server.routing.bank import BankSnapshot, LoraWeights
 from server.routing.chat_frame import ChatFrame
 from server.routing.context import build_gate_batch
-from server.routing.plan_course import NO_COURSE, AnswerTurns, PlanCourse, PlanSpan, Turn, plan_runs
-from server.routing.policy import BASE_PLAN, GatePlan, Policy, fixed_plan, routed_plan
+from server.routing.plan_course import ENDLESS, NO_COURSE, AnswerTurns, PlanCourse, PlanSpan, Turn, plan_runs
+from server.routing.policy import BASE_PLAN, GatePlan, Policy, fixed_plan, routed_plan, without
 from server.routing.router import ArtefactAdapter, Granularity, RouterArtefact, gate_key
 
 DIGESTS = {1: "d1", 2: "d2", 3: "d3"}
@@ -120,7 +120,14 @@ class Rig:
         pinned = fixed_plan(Policy.PINNED, {3: 1.0}, DIGESTS)
         mixture = fixed_plan(Policy.WEIGHTED, {1: 0.375, 3: 0.625}, DIGESTS)
         courses = {
-            1: PlanCourse((PlanSpan(9, self.plans[2]), PlanSpan(14, self.plans[1]), PlanSpan(18, BASE_PLAN))),
+            1: PlanCourse(
+                (
+                    PlanSpan(9, self.plans[2]),
+                    PlanSpan(14, self.plans[1]),
+                    PlanSpan(18, BASE_PLAN),
+                    PlanSpan(ENDLESS, without(self.plans[1], [2], DIGESTS)),
+                )
+            ),
             6: PlanCourse(turns=turns),
             8: PlanCourse((PlanSpan(3, pinned), PlanSpan(7, mixture))),
         }
@@ -211,7 +218,7 @@ def reference_plans(sequence: EngineSequence, generated: Sequence[int]) -> list[
     spans, own = sequence.course.spans, sequence.plan
     plans = [plan for plan, count in plan_runs(spans, own, 0, sequence.num_prompt_tokens) for _ in range(count)]
     waiting = [turn.plan for turn in sequence.course.turns.waiting]
-    current = own
+    current = own = sequence.course.plan_at(sequence.num_prompt_tokens, own)
     for before, token in pairwise([1, *generated]):
         if token % 2 == 0 and before % 2 == 1:
             current = waiting.pop(0) if waiting else own

@@ -1,6 +1,6 @@
 """Fingerprints of gate plans: equal exactly when the effective gates are."""
 
-from server.routing.policy import BASE_PLAN, GatePlan, Policy, fixed_plan, routed_plan
+from server.routing.policy import BASE_PLAN, GatePlan, Policy, fixed_plan, routed_plan, without
 
 DIGESTS = {1: "aa", 2: "bb"}
 
@@ -51,3 +51,14 @@ def test_an_adapter_outside_the_pool_does_not_change_the_fingerprint() -> None:
 
 def test_top_k_is_at_most_the_pool() -> None:
     assert routed({1: "aa"}, {1: "r1"}, top_k=5).top_k == 1
+
+
+def test_a_plan_less_some_slots_is_another_by_digest() -> None:
+    plan = routed({0: "base", 1: "aa", 2: "bb"}, {0: "r0", 1: "r1", 2: "r2"}, top_k=2)
+    moved = routed({0: "base", 5: "aa", 4: "bb"}, {0: "r0", 5: "r1", 4: "r2"}, top_k=2)
+    less = without(plan, [2], {0: "base", 1: "aa", 2: "bb"})
+    assert (less.allowed_slots, less.top_k, less.policy) == ((0, 1), 2, Policy.ROUTED)
+    assert less.fingerprint == without(moved, [4], {0: "base", 5: "aa", 4: "bb"}).fingerprint
+    alone = without(plan, [1, 2], {0: "base", 1: "aa", 2: "bb"})
+    assert (alone.allowed_slots, alone.top_k) == ((0,), 1)
+    assert len({plan.fingerprint, less.fingerprint, alone.fingerprint}) == 3

@@ -205,6 +205,35 @@ def test_where_a_question_may_be_a_newcomers_a_trained_choice_does_not_begin_the
     assert header_of(2.0) == (), "the newcomer has some hundredths of the posterior"
 
 
+def test_a_newcomer_has_no_part_in_the_answer_to_what_is_hardly_its_own() -> None:
+    """Its row, of a few examples, takes tokens of nobody's answers; where it may be meant it keeps its chance."""
+    gate, plan = make_gate(base_lead=0.0), make_plan()
+    columns = gate.columns(INDICES)
+
+    def course(question: list[int], tail: list[int] = [], **scores: float) -> tuple[PlanSpan, ...]:  # noqa: B006
+        own = {0: columns[0].clone(), 1: columns[1], 2: columns[2].clone()}
+        for slot, score in scores.items():
+            own[int(slot[1:])][question[0]] = score
+        tokens = [*prompt(question), *tail]
+        return prompt_spans(gate, plan, own, DIGESTS, tokens, newcomers=frozenset({2}))
+
+    sure, faint, likely = (course([BASE] * 2, s2=score) for score in (0.0, 1.5, 3.0))
+    # The header is the base model's where no newcomer has a part; what is generated is the router's, without it.
+    assert [(span.stop, span.plan.slots) for span in sure] == [(10, ()), (ENDLESS, (0, 1))]
+    assert faint == sure
+    assert [(span.stop, span.plan.slots) for span in likely] == [(7, ())], "it may be the newcomer's"
+    left = sure[-1].plan
+    assert left.policy is Policy.ROUTED
+    assert left.fingerprint not in (plan.fingerprint, make_plan({0: "base", 1: "d1"}).fingerprint)
+    assert (left.top_k, left.router_generation) == (plan.top_k, plan.router_generation)
+    assert all(span.stop < ENDLESS for span in course([A] * 2)), "a trained choice's answers are as ever"
+    later = course([BASE] * 2, [DULL, 99, 63, *FRAME.header, B, B, B, B, 99, 61, 62])
+    assert later[:2] == (sure[0], PlanSpan(13, left)), "up to the next question"
+    assert later[-1].plan.slots == (2,)
+    without_newcomers = prompt_spans(gate, plan, columns, DIGESTS, prompt([BASE] * 2))
+    assert without_newcomers == sure[:1]
+
+
 def test_spans_are_clipped_to_what_they_concern() -> None:
     spans = (PlanSpan(3, BASE_PLAN), PlanSpan(ENDLESS, make_plan()))
     assert clipped(spans, 5) == (PlanSpan(3, BASE_PLAN), PlanSpan(5, make_plan()))
