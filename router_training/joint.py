@@ -20,7 +20,7 @@ from router_training.evaluation import evaluate_policy
 from router_training.frozen import check_frozen, frozen_digests
 from router_training.hard_stage import HardTrainer
 from router_training.joint_settings import JointConfig
-from router_training.mixing import draw_mix, draw_question_mix, encode_mix
+from router_training.mixing import draw_mix, draw_question_mixes, encode_mix
 from router_training.peft_export import export_adapter
 from router_training.progress import Progress
 from router_training.prompt_fit import train_prompt_gate
@@ -106,7 +106,7 @@ def train_joint(
     check_choices(settings, tasks)
     constrained = settings.constrained_among(tasks)
     splits = read_splits(data, [*tasks, *([BASE_TASK] if settings.null_expert else [])])
-    mix, questions = draw_mix(splits["train"], settings), draw_question_mix(splits["train"], settings)
+    mix, questions = draw_mix(splits["train"], settings), draw_question_mixes(splits["train"], settings)
     loaded, routed, adapters = _starting_point(config, tasks, settings)
     check_layers(settings, routed.num_layers)
     labels = {name: label for label, name in enumerate([BASE_TASK, *tasks])}

@@ -1,7 +1,9 @@
 """The training mix: which chats of which tasks, framed how and joined with what, as a pure function of the settings."""
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from router_training.composites import CompositeChat, encode_composite, pair_up
 from router_training.data import Chat, TrainingDataError, balanced_sample, data_digest
@@ -11,6 +13,9 @@ from router_training.settings import TrainingConfig
 
 QUESTION_TOKENS = 640
 """Longest sequence that a prompt gate learns from: the question that it reads, and what stands before it."""
+
+QUESTION_MIXES = 6
+"""Fits whose mean a prompt gate is. What differs between them is noise: frames, pairs and order of the same chats."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +47,28 @@ def draw_mix(chats: Mapping[str, Sequence[Chat]], config: TrainingConfig) -> Mix
     return Mix(tuple(rephrase_some(single, config.rephrase_fraction, config.seed)), tuple(composites))
 
 
-def draw_question_mix(chats: Mapping[str, Sequence[Chat]], config: TrainingConfig) -> Mix | None:
-    """What a prompt gate is fitted on, None where there is to be none: a mix of its own, since questions that run
-    through no model cost next to nothing. Chats are repeated only as far as tasks need to keep up with the largest."""
+def draw_question_mixes(chats: Mapping[str, Sequence[Chat]], config: TrainingConfig) -> tuple[Mix, ...]:
+    """What the fits of a prompt gate are made of, none where there is to be none: mixes of their own, since questions
+    that run through no model cost next to nothing. Chats are repeated only as far as tasks need to keep up with the
+    largest. Runs of different seeds have no mix in common."""
     if not config.prompt_gate:
-        return None
+        return ()
     most = len(chats) * max(len(rows) for rows in chats.values())
-    return draw_mix(chats, config.model_copy(update={"samples": min(config.prompt_gate_samples, most)}))
+    samples = min(config.prompt_gate_samples, most)
+    seeds = range(config.seed * QUESTION_MIXES, (config.seed + 1) * QUESTION_MIXES)
+    return tuple(draw_mix(chats, config.model_copy(update={"samples": samples, "seed": seed})) for seed in seeds)
+
+
+def question_facts(questions: Sequence[Mix]) -> dict[str, Any]:
+    """What a prompt gate was fitted on, nothing where there is none."""
+    if not questions:
+        return {}
+    together = hashlib.sha256("".join(mix.digest for mix in questions).encode()).hexdigest()
+    return {"question_sha256": together, "question_chats": len(questions[0]), "question_mixes": len(questions)}
 
 
 def question_settings(config: TrainingConfig) -> TrainingConfig:
-    """What `encode_mix` takes for a `draw_question_mix`: sequences as long as a prompt gate reads."""
+    """What `encode_mix` takes for one of `draw_question_mixes`: sequences as long as a prompt gate reads."""
     return config.model_copy(update={"max_length": QUESTION_TOKENS, "too_long": "cut"})
 
 

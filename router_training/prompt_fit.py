@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from router_training.answer_ends import answer_ends
+from router_training.chain_loss import Question, SwitchTable, question_loss
 from router_training.encoding import TokenSequence
 from router_training.frames import chat_frame
-from router_training.mixing import Mix, encode_mix, question_settings
+from router_training.mixing import QUESTION_MIXES, Mix, encode_mix, question_settings
 from router_training.progress import Progress
 from router_training.roster import BASE_TASK, FIRST_SLOT, Roster
 from router_training.settings import TrainingConfig
@@ -40,24 +41,23 @@ LEARNING_RATE = 2e-3
 """Falls to zero over the steps: what the last few batches were matters less."""
 PENALTY = 1e-4
 """L2 penalty on the rows."""
-SHRINK = 0.6
+DROPOUT = 0.3
+"""Of the tokens of a question, at each step others, so many say nothing: a strange phrasing lacks the words that alone
+would do in a known one."""
+SHRINK = 0.66
 """Times the fitted scores. The chain that fits them knows its own phrasings; new ones bear out less than those promise.
 All these and the chain's settings: best of a few tried, see docs/prompt-gate.md."""
 UNGUIDED_EVERY = 4
 """One chat in so many is trained without the gate, so that the router also learns to find its way alone."""
 
-RECIPE = " ".join(
-    map(str, (EPOCHS, BATCH_SIZE, LONGEST, LEARNING_RATE, PENALTY, SHRINK, UNGUIDED_EVERY, PromptGateSettings(), READS))
-)
+_CONSTANTS = (QUESTION_MIXES, EPOCHS, BATCH_SIZE, LONGEST, LEARNING_RATE, PENALTY, DROPOUT, SHRINK, UNGUIDED_EVERY)
+RECIPE = " ".join(map(str, (*_CONSTANTS, PromptGateSettings(), READS)))
 """All that a fit depends on beside questions and seed; belongs to whatever is kept of training with a prompt gate."""
-
-Question = tuple[Tensor, Tensor]
-"""Token ids and labels, both (L,) int64, of a first question."""
 
 
 def fit_prompt_gate(
     embeddings: Tensor,
-    sequences: Sequence[TokenSequence],
+    draws: Sequence[Sequence[TokenSequence]],
     frame: ChatFrame,
     *,
     first_slot: int,
@@ -66,31 +66,36 @@ def fit_prompt_gate(
     settings: PromptGateSettings = PromptGateSettings(),  # noqa: B008  frozen
     on_step: Callable[[int], None] = lambda _: None,
 ) -> PromptGate:
-    """A gate from the first questions of the sequences, with statistics of them. `embeddings` (V, d); column c is slot
-    `first_slot` + c.
+    """The mean of a gate from the first questions of each draw, with statistics of those of the first draw.
+    `embeddings` (V, d); column c is slot `first_slot` + c.
 
-    `on_step` hears of every step. Deterministic in the seed.
+    `on_step` hears of every step, which all fits take side by side. Deterministic in the seed.
     """
     features = normalised(embeddings)
-    questions = [found for sequence in sequences if (found := _question(frame, sequence, first_slot)) is not None]
-    if not questions:
+    questions = [_questions(frame, sequences, first_slot) for sequences in draws]
+    if not questions or not all(questions):
         raise ConfigError("the prompt gate found no first question in the training chats; train without it")
-    rows = torch.zeros(num_choices, features.shape[1], requires_grad=True)
+    rows = torch.zeros(len(draws), num_choices, features.shape[1], requires_grad=True)
     optimiser = torch.optim.Adam([rows], lr=LEARNING_RATE, betas=(0.9, 0.99))
-    steps = num_steps(len(questions))
+    steps = num_steps(max(map(len, questions)))
     switches = SwitchTable(frame, settings, len(features))
-    for step, batch in enumerate(balanced_batches(questions, steps, seed)):
+    batches = zip(
+        *(balanced_batches(own, steps, seed * len(draws) + fit) for fit, own in enumerate(questions)), strict=True
+    )
+    dropping = torch.Generator().manual_seed(seed)
+    for step, batch in enumerate(batches):
         optimiser.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps)
-        loss = question_loss(features, rows, batch, switches) + PENALTY * rows.square().sum()
+        loss = question_loss(features, rows, batch, switches, dropout=DROPOUT, generator=dropping)
+        loss = loss + PENALTY * rows.square().sum()
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         on_step(step)
     with torch.no_grad():
-        scores = F.linear(features, rows) * SHRINK
+        scores = F.linear(features, rows.mean(dim=0)) * SHRINK
         scores -= scores.mean(dim=1, keepdim=True)  # a constant per token changes nothing and would cost bits
-    ends = answer_ends(frame, sequences, first_slot=first_slot, num_choices=num_choices)
-    return PromptGate(scores.half(), frame, settings, _statistics(questions, *scores.shape), ends)
+    ends = answer_ends(frame, draws[0], first_slot=first_slot, num_choices=num_choices)
+    return PromptGate(scores.half(), frame, settings, _statistics(questions[0], *scores.shape), ends)
 
 
 def num_steps(num_questions: int) -> int:
@@ -133,52 +138,6 @@ def normalised(embeddings: Tensor) -> Tensor:
     return values * torch.rsqrt(values.square().mean(dim=1, keepdim=True) + 1e-5)
 
 
-class SwitchTable:
-    """For batches the probabilities to change of `PromptGate.posterior`, whose chain is held to this one by a test."""
-
-    def __init__(self, frame: ChatFrame, settings: PromptGateSettings, vocabulary: int) -> None:
-        self._ends_line = torch.zeros(vocabulary, dtype=torch.bool)
-        self._ends_line[[token for token in frame.newlines if token < vocabulary]] = True
-        self._settings = settings
-
-    def of(self, ids: Tensor) -> Tensor:
-        """(S, L) float32 for token ids (S, L)."""
-        ends = self._ends_line[ids]
-        begins = F.pad(ends[:, :-1], (1, 0)) & ~ends
-        return torch.where(begins, self._settings.switch_at_lines, self._settings.switch)
-
-
-def question_loss(features: Tensor, rows: Tensor, batch: Sequence[Question], switches: SwitchTable) -> Tensor:
-    """Mean over questions of the mean over their tokens of -log posterior of the token's own choice, a scalar."""
-    longest = max(len(tokens) for tokens, _ in batch)
-    ids = torch.stack([F.pad(tokens, (0, longest - len(tokens))) for tokens, _ in batch])  # (S, L)
-    labels = torch.stack([F.pad(own, (0, longest - len(own))) for _, own in batch])
-    lengths = torch.tensor([len(tokens) for tokens, _ in batch])
-    is_real = torch.arange(longest)[None] < lengths[:, None]
-    posterior = log_posterior(F.linear(features[ids], rows) * is_real[:, :, None], switches.of(ids))
-    own = posterior.gather(2, labels[:, :, None])[:, :, 0]
-    return -(own * is_real / lengths[:, None]).sum() / len(batch)
-
-
-def log_posterior(emissions: Tensor, switches: Tensor) -> Tensor:
-    """As `task_chain.smoothed` for a batch (S, L, C) with `switches` (S, L), in logarithms and differentiable: the
-    same chain, held to it by a test. Padding at the end must have zero emissions: it says nothing."""
-    length, count = emissions.shape[1:]
-    stays = torch.eye(count, dtype=torch.bool)
-    keep, other = torch.log1p(-switches), torch.log(switches / max(1, count - 1))
-    transitions = [
-        torch.where(stays, keep[:, position, None, None], other[:, position, None, None]) for position in range(length)
-    ]
-    forward, backward = [emissions[:, 0]], [torch.zeros_like(emissions[:, 0])]
-    for position in range(1, length):
-        message = torch.logsumexp(forward[-1][:, :, None] + transitions[position], dim=1)
-        forward.append(message + emissions[:, position])
-    for position in range(length - 1, 0, -1):
-        message = backward[-1] + emissions[:, position]
-        backward.append(torch.logsumexp(message[:, None, :] + transitions[position], dim=2))
-    return torch.log_softmax(torch.stack(forward, dim=1) + torch.stack(backward[::-1], dim=1), dim=2)
-
-
 class PromptReader:
     """A prompt gate over one roster: the spans of training sequences, each read once."""
 
@@ -218,22 +177,22 @@ class PromptReader:
 
 
 def train_prompt_gate(
-    loaded: LoadedModel, label_of_task: Mapping[str, int], mix: Mix | None, settings: TrainingConfig
+    loaded: LoadedModel, label_of_task: Mapping[str, int], mixes: Sequence[Mix], settings: TrainingConfig
 ) -> PromptGate | None:
-    """The gate of a training run over its `mixing.draw_question_mix`, with a progress display; None without a mix.
+    """The gate of a training run over its `mixing.draw_question_mixes`, with a progress display; None without any.
 
-    It takes a minute, so a run that goes on makes it again, with the same result, and no checkpoint keeps it.
+    It takes two minutes, so a run that goes on makes it again, with the same result, and no checkpoint keeps it.
     """
-    if mix is None:
+    if not mixes:
         return None
     model: Any = loaded.model
     num_adapters = len(label_of_task) - (BASE_TASK in label_of_task)
     whole = question_settings(settings)
-    sequences = encode_mix(mix, label_of_task, loaded.tokenizer, loaded.eos_token_ids, whole)
-    with Progress("prompt gate", total=num_steps(len(sequences)), unit="step") as progress:
+    draws = [encode_mix(mix, label_of_task, loaded.tokenizer, loaded.eos_token_ids, whole) for mix in mixes]
+    with Progress("prompt gate", total=num_steps(max(map(len, draws))), unit="step") as progress:
         return fit_prompt_gate(
             model.get_input_embeddings().weight,
-            sequences,
+            draws,
             chat_frame(loaded.tokenizer),
             first_slot=BASE_SLOT if settings.null_expert else FIRST_SLOT,
             num_choices=num_adapters + settings.null_expert,
@@ -256,6 +215,10 @@ def _statistics(questions: Sequence[Question], vocabulary: int, num_choices: int
     """Of the questions that belong to one choice from end to end."""
     whole = [(tokens.tolist(), int(own[0])) for tokens, own in questions if (own == own[0]).all()]
     return summarise_questions(whole, vocabulary, num_choices) if whole else None
+
+
+def _questions(frame: ChatFrame, sequences: Sequence[TokenSequence], first_slot: int) -> list[Question]:
+    return [found for sequence in sequences if (found := _question(frame, sequence, first_slot)) is not None]
 
 
 def _question(frame: ChatFrame, sequence: TokenSequence, first_slot: int) -> Question | None:

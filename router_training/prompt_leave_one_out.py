@@ -22,7 +22,7 @@ from router_training.encoding import TokenSequence, encode_chats
 from router_training.flags import add_settings, add_sources, config_from, settings_from
 from router_training.frames import chat_frame
 from router_training.leave_one_out import replace_table
-from router_training.mixing import draw_question_mix, encode_mix, question_settings
+from router_training.mixing import draw_question_mixes, encode_mix, question_settings
 from router_training.prompt_fit import fit_prompt_gate
 from router_training.report import markdown_table
 from router_training.roster import BASE_TASK
@@ -50,8 +50,8 @@ class Material:
     frame: ChatFrame
     tasks: tuple[str, ...]
     """In the order of a whole gate's columns."""
-    sequences: Sequence[TokenSequence]
-    """The mix that prompt gates are fitted on, labelled with places in `tasks`."""
+    draws: Sequence[Sequence[TokenSequence]]
+    """The mixes that prompt gates are fitted on, labelled with places in `tasks`."""
     examples: Mapping[str, Sequence[Sequence[int]]]
     """Rendered examples of every adapter, as many as the largest count."""
     validation: Mapping[str, Sequence[Sequence[int]]]
@@ -62,28 +62,29 @@ class Material:
         """A gate of all tasks, or of all but one, from the chats that have nothing to do with that one."""
         kept = [label for label in range(len(self.tasks)) if label != left_out]
         place = {label: index for index, label in enumerate(kept)}
-        sequences = [
-            dataclasses.replace(
-                sequence,
-                label=place[sequence.label],
-                label_changes=tuple((position, place[label]) for position, label in sequence.label_changes),
-            )
-            for sequence in self.sequences
-            if {sequence.label, *(label for _, label in sequence.label_changes)} <= set(kept)
+        draws = [
+            [
+                dataclasses.replace(
+                    sequence,
+                    label=place[sequence.label],
+                    label_changes=tuple((position, place[label]) for position, label in sequence.label_changes),
+                )
+                for sequence in sequences
+                if {sequence.label, *(label for _, label in sequence.label_changes)} <= set(kept)
+            ]
+            for sequences in self.draws
         ]
-        return fit_prompt_gate(
-            self.embeddings, sequences, self.frame, first_slot=0, num_choices=len(kept), seed=self.seed
-        )
+        return fit_prompt_gate(self.embeddings, draws, self.frame, first_slot=0, num_choices=len(kept), seed=self.seed)
 
 
 def gather(config: ServerConfig, data: Sequence[Path], settings: TrainingConfig, rows: int) -> Material:
-    """The mix that a training run with these settings fits its prompt gate on, and the first `rows` validation chats of
-    every task."""
+    """The mixes that a training run with these settings fits its prompt gate on, and the first `rows` validation chats
+    of every task."""
     names = [spec.name for spec in config.adapters if spec.routed]
     tasks = [*([BASE_TASK] if settings.null_expert else []), *names]
     splits = read_splits(data, tasks)
-    mix = draw_question_mix(splits["train"], settings)
-    assert mix is not None, "the settings have a prompt gate"
+    mixes = draw_question_mixes(splits["train"], settings)
+    whole = question_settings(settings)
     loaded = load_base_model(config.base_model, device="cpu", cache_folder=cache_folder(), root=config.root)
     labels = {task: label for label, task in enumerate(tasks)}
     frame = chat_frame(loaded.tokenizer)
@@ -92,7 +93,7 @@ def gather(config: ServerConfig, data: Sequence[Path], settings: TrainingConfig,
         embeddings=model.get_input_embeddings().weight.detach(),
         frame=frame,
         tasks=tuple(tasks),
-        sequences=encode_mix(mix, labels, loaded.tokenizer, loaded.eos_token_ids, question_settings(settings)),
+        draws=[encode_mix(mix, labels, loaded.tokenizer, loaded.eos_token_ids, whole) for mix in mixes],
         examples={name: _examples(splits["train"][name], loaded) for name in names},
         validation={
             task: _questions(encode_chats(chats[:rows], labels, loaded.tokenizer, loaded.eos_token_ids), frame)

@@ -18,7 +18,7 @@ from router_training.encoding import TokenSequence, encode_chats
 from router_training.evaluation import evaluate_policy, gate_batch
 from router_training.frozen import base_digest, check_frozen, frozen_digests
 from router_training.gates import RouterParameters
-from router_training.mixing import Mix, check_longest, draw_mix, draw_question_mix, encode_mix
+from router_training.mixing import Mix, check_longest, draw_mix, draw_question_mixes, encode_mix, question_facts
 from router_training.phrased import ask_anew
 from router_training.progress import Progress
 from router_training.prompt_fit import guide_of, train_prompt_gate
@@ -60,7 +60,7 @@ def train(
     names = [spec.name for spec in config.adapters if spec.routed]
     check_choices(settings, names)
     splits = read_splits(data, [*names, *([BASE_TASK] if settings.null_expert else [])])
-    mix, questions = draw_mix(splits["train"], settings), draw_question_mix(splits["train"], settings)
+    mix, questions = draw_mix(splits["train"], settings), draw_question_mixes(splits["train"], settings)
     roster = load_with_progress(config)
     loaded = roster.loaded
     check_layers(settings, roster.routed.num_layers)
@@ -249,7 +249,7 @@ def own_losses(roster: Roster, sequences: Sequence[TokenSequence]) -> dict[int, 
 
 
 def run_record(
-    roster: Roster, mix: Mix, questions: Mix | None, sequences: Sequence[TokenSequence], settings: TrainingConfig
+    roster: Roster, mix: Mix, questions: Sequence[Mix], sequences: Sequence[TokenSequence], settings: TrainingConfig
 ) -> dict[str, Any]:
     """Everything that decides the outcome; no clock and no path, so that equal runs leave equal bytes."""
     return {
@@ -257,7 +257,7 @@ def run_record(
         "data_sha256": mix.digest,
         "data_chats": {task: count for task in roster.tasks if (count := mix.count(task))},
         "composites": sum(bool(sequence.label_changes) for sequence in sequences),
-        **({} if questions is None else {"question_sha256": questions.digest, "question_chats": len(questions)}),
+        **question_facts(questions),
         "base_sha256": base_digest(roster),
         "dtype": str(roster.loaded.model.dtype).removeprefix("torch."),
         "background": {"chats": min(BACKGROUND_CHATS, len(sequences)), "policy": "routed"},

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from router_training import composites, prompt_fit
 from router_training.data import Chat, data_digest, has_task, read_splits
-from router_training.mixing import Mix, draw_mix, draw_question_mix
+from router_training.mixing import Mix, draw_mix, draw_question_mixes
 from router_training.phrased import ask_anew, phrasings_digest
 from router_training.roster import BASE_TASK
 from router_training.run import first_rows, write_json
@@ -87,9 +87,9 @@ class StudyInputs:
         """The training mix, as `lora-mixer-train train` draws it."""
         return draw_mix(self._chats(run), run.settings)
 
-    def questions(self, run: StudyRun) -> Mix | None:
+    def questions(self, run: StudyRun) -> tuple[Mix, ...]:
         """What its prompt gate is fitted on, if it has one."""
-        return draw_question_mix(self._chats(run), run.settings)
+        return draw_question_mixes(self._chats(run), run.settings)
 
     def _chats(self, run: StudyRun) -> dict[str, Sequence[Chat]]:
         tasks = [*self.names, *([BASE_TASK] if run.settings.null_expert else [])]
@@ -117,7 +117,7 @@ class StudyInputs:
 
         def parts() -> list[Any]:
             questions = self.questions(run)
-            made = [self.mix(run).digest, None if questions is None else questions.digest, self._frozen]
+            made = [self.mix(run).digest, [mix.digest for mix in questions] or None, self._frozen]
             made += [composites.FORM] if run.settings.composite_fraction else []
             return [*made, prompt_fit.RECIPE] if run.settings.prompt_gate else made
 

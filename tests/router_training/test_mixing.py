@@ -12,13 +12,15 @@ from router_training.composites import SEPARATOR, CompositeChat, Kind, encode_co
 from router_training.data import Chat, TrainingDataError
 from router_training.encoding import TokenSequence, collate
 from router_training.mixing import (
+    QUESTION_MIXES,
     QUESTION_TOKENS,
     Mix,
     check_longest,
     draw_mix,
-    draw_question_mix,
+    draw_question_mixes,
     encode_mix,
     interleave,
+    question_facts,
     question_settings,
 )
 from router_training.rephrasing import REASONS, rephrase_some
@@ -117,8 +119,7 @@ def test_a_question_mix_is_as_large_as_allowed_and_repeats_no_chat_of_the_larges
 ) -> None:
     rows = {task: chats(count)[task] for task, count in zip("abc", counts, strict=False)}
     config = TrainingConfig(samples=1000, prompt_gate=True, prompt_gate_samples=allowed)
-    mix = draw_question_mix(rows, config)
-    assert mix is not None
+    mix, *_ = draw_question_mixes(rows, config)
     assert len(mix) == min(allowed, len(counts) * max(counts))
     drawn = Counter(chat.origin for chat in mix.chats)
     for task, own in rows.items():
@@ -127,18 +128,31 @@ def test_a_question_mix_is_as_large_as_allowed_and_repeats_no_chat_of_the_larges
 
 def test_a_question_mix_has_composites_and_new_framings_as_any_mix() -> None:
     config = TrainingConfig(prompt_gate=True, prompt_gate_samples=40, composite_fraction=0.25, rephrase_fraction=0.5)
-    assert draw_question_mix(chats(20), config) == draw_mix(chats(20), config.model_copy(update={"samples": 40}))
+    drawn = [draw_mix(chats(20), config.model_copy(update={"samples": 40, "seed": seed})) for seed in range(12)]
+    assert list(draw_question_mixes(chats(20), config)) == drawn[:QUESTION_MIXES]
+    again = config.model_copy(update={"seed": 1})
+    assert list(draw_question_mixes(chats(20), again)) == drawn[QUESTION_MIXES : 2 * QUESTION_MIXES], "all of its own"
+    assert len({mix.digest for mix in drawn}) == 12
+
+
+def test_question_facts_tell_every_mix() -> None:
+    config = TrainingConfig(prompt_gate=True, prompt_gate_samples=40, rephrase_fraction=0.5)
+    mixes = draw_question_mixes(chats(20), config)
+    facts = question_facts(mixes)
+    assert (facts["question_chats"], facts["question_mixes"]) == (40, QUESTION_MIXES)
+    other = question_facts([*mixes[:-1], mixes[0]])
+    assert other["question_sha256"] != facts["question_sha256"]
+    assert question_facts(()) == {}
 
 
 def test_without_a_prompt_gate_there_is_no_question_mix() -> None:
-    assert draw_question_mix(chats(3), TrainingConfig()) is None
+    assert draw_question_mixes(chats(3), TrainingConfig()) == ()
 
 
 def test_questions_are_read_beyond_what_the_router_is_trained_on() -> None:
     rows = {"a": [chat("a", "q" * length, "answer") for length in (100, 10_000)]}
     config = TrainingConfig(prompt_gate=True, max_length=50, too_long="refuse")
-    mix = draw_question_mix(rows, config)
-    assert mix is not None
+    mix, *_ = draw_question_mixes(rows, config)
     lengths = sorted(map(len, encode_mix(mix, LABELS, ByteRenderer(), {END}, question_settings(config))))
     assert 100 < lengths[0] < lengths[1] == QUESTION_TOKENS
 

@@ -7,7 +7,7 @@ import pytest
 
 from router_training import prompt_leave_one_out
 from router_training.data import read_splits
-from router_training.mixing import draw_question_mix, encode_mix, question_settings
+from router_training.mixing import draw_question_mixes, encode_mix, question_settings
 from router_training.prompt_leave_one_out import TABLE_END, TABLE_START, gather
 from router_training.settings import TrainingConfig
 from server.config import load_config
@@ -34,13 +34,13 @@ def test_gates_are_fitted_on_the_mix_that_training_fits_them_on(filled: Path) ->
     config = load_config(filled / "adapters.yaml")
     settings = TrainingConfig(prompt_gate=True, samples=2, max_length=8)
     material = gather(config, [filled / "data"], settings, rows=1)
-    mix = draw_question_mix(read_splits([filled / "data"], list(material.tasks))["train"], settings)
-    assert mix is not None
+    mixes = draw_question_mixes(read_splits([filled / "data"], list(material.tasks))["train"], settings)
     loaded = load_base_model(config.base_model, device="cpu", cache_folder=filled, root=config.root)
     labels = {task: label for label, task in enumerate(material.tasks)}
     whole = question_settings(settings)
-    assert material.sequences == encode_mix(mix, labels, loaded.tokenizer, loaded.eos_token_ids, whole)
-    assert len(material.sequences) == 180
+    drawn = [encode_mix(mix, labels, loaded.tokenizer, loaded.eos_token_ids, whole) for mix in mixes]
+    assert material.draws == drawn
+    assert {len(sequences) for sequences in drawn} == {180}
 
 
 def test_every_adapter_is_a_newcomer_once_and_the_table_lands_in_the_document(filled: Path) -> None:
