@@ -11,6 +11,7 @@ from typing import Literal
 from router_training.data import Chat
 from router_training.encoding import ChatRenderer, TokenSequence, around_words, common_length, up_to_last
 from router_training.settings import BASE_NAME
+from server.errors import ConfigError
 
 Kind = Literal["conversation", "answer"]
 KINDS: tuple[Kind, ...] = ("conversation", "answer")
@@ -37,12 +38,12 @@ def pair_up(chats: Mapping[str, Sequence[Chat]], count: int, seed: int) -> list[
     """`count` composites of two chats of different tasks, kinds and tasks in turn, drawn with `seed`.
 
     Only chats of one question and one answer take part, and the base model's in conversations alone: in one question
-    with a task they would be taken for what is said before it. Raises ValueError where fewer than two tasks have some.
+    with a task they would be taken for what is said before it. Raises ConfigError where fewer than two tasks have some.
     """
     usable = {task: [chat for chat in rows if len(chat.messages) == 2] for task, rows in chats.items()}
     tasks = sorted(task for task, rows in usable.items() if rows)
     if len(tasks) < 2:
-        raise ValueError("composite chats need single-question chats of at least two tasks")
+        raise ConfigError("composite chats need chats of one question and one answer, of at least two tasks")
     generator = random.Random(seed)
     composites = []
     for index in range(count):

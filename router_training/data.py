@@ -35,6 +35,8 @@ class TrainingDataError(LoraMixerError):
         self.problems = tuple(problems)
 
 
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+"""What the template is given for the role of a message, as when serving."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 """JSON escapes can spell half of a UTF-16 pair; no tokenizer takes it."""
 
@@ -176,7 +178,7 @@ def _check_line(line: bytes) -> tuple[tuple[Mapping[str, str], ...], tuple[str, 
     tests = [] if row.get("tests") is None else row["tests"]
     if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
         return "'tests' must be a list of strings"
-    return tuple({"role": message["role"], "content": message["content"]} for message in messages), tuple(tests)
+    return tuple({"role": ROLES[message["role"]], "content": message["content"]} for message in messages), tuple(tests)
 
 
 def _check_message(message: Any) -> str | None:
@@ -187,6 +189,8 @@ def _check_message(message: Any) -> str | None:
         return f"field {' and '.join(map(repr, missing))} is missing"
     if not isinstance(message["role"], str) or not isinstance(message["content"], str):
         return "'role' and 'content' must be strings"
-    if SURROGATE.search(message["role"] + message["content"]):
+    if message["role"] not in ROLES:
+        return f"role {message['role']!r} is none of {', '.join(ROLES)}"
+    if SURROGATE.search(message["content"]):
         return "the text holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
     return None

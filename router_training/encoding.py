@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from router_training.data import Chat, TrainingDataError
+from server.errors import InvalidRequestError
 
 IGNORED = -100
 """Target of a position whose prediction does not count (torch's `cross_entropy` convention)."""
@@ -89,13 +90,17 @@ def encode_chats(
     """Render with the model's chat template, exactly as a request is; the answer ends with its end-of-turn token.
 
     Raises TrainingDataError naming every chat whose answer the template does not put right behind the prompt and,
-    where `too_long` is `refuse`, every chat of more than `max_length` tokens.
+    where `too_long` is `refuse`, every chat of more than `max_length` tokens, and every chat that the template refuses.
     """
     sequences, problems = [], []
     for chat in chats:
         messages = [dict(message) for message in chat.messages]
-        prompt = tokenizer.render_chat(messages[:-1], add_generation_prompt=True)
-        whole = tokenizer.render_chat(messages, add_generation_prompt=False)
+        try:
+            prompt = tokenizer.render_chat(messages[:-1], add_generation_prompt=True)
+            whole = tokenizer.render_chat(messages, add_generation_prompt=False)
+        except InvalidRequestError as error:
+            problems.append(f"{chat.origin}: {error.message}")
+            continue
         if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
             problems.append(f"{chat.origin}: the rendered chat does not begin with its rendered prompt")
             continue

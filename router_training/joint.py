@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import yaml
 
-from router_training.checkpoint import Checkpoint, claimed, run_fingerprint
+from router_training.checkpoint import Checkpoint, claimed
+from router_training.checks import check_held_out, check_layers, check_lengths
 from router_training.data import Chat, read_splits, task_folders
 from router_training.encoding import TokenSequence, encode_chats
 from router_training.evaluation import evaluate_policy
@@ -26,9 +27,7 @@ from router_training.progress import Progress
 from router_training.prompt_fit import train_prompt_gate
 from router_training.roster import BASE_TASK, Roster, attach_adapters, load_routed_base
 from router_training.run import (
-    check_held_out,
-    check_layers,
-    check_lengths,
+    fingerprint,
     first_rows,
     load_with_progress,
     prepare_trainer,
@@ -50,6 +49,7 @@ from server.routing.prompt_gate import PromptGate
 
 ADAPTERS_FOLDER = "adapters"
 CONFIG_NAME = "adapters.yaml"
+ADAPTER_LIMITS = {"max_adapter_rank", "max_adapter_bytes"}
 WRITTEN_BY = "# Written by lora-mixer-train joint, which overwrites it; copy it to change it."
 """First line of the config; a file without it is somebody's own."""
 
@@ -113,15 +113,16 @@ def train_joint(
     check_lengths(splits["train"], labels, loaded, settings)
     sequences = encode_mix(mix, labels, loaded.tokenizer, loaded.eos_token_ids, settings)
     validation = first_rows(splits["validation"], validation_rows)
-    prompt_gate = train_prompt_gate(loaded, labels, questions, settings)
-    run = JointRun(config, settings, loaded, routed, adapters, sequences, validation, prompt_gate, out)
+    run = JointRun(config, settings, loaded, routed, adapters, sequences, validation, None, out)
     start = run.attached()
     check_held_out(start, validation)
     hard = HardTrainer(routed, adapters, sequences, settings)
     record = run_record(start, mix, questions, sequences, settings)
     with claimed(out):
         before = frozen_digests(Roster(loaded, routed, ()))
-        checkpoint = Checkpoint(out, run_fingerprint(record))
+        checkpoint = Checkpoint(out, fingerprint(record, settings, questions))
+        checkpoint.load()
+        run = replace(run, prompt_gate=train_prompt_gate(loaded, labels, questions, settings))
         torch.manual_seed(settings.seed)
         trainer, joint = _both_stages(run, hard, checkpoint, constrained)
         check_frozen(Roster(loaded, routed, ()), before)
@@ -219,6 +220,9 @@ def _served_config(config: ServerConfig, tasks: Sequence[str], out: Path) -> dic
         "router": ".",
         "adapters": [{"name": name, "source": f"{ADAPTERS_FOLDER}/{name}"} for name in tasks],
     }
+    # What the results were read back under. Other settings of `server` are this machine's, not the adapters'.
+    if limits := config.server.model_dump(include=ADAPTER_LIMITS, exclude_defaults=True):
+        content["server"] = limits
     parse_config(content, root=out.resolve(), origin="tasks")
     begun = {(config.root / spec.source).resolve() for spec in config.adapters}
     if overwritten := [name for name in tasks if (out / ADAPTERS_FOLDER / name).resolve() in begun]:

@@ -8,8 +8,9 @@ from typing import Any
 from router_training.composites import CompositeChat, encode_composite, pair_up
 from router_training.data import Chat, TrainingDataError, balanced_sample, data_digest
 from router_training.encoding import ChatRenderer, TokenSequence, encode_chats
-from router_training.rephrasing import rephrase_some
+from router_training.rephrasing import rephrase_some, without_framing
 from router_training.settings import TrainingConfig
+from server.errors import InvalidRequestError
 
 QUESTION_TOKENS = 640
 """Longest sequence that a prompt gate learns from: the question that it reads, and what stands before it."""
@@ -82,17 +83,28 @@ def encode_mix(
     """Token sequences in order of training, composites spread evenly among the single chats.
 
     Raises TrainingDataError as `encode_chats` does. A composite longer than `max_length` is cut where chats may be, and
-    left out where that cannot make it fit or chats may not; the chats themselves have been checked.
+    left out where that cannot make it fit or chats may not. The chats have been checked as they are in the data: one
+    that its frame makes too long is cut, and one loses the system message that its frame gave it where the template
+    takes none.
     """
-    single = encode_chats(
-        mix.chats, label_of_task, tokenizer, eos_token_ids, max_length=config.max_length, too_long=config.too_long
-    )
+    chats = mix.chats if takes_system_messages(tokenizer) else list(map(without_framing, mix.chats))
+    single = encode_chats(chats, label_of_task, tokenizer, eos_token_ids, max_length=config.max_length, too_long="cut")
     longest = config.max_length if config.too_long == "cut" else None
     joined = [
         encode_composite(composite, label_of_task, tokenizer, eos_token_ids, max_length=longest)
         for composite in mix.composites
     ]
     return interleave(single, [sequence for sequence in joined if len(sequence) <= config.max_length])
+
+
+def takes_system_messages(tokenizer: ChatRenderer) -> bool:
+    """Whether the chat template does; some refuse them."""
+    messages = [{"role": "system", "content": "A"}, {"role": "user", "content": "A"}]
+    try:
+        tokenizer.render_chat(messages, add_generation_prompt=True)
+    except InvalidRequestError:
+        return False
+    return True
 
 
 def interleave(single: Sequence[TokenSequence], joined: Sequence[TokenSequence]) -> list[TokenSequence]:

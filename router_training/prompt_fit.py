@@ -33,6 +33,8 @@ from server.routing.prompt_gate import READS, PromptGate, PromptGateSettings
 from server.routing.prompt_statistics import QuestionStatistics, summarise_questions
 
 EPOCHS = 7
+MIN_STEPS = 600
+"""Of a fit, whatever the number of questions: after fewer no score is sure, and every question is the base model's."""
 BATCH_SIZE = 72
 """Questions per step, as many of each choice as of each other, and of questions that join two as of one choice."""
 LONGEST = 96
@@ -52,7 +54,12 @@ UNGUIDED_EVERY = 4
 
 _CONSTANTS = (QUESTION_MIXES, EPOCHS, BATCH_SIZE, LONGEST, LEARNING_RATE, PENALTY, DROPOUT, SHRINK, UNGUIDED_EVERY)
 RECIPE = " ".join(map(str, (*_CONSTANTS, PromptGateSettings(), READS)))
-"""All that a fit depends on beside questions and seed; belongs to whatever is kept of training with a prompt gate."""
+"""All that a fit depends on beside questions, seed and, where they are few, `MIN_STEPS`."""
+
+
+def recipe(num_questions: int) -> str:
+    """Of a fit of so many questions; belongs to whatever is kept of training with a prompt gate."""
+    return f"{RECIPE} {MIN_STEPS}" if num_steps(num_questions) == MIN_STEPS else RECIPE
 
 
 def fit_prompt_gate(
@@ -61,21 +68,24 @@ def fit_prompt_gate(
     frame: ChatFrame,
     *,
     first_slot: int,
-    num_choices: int,
+    names: Sequence[str],
     seed: int,
     settings: PromptGateSettings = PromptGateSettings(),  # noqa: B008  frozen
     on_step: Callable[[int], None] = lambda _: None,
 ) -> PromptGate:
     """The mean of a gate from the first questions of each draw, with statistics of those of the first draw.
-    `embeddings` (V, d); column c is slot `first_slot` + c.
+    `embeddings` (V, d); column c is slot `first_slot` + c, of the choice `names[c]`.
 
-    `on_step` hears of every step, which all fits take side by side. Deterministic in the seed.
+    `on_step` hears of every step, which all fits take side by side. Deterministic in the seed. Raises ConfigError where
+    a draw has no question of a choice.
     """
     features = normalised(embeddings)
     questions = [_questions(frame, sequences, first_slot) for sequences in draws]
-    if not questions or not all(questions):
-        raise ConfigError("the prompt gate found no first question in the training chats; train without it")
-    rows = torch.zeros(len(draws), num_choices, features.shape[1], requires_grad=True)
+    asked = [{column for _, own in draw for column in own.tolist()} for draw in questions]
+    if silent := sorted(set(range(len(names))).difference(set[int].intersection(*asked) if asked else ())):
+        listed = ", ".join(names[column] for column in silent)
+        raise ConfigError(f"the training chats of {listed} have no first question for a prompt gate; train without it")
+    rows = torch.zeros(len(draws), len(names), features.shape[1], requires_grad=True)
     optimiser = torch.optim.Adam([rows], lr=LEARNING_RATE, betas=(0.9, 0.99))
     steps = num_steps(max(map(len, questions)))
     switches = SwitchTable(frame, settings, len(features))
@@ -94,13 +104,13 @@ def fit_prompt_gate(
     with torch.no_grad():
         scores = F.linear(features, rows.mean(dim=0)) * SHRINK
         scores -= scores.mean(dim=1, keepdim=True)  # a constant per token changes nothing and would cost bits
-    ends = answer_ends(frame, draws[0], first_slot=first_slot, num_choices=num_choices)
+    ends = answer_ends(frame, draws[0], first_slot=first_slot, num_choices=len(names))
     return PromptGate(scores.half(), frame, settings, _statistics(questions[0], *scores.shape), ends)
 
 
 def num_steps(num_questions: int) -> int:
     """Of a fit."""
-    return math.ceil(EPOCHS * num_questions / BATCH_SIZE)
+    return max(MIN_STEPS, math.ceil(EPOCHS * num_questions / BATCH_SIZE))
 
 
 def balanced_batches(questions: Sequence[Question], steps: int, seed: int) -> Iterator[list[Question]]:
@@ -186,7 +196,8 @@ def train_prompt_gate(
     if not mixes:
         return None
     model: Any = loaded.model
-    num_adapters = len(label_of_task) - (BASE_TASK in label_of_task)
+    in_order = sorted(label_of_task, key=lambda task: label_of_task[task])
+    names = [task for task in in_order if settings.null_expert or task != BASE_TASK]
     whole = question_settings(settings)
     draws = [encode_mix(mix, label_of_task, loaded.tokenizer, loaded.eos_token_ids, whole) for mix in mixes]
     with Progress("prompt gate", total=num_steps(max(map(len, draws))), unit="step") as progress:
@@ -195,7 +206,7 @@ def train_prompt_gate(
             draws,
             chat_frame(loaded.tokenizer),
             first_slot=BASE_SLOT if settings.null_expert else FIRST_SLOT,
-            num_choices=num_adapters + settings.null_expert,
+            names=names,
             seed=settings.seed,
             on_step=lambda _: progress.advance(1),
         )

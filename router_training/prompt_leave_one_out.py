@@ -74,7 +74,8 @@ class Material:
             ]
             for sequences in self.draws
         ]
-        return fit_prompt_gate(self.embeddings, draws, self.frame, first_slot=0, num_choices=len(kept), seed=self.seed)
+        names = [self.tasks[label] for label in kept]
+        return fit_prompt_gate(self.embeddings, draws, self.frame, first_slot=0, names=names, seed=self.seed)
 
 
 def gather(config: ServerConfig, data: Sequence[Path], settings: TrainingConfig, rows: int) -> Material:

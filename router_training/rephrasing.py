@@ -122,6 +122,13 @@ def rephrase(chat: Chat, generator: random.Random) -> Chat:
     return replace(chat, messages=tuple(messages))
 
 
+def without_framing(chat: Chat) -> Chat:
+    """The chat less a system message that only `rephrase` writes."""
+    first = chat.messages[0]
+    is_ours = first["role"] == "system" and first["content"] in SYSTEM_MESSAGES
+    return replace(chat, messages=chat.messages[1:]) if is_ours else chat
+
+
 def opening(generator: random.Random) -> str:
     """What somebody may say before they ask: a few words, a story, or who the answer is to come from."""
     kind = generator.random()

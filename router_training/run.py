@@ -10,18 +10,20 @@ from typing import Any
 
 import torch
 
+from router_training import composites
 from router_training.artefact import build_artefact
 from router_training.background import with_background
 from router_training.checkpoint import Checkpoint, claimed, run_fingerprint
+from router_training.checks import check_held_out, check_layers, check_lengths
 from router_training.data import Chat, has_task, read_splits
-from router_training.encoding import TokenSequence, encode_chats
+from router_training.encoding import TokenSequence
 from router_training.evaluation import evaluate_policy, gate_batch
 from router_training.frozen import base_digest, check_frozen, frozen_digests
 from router_training.gates import RouterParameters
-from router_training.mixing import Mix, check_longest, draw_mix, draw_question_mixes, encode_mix, question_facts
+from router_training.mixing import Mix, draw_mix, draw_question_mixes, encode_mix, question_facts
 from router_training.phrased import ask_anew
 from router_training.progress import Progress
-from router_training.prompt_fit import guide_of, train_prompt_gate
+from router_training.prompt_fit import guide_of, recipe, train_prompt_gate
 from router_training.roster import BASE_TASK, Roster, check_artefact, load_roster
 from router_training.settings import TrainingConfig, check_choices, prior_shares
 from router_training.step_log import StepLog
@@ -29,8 +31,6 @@ from router_training.suite import Suite, SuiteOptions
 from router_training.trainer import SoftAdapters, StepMetrics, Trainer
 from router_training.warm_start import warm_start
 from server.config import ServerConfig
-from server.errors import ConfigError
-from server.model.loader import LoadedModel
 from server.routing.prompt_gate import PromptGate
 from server.routing.router import load_artefact, save_artefact
 
@@ -71,8 +71,9 @@ def train(
     record = run_record(roster, mix, questions, sequences, settings)
     before = frozen_digests(roster)
     with claimed(out):
+        checkpoint = Checkpoint(out, fingerprint(record, settings, questions))
+        checkpoint.load()  # Refused before the prompt gate takes its minutes.
         prompt_gate = train_prompt_gate(loaded, roster.label_of_task, questions, settings)
-        checkpoint = Checkpoint(out, run_fingerprint(record))
         router = train_router(roster, sequences, settings, out, checkpoint, prompt_gate=prompt_gate)
         write_results(roster, router, prompt_gate, sequences, validation, settings, record, out, before)
         checkpoint.delete()
@@ -267,29 +268,8 @@ def run_record(
     }
 
 
-def check_layers(settings: TrainingConfig, num_layers: int) -> None:
-    """Raises ConfigError where no layer would have a gate."""
-    if settings.routed_from_layer >= num_layers:
-        raise ConfigError(
-            f"routed_from_layer is {settings.routed_from_layer}, and the base model's {num_layers} layers count from 0"
-        )
-
-
-def check_lengths(
-    train: Mapping[str, Sequence[Chat]], labels: Mapping[str, int], loaded: LoadedModel, settings: TrainingConfig
-) -> None:
-    """Where too long chats are refused: all of them, drawn for the mix or not, so that no seed decides what is good
-    data. Raises TrainingDataError with file and line of each."""
-    if settings.too_long == "refuse":
-        chats = [chat for rows in train.values() for chat in rows]
-        encode_chats(
-            chats, labels, loaded.tokenizer, loaded.eos_token_ids, max_length=settings.max_length, too_long="refuse"
-        )
-
-
-def check_held_out(roster: Roster, validation: Mapping[str, Sequence[Chat]]) -> None:
-    """Raises TrainingDataError for validation chats that cannot be evaluated, with file and line of each."""
-    loaded = roster.loaded
-    chats = [chat for rows in validation.values() for chat in rows]
-    sequences = encode_chats(chats, roster.label_of_task, loaded.tokenizer, loaded.eos_token_ids)
-    check_longest(sequences, loaded.max_model_len, chats)
+def fingerprint(record: Mapping[str, Any], settings: TrainingConfig, questions: Sequence[Mix]) -> str:
+    """Of a run's checkpoints: its `record`, and how this version makes composites and prompt gates of the same data,
+    since a run that another version began would end as neither's."""
+    form = [composites.FORM] if settings.composite_fraction else []
+    return run_fingerprint({**record, "form": form, "recipe": [recipe(len(mix)) for mix in questions]})

@@ -124,15 +124,23 @@ class TrainingConfig(BaseModel):
 
 def check_choices(config: TrainingConfig, names: Sequence[str]) -> None:
     """Refuse settings that do not fit the routed adapters `names`. Raises ConfigError for a prior of anything else, for
-    more choices per token than there are, and for too few samples to show each of them one chat."""
+    more choices per token than there are, and for too few samples to show each of them one chat, beside composites."""
     choices = [*names, *([BASE_NAME] if config.null_expert else [])]
     listed = ", ".join(map(repr, choices))
     if unknown := sorted(set(config.prior) - set(choices)):
         raise ConfigError(f"the prior names {', '.join(map(repr, unknown))}; the choices are {listed}")
     if config.top_k > len(choices):
         raise ConfigError(f"top_k is {config.top_k}, and there are {len(choices)} choices: {listed}")
-    if config.samples < len(choices):
-        raise ConfigError(f"samples is {config.samples}, not one for each of the {len(choices)} choices: {listed}")
+    sizes = {"samples": config.samples}
+    if config.prompt_gate:
+        sizes["prompt_gate_samples"] = config.prompt_gate_samples
+    for name, size in sizes.items():
+        alone = size - round(size * config.composite_fraction)
+        if alone < len(choices):
+            composites = f", of which {size - alone} are composites" if alone < size else ""
+            raise ConfigError(
+                f"{name} is {size}{composites}: not one chat for each of the {len(choices)} choices: {listed}"
+            )
 
 
 def prior_shares(config: TrainingConfig, names: Sequence[str]) -> Tensor | None:

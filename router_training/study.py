@@ -18,7 +18,8 @@ from filelock import FileLock, Timeout
 
 from router_training.artefact import build_artefact
 from router_training.cells import CellCache
-from router_training.checkpoint import CHECKPOINT_NAME, Checkpoint, run_fingerprint
+from router_training.checkpoint import CHECKPOINT_NAME, Checkpoint
+from router_training.checks import check_held_out, check_layers, check_lengths
 from router_training.data import Chat
 from router_training.frozen import check_frozen, frozen_digests
 from router_training.mixing import encode_mix
@@ -26,8 +27,7 @@ from router_training.prompt_fit import train_prompt_gate
 from router_training.roster import Roster
 from router_training.run import (
     EVALUATION_NAME,
-    check_held_out,
-    check_layers,
+    fingerprint,
     load_with_progress,
     run_record,
     train_router,
@@ -153,6 +153,7 @@ class Study:
         roster, mix, settings = self._loaded(), self._inputs.mix(run), run.settings
         check_layers(settings, roster.routed.num_layers)
         loaded = roster.loaded
+        check_lengths(self._inputs.chats(run), roster.label_of_task, loaded, settings)
         sequences = encode_mix(mix, roster.label_of_task, loaded.tokenizer, loaded.eos_token_ids, settings)
         questions = self._inputs.questions(run)
         record = without(run_record(roster, mix, questions, sequences, settings), NOT_IN_A_STUDY)
@@ -179,7 +180,7 @@ class Study:
 
     def _checkpoint(self, run: StudyRun, record: Mapping[str, Any]) -> Checkpoint:
         """The run's own; one that cannot be gone on from (another thread count, another torch) is dropped."""
-        checkpoint = Checkpoint(self.folder(run), run_fingerprint(record))
+        checkpoint = Checkpoint(self.folder(run), fingerprint(record, run.settings, self._inputs.questions(run)))
         try:
             checkpoint.load()
         except ConfigError as error:

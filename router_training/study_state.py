@@ -85,13 +85,14 @@ class StudyInputs:
 
     def mix(self, run: StudyRun) -> Mix:
         """The training mix, as `lora-mixer-train train` draws it."""
-        return draw_mix(self._chats(run), run.settings)
+        return draw_mix(self.chats(run), run.settings)
 
     def questions(self, run: StudyRun) -> tuple[Mix, ...]:
         """What its prompt gate is fitted on, if it has one."""
-        return draw_question_mixes(self._chats(run), run.settings)
+        return draw_question_mixes(self.chats(run), run.settings)
 
-    def _chats(self, run: StudyRun) -> dict[str, Sequence[Chat]]:
+    def chats(self, run: StudyRun) -> dict[str, Sequence[Chat]]:
+        """Training chats by choice."""
         tasks = [*self.names, *([BASE_TASK] if run.settings.null_expert else [])]
         return {task: self.train[task] for task in tasks}
 
@@ -119,7 +120,7 @@ class StudyInputs:
             questions = self.questions(run)
             made = [self.mix(run).digest, [mix.digest for mix in questions] or None, self._frozen]
             made += [composites.FORM] if run.settings.composite_fraction else []
-            return [*made, prompt_fit.RECIPE] if run.settings.prompt_gate else made
+            return [*made, prompt_fit.recipe(len(questions[0]))] if questions else made
 
         return self._once(("training", run.title), parts)
 

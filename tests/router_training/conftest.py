@@ -12,6 +12,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from router_training import prompt_fit
 from router_training.encoding import TokenSequence
 from router_training.forward import prepare_for_training
 from router_training.roster import FIRST_SLOT, Roster, attach_adapters
@@ -30,6 +31,12 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 ADAPTERS = {"letters": ["q_proj", "v_proj"], "digits": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+
+
+@pytest.fixture
+def short_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompt gates of tiny models need few steps."""
+    monkeypatch.setattr(prompt_fit, "MIN_STEPS", 40)
 
 
 @pytest.fixture

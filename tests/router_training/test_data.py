@@ -143,6 +143,10 @@ BROKEN = {
         b'{"messages": [{"role": "user", "content": "a\\ud800b"}, {"role": "assistant", "content": "c"}]}',
         "half",
     ),
+    "role that serving never has": (
+        b'{"messages": [{"role": "human", "content": "a"}, {"role": "assistant", "content": "c"}]}',
+        "messages[0]: role 'human' is none of system, developer, user, assistant",
+    ),
     "other encoding": ('{"messages": "grün"}'.encode("latin-1"), "not UTF-8 (invalid"),
     "too deep": (b"[" * 100_000, "nested too deeply"),
 }
@@ -159,3 +163,11 @@ def test_text_that_is_none_is_found_by_line(tmp_path: Path, case: str) -> None:
     assert len(problems) == 1
     assert problems[0].startswith(f"{path}:3: ")
     assert message in problems[0]
+
+
+def test_a_developers_message_is_the_systems_as_when_serving(tmp_path: Path) -> None:
+    messages = [{"role": role, "content": "a"} for role in ("developer", "user", "assistant")]
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"messages": messages}), encoding="utf-8")
+    (read,) = read_chats(path, "maths", [])
+    assert [message["role"] for message in read.messages] == ["system", "user", "assistant"]

@@ -1,5 +1,6 @@
 """Rendered chats, answer masks, truncation and batches."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from router_training.encoding import (
     encode_chats,
     truncate,
 )
+from server.errors import InvalidRequestError
 
 END, START, NEWLINE = 300, 301, 302
 
@@ -36,6 +38,15 @@ class MergingRenderer(ByteRenderer):
         return [*tokens, 7] if add_generation_prompt else tokens
 
 
+class RefusingRenderer(ByteRenderer):
+    """A template that takes no system message, as some do."""
+
+    def render_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+        if messages[0]["role"] == "system":
+            raise InvalidRequestError("the chat template refuses these messages: no system role")
+        return super().render_chat(messages, add_generation_prompt=add_generation_prompt)
+
+
 def chat(question: str, answer: str, origin: str = "data.jsonl:1") -> Chat:
     return Chat("b", ({"role": "user", "content": question}, {"role": "assistant", "content": answer}), origin)
 
@@ -46,6 +57,17 @@ def test_answer_is_what_follows_the_prompt_up_to_its_end_of_turn() -> None:
     assert sequence.token_ids[sequence.answer_start :] == (*b"yo", END)
     assert sequence.num_answer_tokens == 3
     assert sequence.label == 1
+
+
+def test_chats_that_the_template_refuses_are_all_named() -> None:
+    system = {"role": "system", "content": "be brief"}
+    refused = [
+        replace(one, messages=(system, *one.messages)) for one in (chat("hi", "yo", "x:1"), chat("hi", "yo", "x:3"))
+    ]
+    with pytest.raises(TrainingDataError) as caught:
+        encode_chats([refused[0], chat("a", "b"), refused[1]], {"b": 1}, RefusingRenderer(), {END})
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == ["x:1", "x:3"]
+    assert "no system role" in caught.value.problems[0]
 
 
 def test_chats_whose_answer_does_not_follow_the_prompt_are_all_refused_by_line() -> None:

@@ -152,6 +152,16 @@ def test_the_document_shows_what_was_recorded() -> None:
             assert f"{nll:.3f}" in document
 
 
+def test_limits_that_the_results_need_are_theirs(project: Path) -> None:
+    """What the run read its adapters back under, and nothing that is this machine's."""
+    content: dict[str, Any] = yaml.safe_load((project / "adapters.yaml").read_text(encoding="utf-8"))
+    content["server"] = {"max_adapter_rank": 600, "port": 9999}
+    (project / "adapters.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    assert run(project, *QUICK, "--steps", "0") == 0
+    written = yaml.safe_load((project / "out" / "adapters.yaml").read_text(encoding="utf-8"))
+    assert written["server"] == {"max_adapter_rank": 600}
+
+
 def test_a_local_base_is_found_from_the_folder_of_the_results(project: Path) -> None:
     content: dict[str, Any] = yaml.safe_load((project / "adapters.yaml").read_text(encoding="utf-8"))
     content["base_model"]["source"] = "./base"

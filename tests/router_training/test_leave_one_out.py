@@ -13,6 +13,8 @@ from server.routing.router import load_artefact
 from tests.router_training.conftest import chat_line
 from tests.router_training.test_run import QUICK, run
 
+pytestmark = pytest.mark.usefixtures("short_fits")
+
 
 @pytest.fixture(params=[[], ["--prompt-gate"]], ids=["router", "router and prompt gate"])
 def trained(project: Path, request: pytest.FixtureRequest) -> Path:

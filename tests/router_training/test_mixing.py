@@ -26,7 +26,8 @@ from router_training.mixing import (
 from router_training.rephrasing import REASONS, rephrase_some
 from router_training.router_inputs import chosen_positions
 from router_training.settings import TrainingConfig
-from tests.router_training.test_encoding import END, START, ByteRenderer
+from server.errors import ConfigError
+from tests.router_training.test_encoding import END, START, ByteRenderer, RefusingRenderer
 
 
 def chat(task: str, question: str, answer: str, origin: str = "data:1") -> Chat:
@@ -80,7 +81,7 @@ def test_the_base_models_chats_are_joined_in_conversations_alone() -> None:
 
 
 def test_pairs_need_two_tasks_with_single_questions() -> None:
-    with pytest.raises(ValueError, match="at least two tasks"):
+    with pytest.raises(ConfigError, match="at least two tasks"):
         pair_up({"a": chats(2)["a"], "b": []}, 3, seed=0)
 
 
@@ -155,6 +156,25 @@ def test_questions_are_read_beyond_what_the_router_is_trained_on() -> None:
     mix, *_ = draw_question_mixes(rows, config)
     lengths = sorted(map(len, encode_mix(mix, LABELS, ByteRenderer(), {END}, question_settings(config))))
     assert 100 < lengths[0] < lengths[1] == QUESTION_TOKENS
+
+
+def test_a_frame_makes_no_chat_too_long() -> None:
+    """The data has been checked; a seed must not decide whether it is good."""
+    config = TrainingConfig(samples=30, rephrase_fraction=1.0, max_length=20, too_long="refuse")
+    mix = draw_mix(chats(20), config)
+    lengths = list(map(len, encode_mix(mix, LABELS, ByteRenderer(), {END}, config)))
+    assert len(lengths) == 30
+    assert max(lengths) == 20
+
+
+def test_a_frame_has_no_system_message_where_the_template_takes_none() -> None:
+    config = TrainingConfig(samples=30, rephrase_fraction=1.0)
+    mix = draw_mix(chats(20), config)
+    assert any(chat.messages[0]["role"] == "system" for chat in mix.chats)
+    assert len(encode_mix(mix, LABELS, RefusingRenderer(), {END}, config)) == 30
+    own = Chat("a", ({"role": "system", "content": "mine"}, *chat("a", "q", "r").messages), "data:7")
+    with pytest.raises(TrainingDataError, match=r"data:7: .*no system role"):
+        encode_mix(Mix((own,), ()), LABELS, RefusingRenderer(), {END}, config)
 
 
 @given(st.integers(0, 30), st.integers(0, 10))

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router_training import prompt_fit
 from router_training.answer_ends import answer_ends
 from router_training.artefact import build_artefact
 from router_training.chain_loss import Question
@@ -40,7 +41,10 @@ from server.routing.router import load_artefact
 from tests.router_training.conftest import TOKENS_PER_TASK, byte_tokenizer
 from tests.router_training.test_run import QUICK, run
 
+pytestmark = pytest.mark.usefixtures("short_fits")
+
 FRAME = ChatFrame((200, 201), 202)
+NAMES = ("digits", "letters", "signs")
 Sequences = Callable[..., list[TokenSequence]]
 
 
@@ -59,7 +63,7 @@ def fit(roster: Roster, sequences: list[TokenSequence], seed: int = 0) -> Prompt
         [sequences * 20, sequences[::-1] * 20],
         FRAME,
         first_slot=FIRST_SLOT,
-        num_choices=3,
+        names=NAMES,
         seed=seed,
     )
 
@@ -138,8 +142,10 @@ def test_long_questions_give_their_beginning_or_a_stretch_from_anywhere() -> Non
     assert torch.equal(first[0], short)
 
 
-def test_there_is_a_step_for_a_single_question() -> None:
-    assert num_steps(1) == 1
+def test_few_questions_are_seen_often_enough_to_be_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_fit, "MIN_STEPS", 600)
+    assert [num_steps(count) for count in (1, 6000, 12_000)] == [600, 600, 1167]
+    assert prompt_fit.recipe(6000) != prompt_fit.recipe(12_000) == prompt_fit.RECIPE
 
 
 def test_the_frame_is_what_the_template_puts_around_a_question() -> None:
@@ -216,7 +222,7 @@ def test_a_gate_is_the_mean_of_its_fits(roster: Roster, make_sequences: Sequence
     embeddings = roster.routed.model.get_input_embeddings().weight  # type: ignore[operator]
 
     def scores(draws: Sequence[list[TokenSequence]], seed: int) -> torch.Tensor:
-        return fit_prompt_gate(embeddings, draws, FRAME, first_slot=FIRST_SLOT, num_choices=3, seed=seed).scores.float()
+        return fit_prompt_gate(embeddings, draws, FRAME, first_slot=FIRST_SLOT, names=NAMES, seed=seed).scores.float()
 
     alone = [scores([sequences], seed) for seed in (4, 5)]
     assert not torch.equal(*alone)
@@ -227,12 +233,12 @@ def test_a_gate_is_the_mean_of_its_fits(roster: Roster, make_sequences: Sequence
 
 
 def test_chats_without_questions_are_refused(roster: Roster, make_sequences: Sequences) -> None:
-    with pytest.raises(ConfigError, match="no first question"):
+    with pytest.raises(ConfigError, match=r"letters.* have no first question"):
         fit(roster, make_sequences(6))
     embeddings = roster.routed.model.get_input_embeddings().weight  # type: ignore[operator]
     for draws in ([], [framed(make_sequences(6)), make_sequences(6)]):
-        with pytest.raises(ConfigError, match="no first question"):
-            fit_prompt_gate(embeddings, draws, FRAME, first_slot=FIRST_SLOT, num_choices=3, seed=0)
+        with pytest.raises(ConfigError, match=r"letters.* have no first question"):
+            fit_prompt_gate(embeddings, draws, FRAME, first_slot=FIRST_SLOT, names=NAMES, seed=0)
 
 
 def test_the_trainers_gates_are_the_servers_spans(roster: Roster, make_sequences: Sequences) -> None:

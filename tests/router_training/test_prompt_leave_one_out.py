@@ -14,6 +14,8 @@ from server.config import load_config
 from server.model.loader import load_base_model
 from tests.router_training.conftest import chat_line
 
+pytestmark = pytest.mark.usefixtures("short_fits")
+
 
 def arguments(project: Path, *more: str) -> list[str]:
     paths = ["--config", str(project / "adapters.yaml"), "--data", str(project / "data")]

@@ -12,8 +12,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from router_training import prompt_fit
 from router_training.__main__ import main
 from router_training.checkpoint import CHECKPOINT_NAME, Checkpoint, claimed
+from router_training.data import Chat
+from router_training.mixing import Mix
+from router_training.run import fingerprint
+from router_training.settings import TrainingConfig
 from server.errors import ConfigError
 
 FLAGS = {
@@ -168,3 +173,21 @@ def test_a_file_is_no_folder_to_write_to(project: Path, capsys: pytest.CaptureFi
     assert main(command(project, "router")) == 1
     assert f"--out {project / 'router'}: not a folder" in capsys.readouterr().err
     assert (project / "router").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_run_that_another_way_to_make_prompt_gates_began_is_not_gone_on_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mix = Mix((Chat("a", ({"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}), "a:1"),), ())
+    composed, plain = TrainingConfig(composite_fraction=0.5), TrainingConfig()
+    before = [
+        fingerprint({"a": 1}, composed, [mix]),
+        fingerprint({"a": 1}, plain, [mix]),
+        fingerprint({"a": 1}, plain, []),
+    ]
+    assert len(set(before)) == 3
+    monkeypatch.setattr(prompt_fit, "RECIPE", "another")
+    monkeypatch.setattr(prompt_fit, "MIN_STEPS", 7)
+    gated = [fingerprint({"a": 1}, composed, [mix]), fingerprint({"a": 1}, plain, [mix])]
+    assert not set(gated) & set(before)
+    assert fingerprint({"a": 1}, plain, []) == before[2], "has none"

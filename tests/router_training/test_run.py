@@ -16,6 +16,8 @@ from router_training.settings import TrainingConfig
 from server.routing.background import from_tensors
 from server.routing.router import load_artefact, save_artefact
 
+pytestmark = pytest.mark.usefixtures("short_fits")
+
 QUICK = ["--samples", "16", "--max-length", "64", "--warm-start-samples", "8", "--steps", "2", "--batch-size", "4"]
 
 
