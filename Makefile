@@ -2,7 +2,7 @@
 
 VENV ?= .venv
 CONFIG ?= adapters.yaml
-PORT ?= 8000
+PORT ?=
 ARGS ?=
 
 # The first Python on PATH that is new enough; PYTHON=/path/to/python overrides the search.
@@ -17,7 +17,7 @@ INPUTS := pyproject.toml deploy/constraints.txt server/native/compilation.py $(w
 .PHONY: routing-study routing-study-report
 
 help:
-	@echo "make serve   set up, then serve $(CONFIG) on http://127.0.0.1:$(PORT)   (CONFIG=, PORT=, ARGS=)"
+	@echo "make serve   set up, then serve $(CONFIG) on its port, else 8000   (CONFIG=, PORT=, ARGS=)"
 	@echo "make test    set up, then run the tests                              (ARGS='-k name')"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   lora-mixer bench                                        (ARGS='--help')"
@@ -27,7 +27,7 @@ help:
 	@echo "make bench-scaling, bench-serving, bench-flame, bench-report: see benchmarks/README.md"
 
 serve: $(VENV)/.serving
-	@exec $(BIN)/lora-mixer serve --config $(CONFIG) --port $(PORT) $(ARGS)
+	@exec $(BIN)/lora-mixer serve --config $(CONFIG) $(if $(PORT),--port $(PORT)) $(ARGS)
 
 test: $(VENV)/.testing
 	@exec $(BIN)/python -m pytest $(ARGS)

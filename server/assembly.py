@@ -17,12 +17,14 @@ import torch
 
 from server.adapters.examples import encode_examples
 from server.adapters.hub import HubSource
+from server.adapters.lockfile import Lockfile
 from server.adapters.records import AdapterState
 from server.adapters.registry import AdapterRegistry
 from server.adapters.roster import Roster
 from server.api.paths import checked_source
 from server.api.services import Services
 from server.backend import Backend, build_backend
+from server.base_lock import at_locked_commit, lock_commit
 from server.config import Secrets, ServerConfig, cache_folder
 from server.engine.async_engine import AsyncEngine
 from server.engine.block_pool import BlockPool
@@ -67,7 +69,10 @@ def build_model(config: ServerConfig) -> ModelParts:
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     started_s = time.monotonic()
-    loaded = load_base_model(config.base_model, device=settings.device, cache_folder=cache_folder(), root=config.root)
+    lock = Lockfile(config.root / LOCKFILE_NAME)
+    base_model = at_locked_commit(config.base_model, lock, config.root)
+    loaded = load_base_model(base_model, device=settings.device, cache_folder=cache_folder(), root=config.root)
+    lock_commit(config.base_model, lock, config.root, loaded.revision)
     routed = attach_routing(loaded.model, num_slots=(settings.max_resident_adapters or settings.max_adapters) + 1)
     backend = build_backend(routed, settings, loaded.max_model_len)
     logger.info(

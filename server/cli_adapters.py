@@ -1,6 +1,7 @@
 """Flags and help of `lora-mixer adapters`. `cli_check.py` does the offline check, `cli_client.py` talks to servers."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from server import cli_client
@@ -59,7 +60,27 @@ def _add_add(subcommands: Any) -> None:
         "source", metavar="FOLDER_OR_REPO", help="Hub id org/name, or a folder below one of the server's adapter roots"
     )
     _add_hub_flags(parser)
-    parser.add_argument("--not-routed", action="store_true", help="serve it by name only; auto never picks it")
+    routing = parser.add_mutually_exclusive_group()
+    routing.add_argument(
+        "--routed",
+        action="store_const",
+        const=True,
+        help="route to it, by a row from its weights where neither --examples nor its repository has examples",
+    )
+    routing.add_argument(
+        "--not-routed",
+        dest="routed",
+        action="store_const",
+        const=False,
+        help="serve it by name only; auto never picks it",
+    )
+    parser.add_argument(
+        "--examples",
+        type=Path,
+        metavar="FILE",
+        help="2 to 64 prompts or chats that it is for, one JSON value a line, for a gate row without training: "
+        '"text", {"prompt": "text"} or {"messages": [...]}',
+    )
     parser.add_argument("--pinned", action="store_true", help="keep it in memory however rarely it is used")
     parser.add_argument(
         "--max-gate-share",

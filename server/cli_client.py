@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import httpx
 
+from server.adapters.examples import MAX_FILE_BYTES, read_lines
 from server.cli_flags import is_loopback_url, key_from_environment
 from server.errors import ConfigError, LoraMixerError
 from server.naming import printable
@@ -101,7 +102,7 @@ def run_add(arguments: argparse.Namespace) -> int:
         print("\n".join([f"{info['name']} cannot be served:", *reasons]))
     else:
         print(f"{info['name']}: {_state_of(info)}")
-        if info.get("state") == "READY" and not arguments.not_routed and not info.get("routed"):
+        if info.get("state") == "READY" and arguments.routed is not False and not info.get("routed"):
             print(f"  served by name only, not routed to: {_reason_of(info)}")
     return 1 if failed else 0
 
@@ -152,7 +153,8 @@ def _registration(arguments: argparse.Namespace) -> dict[str, Any]:
         "source": source,
         "revision": arguments.revision,
         "subfolder": arguments.subfolder,
-        "routed": False if arguments.not_routed else None,
+        "routed": arguments.routed,
+        "examples": None if arguments.examples is None else read_lines(arguments.examples, MAX_FILE_BYTES),
         "pinned": True if arguments.pinned else None,
         "max_gate_share": arguments.max_gate_share,
         "description": arguments.description,

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ValidationError
 
-from server.config import BaseModelConfig, ServerConfig, ServerSettings, load_config, load_secrets
+from server.config import NULL, BaseModelConfig, ServerConfig, ServerSettings, load_config, load_secrets
 
 DEFAULT_CONFIG = Path("adapters.yaml")
 
@@ -124,9 +124,13 @@ def _add_flag(group: Any, name: str) -> None:
 
 
 def _checked(model: type[BaseModel], name: str) -> Callable[[str], Any]:
-    """Argument type that applies the field's own validation, so that a bad flag is reported as a flag."""
+    """Argument type that applies the field's own validation, so that a bad flag is reported as a flag. `null` is what
+    it is in the file, where the field takes it."""
+    takes_null = type(None) in get_args(model.model_fields[name].annotation)
 
     def parse(text: str) -> Any:
+        if takes_null and text == "null":
+            return NULL
         try:
             return getattr(model.model_validate({name: text}), name)
         except ValidationError as error:

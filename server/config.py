@@ -203,8 +203,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lora-mixer"
 
 
+NULL = object()
+"""An override that sets a setting to null, as opposed to None, which overrides nothing."""
+
+
 def load_config(path: Path, overrides: dict[str, Any] | None = None) -> ServerConfig:
-    """Read and validate adapters.yaml; `overrides` are `server` settings from flags (None values are skipped).
+    """Read and validate adapters.yaml; `overrides` are `server` settings from flags (None is skipped, `NULL` is null).
 
     Raises ConfigError that lists every problem with its place in the file, an unknown key with its nearest known one.
     """
@@ -222,7 +226,7 @@ def parse_config(
     content = dict(content)
     if "root" in content:
         raise ConfigError(f"{origin}: unknown key 'root'")
-    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    given = {key: None if value is NULL else value for key, value in (overrides or {}).items() if value is not None}
     settings = content.get("server") or {}
     if given and isinstance(settings, dict):  # What is no mapping is reported below.
         content["server"] = {**settings, **given}

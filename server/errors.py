@@ -19,6 +19,7 @@ LoraMixerError
   + AdapterDownloadError         a Hub source could not be fetched
   + AdapterRefusedError          an adapter cannot be served; carries every reason
   + RouterArtefactError          a router artefact is damaged or belongs to another base, roster or format
+  + RegistryFileError            what is to survive a restart cannot be written; nothing was changed
   + EngineError                  a step failed; the request ended with an error event
 """
 
@@ -163,6 +164,12 @@ class RouterArtefactError(LoraMixerError):
     """A router artefact is damaged, or belongs to another base model, roster or format version."""
 
     default_code = "router_refused"
+
+
+class RegistryFileError(LoraMixerError):
+    """A file that what was acknowledged is kept in cannot be written: a full or read-only disk. Nothing was changed."""
+
+    default_code = "registry_not_writable"
 
 
 class EngineError(LoraMixerError):

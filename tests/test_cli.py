@@ -108,6 +108,16 @@ class TestSettingsFlags:
         ]
         assert unchanged == []
 
+    def test_null_is_what_it_is_in_the_file(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "a.yaml").write_text("server: {max_resident_adapters: 5, shortlist_from: 9}")
+        flags = ["--max-resident-adapters", "null", "--shortlist-from", "null", "--registry-file", "null"]
+        config = config_from(parse("serve", "--config", str(tmp_path / "a.yaml"), *flags))
+        assert (config.server.max_resident_adapters, config.server.shortlist_from) == (None, None)
+        assert config.registry_file is None
+        with pytest.raises(SystemExit):
+            parse("serve", "--port", "null")
+        assert "--port" in capsys.readouterr().err
+
     def test_dtype_overrides_the_base_model_s(self) -> None:
         config = config_from(parse("serve", "--config", str(DEMO_CONFIG), "--dtype", "float32"))
         assert config.base_model.dtype == "float32"

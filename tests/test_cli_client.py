@@ -5,6 +5,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,6 +141,26 @@ class TestAgainstAStub:
         }
         assert self.add(stub, "--replace") == 0
         assert stub.guards == [None, None]
+
+    def test_examples_and_routing_are_sent(self, stub: StubServer, tmp_path: Path) -> None:
+        stub.script["POST", "/v1/adapters"] = [(201, {"name": "new", "state": "READY", "routed": True})]
+        path = tmp_path / "examples.jsonl"
+        path.write_text('"one"\n\n{"prompt": "two"}\n', encoding="utf-8")
+        assert self.add(stub, "--routed", "--examples", str(path)) == 0
+        assert self.add(stub, "--not-routed") == 0
+        assert self.add(stub) == 0
+        bodies = [body for method, _, body in stub.seen if method == "POST"]
+        assert [body.get("routed") for body in bodies] == [True, False, None]
+        assert [body.get("examples") for body in bodies] == [["one", {"prompt": "two"}], None, None]
+
+    def test_examples_that_cannot_be_read_are_refused_before_anything_is_sent(
+        self, stub: StubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "examples.jsonl"
+        path.write_text('"one"\n{\n', encoding="utf-8")
+        assert self.add(stub, "--examples", str(path)) == 1
+        assert "examples.jsonl, line 2 is not JSON" in capsys.readouterr().err
+        assert not stub.seen
 
     def test_a_refusal_prints_every_reason(self, stub: StubServer, capsys: pytest.CaptureFixture[str]) -> None:
         error = {

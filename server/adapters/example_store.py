@@ -16,7 +16,7 @@ from typing import Any
 
 from server.adapters.examples import MAX_EXAMPLE_BYTES, MAX_EXAMPLES, Example, read_lines
 from server.atomic_file import write_atomically
-from server.errors import ConfigError, InvalidRequestError, LoraMixerError
+from server.errors import ConfigError, InvalidRequestError, RegistryFileError
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class ExampleStore:
     def keep(self, name: str, generation: int, digest: str | None, examples: Sequence[Example]) -> None:
         """Have all examples of an adapter on disk; `digest` is its content's, once that is known.
 
-        Raises LoraMixerError, and then the file is what it was.
+        Raises RegistryFileError, and then the file is what it was.
         """
         if self._folder is None:
             return
@@ -68,10 +68,9 @@ class ExampleStore:
                 self._folder.chmod(FOLDER_MODE)  # whatever made it
                 write_atomically(self._path(name, generation), text, mode=FILE_MODE)
             except OSError as error:
-                raise LoraMixerError(
+                raise RegistryFileError(
                     f"{self._folder} cannot be written ({error.strerror}), so nothing was changed; free space, or set "
                     "server.registry_file to a file whose folder can be written",
-                    code="registry_not_writable",
                 ) from error
             self._generations.setdefault(name, set()).add(generation)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from server.adapters.strict_json import StrictJsonError, parse_object
 from server.atomic_file import remove_leftovers, write_atomically
-from server.errors import ConfigError, LoraMixerError
+from server.errors import ConfigError, RegistryFileError
 
 FILE_VERSION = 1
 
@@ -56,7 +56,7 @@ class Exclusions:
             return self._entries.get(name)
 
     def put(self, name: str, exclusion: Exclusion) -> None:
-        """Raises LoraMixerError when it cannot be kept."""
+        """Raises RegistryFileError when it cannot be kept."""
         with self._mutex:
             self._change({**self._entries, name: exclusion})
 
@@ -72,10 +72,9 @@ class Exclusions:
             try:
                 write_atomically(self._path, json.dumps(record, indent=1) + "\n")
             except OSError as error:
-                raise LoraMixerError(
+                raise RegistryFileError(
                     f"{self._path} cannot be written ({error.strerror}), so nothing was changed; free space, or set "
                     "server.registry_file to a file whose folder can be written",
-                    code="registry_not_writable",
                 ) from error
         self._entries = entries
 

@@ -25,7 +25,7 @@ from server.adapters.exclusions import Exclusions
 from server.adapters.strict_json import StrictJsonError, parse_object
 from server.atomic_file import remove_leftovers, write_atomically
 from server.config import AdapterSpec
-from server.errors import ConfigError, LoraMixerError
+from server.errors import ConfigError, RegistryFileError
 
 logger = logging.getLogger(__name__)
 
@@ -108,14 +108,14 @@ class Journal:
 
     def put(self, entry: JournalEntry, *, configured: AdapterSpec | None = None) -> None:
         """Add an adapter, or replace the one of its name; `configured` is what the configuration lists under the name
-        and no longer counts. Raises LoraMixerError when it cannot be kept.
+        and no longer counts. Raises RegistryFileError when it cannot be kept.
         """
         with self._mutex:
             self._keep({"put": _entry_record(entry), "retired": configured and _spec_record(configured)})
             self._put(entry, configured)
 
     def remove(self, name: str, *, configured: AdapterSpec | None = None) -> None:
-        """Forget an adapter; `configured` says that the configuration lists it. Raises LoraMixerError as `put`."""
+        """Forget an adapter; `configured` says that the configuration lists it. Raises RegistryFileError as `put`."""
         with self._mutex:
             is_retired = configured is None or self._retired.get(name) == configured
             if name not in self._entries and is_retired:
@@ -138,7 +138,7 @@ class Journal:
             self._retired[name] = configured
 
     def _keep(self, change: Mapping[str, Any]) -> None:
-        """Have a change on disk. Raises LoraMixerError, and then the file is what it was."""
+        """Have a change on disk. Raises RegistryFileError, and then the file is what it was."""
         if self._path is None:
             return
         try:
@@ -147,10 +147,9 @@ class Journal:
                 if not self._append(self._path, change):
                     raise OSError(errno.EIO, "the file changed while it was written")
         except OSError as error:
-            raise LoraMixerError(
+            raise RegistryFileError(
                 f"{self._path} cannot be written ({error.strerror}), so nothing was changed; free space, or set "
                 "server.registry_file to a file that can be written",
-                code="registry_not_writable",
             ) from error
 
     def _append(self, path: Path, change: Mapping[str, Any]) -> bool:

@@ -52,6 +52,15 @@ class LockEntry:
     """Digest of the adapter."""
 
 
+@dataclass(frozen=True)
+class BaseLock:
+    """The commit that a base model from the Hub resolved to; `revision` as it was asked for."""
+
+    source: str
+    revision: str | None
+    commit: str
+
+
 class Lockfile:
     """The lock of one server. Thread-safe; every change is on disk when the call returns."""
 
@@ -61,7 +70,7 @@ class Lockfile:
         self._mutex = threading.Lock()
         if path is not None:
             remove_leftovers(path)
-        self._entries = {} if path is None else _read(path)
+        self._entries, self._base = ({}, None) if path is None else _read(path)
 
     def get(self, key: LockKey) -> LockEntry | None:
         with self._mutex:
@@ -88,21 +97,35 @@ class Lockfile:
                 self._entries = {other: entry for other, entry in self._entries.items() if other != key}
                 self._write()
 
+    def base_commit(self, source: str, revision: str | None) -> str | None:
+        """Of a base model from the Hub, None where another one or none is locked."""
+        with self._mutex:
+            known = self._base
+        return known.commit if known is not None and (known.source, known.revision) == (source, revision) else None
+
+    def put_base(self, base: BaseLock) -> None:
+        """Replaces what is there: a server has one base model. Raises OSError when the file cannot be written."""
+        with self._mutex:
+            if self._base != base:
+                self._base = base
+                self._write()
+
     def _write(self) -> None:
         if self._path is None:
             return
         records = [{**asdict(key), **asdict(entry)} for key, entry in self._entries.items()]
         records.sort(key=lambda record: (record["source"], record["revision"] or "", record["subfolder"] or ""))
-        text = json.dumps({"version": LOCK_VERSION, "adapters": records}, indent=2, sort_keys=True) + "\n"
+        base = {} if self._base is None else {"base_model": asdict(self._base)}
+        text = json.dumps({"version": LOCK_VERSION, **base, "adapters": records}, indent=2, sort_keys=True) + "\n"
         write_atomically(self._path, text)
 
 
-def _read(path: Path) -> dict[LockKey, LockEntry]:
+def _read(path: Path) -> tuple[dict[LockKey, LockEntry], BaseLock | None]:
     try:
         content = parse_object(path.read_bytes(), max_bytes=MAX_LOCK_BYTES)
-        return _entries(content)
+        return _entries(content), _base(content)
     except FileNotFoundError:
-        return {}
+        return {}, None
     except (StrictJsonError, OSError) as error:
         advice = "restore it from version control, or delete it to resolve every source anew"
         raise ConfigError(f"{path} is damaged: {error}; {advice}") from error
@@ -112,8 +135,8 @@ def _entries(content: dict[str, Any]) -> dict[LockKey, LockEntry]:
     if content.get("version") != LOCK_VERSION:
         raise StrictJsonError(f"its version is {content.get('version')!r}, this server reads {LOCK_VERSION}")
     records = content.get("adapters")
-    if set(content) != {"version", "adapters"} or not isinstance(records, list):
-        raise StrictJsonError("it does not hold exactly version and adapters")
+    if set(content) - {"base_model"} != {"version", "adapters"} or not isinstance(records, list):
+        raise StrictJsonError("it does not hold exactly version, adapters and perhaps base_model")
     entries: dict[LockKey, LockEntry] = {}
     for index, record in enumerate(records):
         if not isinstance(record, dict) or not _is_sound(record):
@@ -123,6 +146,21 @@ def _entries(content: dict[str, Any]) -> dict[LockKey, LockEntry]:
             raise StrictJsonError(f"entry {index} repeats {key.source!r}")
         entries[key] = LockEntry(record["commit"], record["files"], record["digest"])
     return entries
+
+
+def _base(content: dict[str, Any]) -> BaseLock | None:
+    if "base_model" not in content:
+        return None
+    record = content["base_model"]
+    if (
+        not isinstance(record, dict)
+        or set(record) != {"source", "revision", "commit"}
+        or not isinstance(record["source"], str)
+        or not (record["revision"] is None or isinstance(record["revision"], str))
+        or not _matches(COMMIT_PATTERN, record["commit"])
+    ):
+        raise StrictJsonError("its base_model is malformed")
+    return BaseLock(**record)
 
 
 def _is_sound(record: dict[str, Any]) -> bool:

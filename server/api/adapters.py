@@ -124,12 +124,16 @@ async def retire_adapter(name: str, services: InjectedServices, if_match: IfMatc
 
 @router.post("/v1/load_lora_adapter", summary="Register an adapter, as vLLM does", dependencies=MAY_CHANGE)
 async def load_lora_adapter(body: LoadBody, services: InjectedServices) -> Response:
-    """Waits until the adapter is served."""
+    """Waits until the adapter is served; 202 where that takes longer than a request may."""
     registration = RegisterBody(name=body.lora_name, source=body.lora_path)
     is_known = any(info.name == body.lora_name for info in services.registry.list())
     expected = (ANY_ETAG,) if body.load_inplace and is_known else None
     info = await settled(services, await _register(services, registration, param="lora_name", expected=expected))
-    _raise_failure(info.replacement or info)
+    newest = info.replacement or info
+    _raise_failure(newest)
+    if newest.state is not AdapterState.READY:
+        where = f"GET /v1/adapters/{body.lora_name} tells when it serves"
+        return PlainTextResponse(f"LoRA adapter '{body.lora_name}' is still {newest.state.value}; {where}.", 202)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 

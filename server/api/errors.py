@@ -47,6 +47,7 @@ ERROR_KINDS: Mapping[type[errors.LoraMixerError], ErrorKind] = {
     errors.TooManyRegistrationsError: ErrorKind(429, "rate_limit_error"),
     errors.OverloadedError: ErrorKind(503, "overloaded_error"),
     errors.NotReadyError: ErrorKind(503, "overloaded_error"),
+    errors.RegistryFileError: ErrorKind(507, "server_error"),
     errors.LoraMixerError: ErrorKind(500, "server_error"),
 }
 """Looked up along an exception's class hierarchy, so a subclass needs a row only if it differs."""

@@ -8,7 +8,7 @@ import pytest
 
 from server.adapters.example_store import ExampleStore
 from server.adapters.examples import MAX_EXAMPLE_BYTES, MAX_EXAMPLES, encode_examples
-from server.errors import ConfigError, InvalidRequestError, LoraMixerError
+from server.errors import ConfigError, InvalidRequestError, RegistryFileError
 from tests.adapters.calibrating import ByteRenderer
 
 CHAT = {"messages": [{"role": "user", "content": "line\u2028break [[[{"}, {"role": "assistant", "content": "ü\n"}]}
@@ -101,7 +101,7 @@ def test_what_cannot_be_written_changes_nothing(folder: Path) -> None:
     store.keep("a", 1, None, EXAMPLES)
     moved = folder.rename(folder.with_name("elsewhere"))
     folder.write_text("in the way")
-    with pytest.raises(LoraMixerError, match="nothing was changed") as caught:
+    with pytest.raises(RegistryFileError, match="nothing was changed") as caught:
         store.keep("b", 1, None, EXAMPLES)
     assert caught.value.code == "registry_not_writable"
     folder.unlink()

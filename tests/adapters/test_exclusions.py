@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from server.adapters.exclusions import Exclusion, Exclusions
-from server.errors import ConfigError, LoraMixerError
+from server.errors import ConfigError, RegistryFileError
 
 OUT = Exclusion(generation=2, digest="d" * 64, share=0.9, max_gate_share=0.5, window_tokens=1000)
 
@@ -36,7 +36,7 @@ def test_what_cannot_be_written_is_not_changed(path: Path) -> None:
     exclusions = Exclusions(path)
     exclusions.put("a", OUT)
     moved = path.parent.rename(path.parent.with_name("elsewhere"))
-    with pytest.raises(LoraMixerError, match="nothing was changed"):
+    with pytest.raises(RegistryFileError, match="nothing was changed"):
         exclusions.remove("a")
     assert exclusions.get("a") == OUT
     moved.rename(path.parent)

@@ -8,7 +8,7 @@ import pytest
 
 from server.adapters.journal import MIN_CHANGES, Journal, JournalEntry
 from server.config import AdapterSpec
-from server.errors import ConfigError, LoraMixerError
+from server.errors import ConfigError, RegistryFileError
 
 
 def spec(name: str, source: str = "org/name") -> AdapterSpec:
@@ -75,7 +75,7 @@ def test_a_change_that_cannot_be_written_is_not_made(tmp_path: Path) -> None:
     journal = Journal(folder / "adapters.state")
     journal.put(JournalEntry(spec("a"), 1))
     moved = folder.rename(tmp_path / "elsewhere")
-    with pytest.raises(LoraMixerError, match="nothing was changed") as caught:
+    with pytest.raises(RegistryFileError, match="nothing was changed") as caught:
         journal.put(JournalEntry(spec("b"), 1))
     assert caught.value.code == "registry_not_writable"
     assert [entry.spec.name for entry in journal.restored([])[1]] == ["a"]

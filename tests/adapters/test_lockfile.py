@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from server.adapters.lockfile import LockEntry, Lockfile, LockKey
+from server.adapters.lockfile import BaseLock, LockEntry, Lockfile, LockKey
 from server.config import AdapterSpec
 from server.errors import ConfigError
 
@@ -37,6 +37,22 @@ def test_examples_are_locked_where_there_are_some(path: Path) -> None:
     assert Lockfile(path).get(KEY) == entry
     path.write_text(path.read_text().replace("examples.jsonl", "examples.py"))
     with pytest.raises(ConfigError, match="entry 0 is malformed"):
+        Lockfile(path)
+
+
+def test_the_base_models_commit_stands_beside_the_adapters(path: Path) -> None:
+    base = BaseLock("org/base", None, "d" * 40)
+    Lockfile(path).put(KEY, ENTRY)
+    Lockfile(path).put_base(base)
+    again = Lockfile(path)
+    again.put(LockKey("org/other", None, None), ENTRY)
+    again = Lockfile(path)
+    assert again.base_commit("org/base", None) == base.commit
+    assert again.base_commit("org/base", "main") is None
+    assert again.base_commit("org/another", None) is None
+    assert again.get(KEY) == ENTRY
+    path.write_text(path.read_text().replace("d" * 40, "main"))
+    with pytest.raises(ConfigError, match="base_model is malformed"):
         Lockfile(path)
 
 

@@ -10,7 +10,13 @@ import httpx
 import pytest
 
 from server.adapters.records import AdapterInfo, AdapterState
-from server.errors import LoraMixerError, PreconditionFailedError, RefusalReason, TooManyRegistrationsError
+from server.errors import (
+    LoraMixerError,
+    PreconditionFailedError,
+    RefusalReason,
+    RegistryFileError,
+    TooManyRegistrationsError,
+)
 from tests.api.fakes import BASE_NAME, Harness, ready_info
 
 REASONS = (
@@ -323,7 +329,7 @@ def test_guards_travel_as_if_match_and_etag(client: httpx.Client, harness: Harne
     [
         (PreconditionFailedError("changed meanwhile"), 412, "precondition_failed"),
         (TooManyRegistrationsError("32 are loading", retry_after_s=5), 429, "too_many_registrations"),
-        (LoraMixerError("disk", code="registry_not_writable"), 500, "registry_not_writable"),
+        (RegistryFileError("disk full"), 507, "registry_not_writable"),
     ],
 )
 def test_registrations_that_may_not_be_made_now_have_their_statuses(
@@ -363,6 +369,16 @@ def test_vllms_load_and_unload(client: httpx.Client, harness: Harness) -> None:
     response = client.post("/v1/unload_lora_adapter", json={"lora_name": "new", "lora_int_id": 3})
     assert (response.status_code, response.text) == (200, "Success: LoRA adapter 'new' removed successfully.")
     assert client.post("/v1/unload_lora_adapter", json={"lora_name": "nobody"}).status_code == 404
+
+
+def test_vllms_load_claims_no_success_before_there_is_one(
+    client: httpx.Client, harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.api.adapters.WAIT_LIMIT_S", 0.01)
+    harness.registry.settles_as = dataclasses.replace(ready_info("new"), state=AdapterState.DOWNLOADING)
+    response = client.post("/v1/load_lora_adapter", json={"lora_name": "new", "lora_path": "org/new"})
+    assert response.status_code == 202
+    assert response.text == "LoRA adapter 'new' is still DOWNLOADING; GET /v1/adapters/new tells when it serves."
 
 
 def test_vllms_load_tells_refusals_too(client: httpx.Client, harness: Harness) -> None:
