@@ -138,8 +138,11 @@ class LeaseDesk:
             with state.mutex:
                 if roster is not state.roster:
                     continue  # a slot of the plan may be gone: resolve again
-                slots = () if resolution.plan.policy is Policy.ROUTED else resolution.plan.slots
-                names = tuple(sorted(resolution.slot_names[slot] for slot in slots if slot != BASE_SLOT))
+                slots = {slot for slot in resolution.plan.slots if slot != BASE_SLOT}
+                if resolution.plan.policy is Policy.ROUTED:
+                    # What is routed to stays, so nobody has to get in line for it but while it is being replaced.
+                    slots &= state.closed
+                names = tuple(sorted(resolution.slot_names[slot] for slot in slots))
                 if names and (self._line.has(names) or not state.closed.isdisjoint(slots)):
                     return names
                 return self._seating.acquire(model, resolution, count)

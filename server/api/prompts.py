@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from server.api.generation import Prompt
-from server.api.sampling import Limits, sampling_params
+from server.api.sampling import Limits, check_vocabulary, sampling_params
 from server.api.schemas import ChatBody, ChatMessage, CompletionBody
 from server.api.services import Services
 from server.api.values import PromptInput
@@ -30,7 +30,9 @@ def limits_of(services: Services) -> Limits:
 async def chat_prompt(services: Services, body: ChatBody) -> Prompt:
     """Render the messages with the model's chat template. Raises InvalidRequestError if the template refuses them."""
     token_ids = await chat_token_ids(services, body.messages, body.add_generation_prompt, body.continue_final_message)
-    return Prompt(tuple(token_ids), sampling_params(body, len(token_ids), limits_of(services)))
+    limits = limits_of(services)
+    check_vocabulary(token_ids, limits)
+    return Prompt(tuple(token_ids), sampling_params(body, len(token_ids), limits))
 
 
 async def chat_token_ids(
@@ -63,6 +65,8 @@ async def completion_prompts(services: Services, body: CompletionBody) -> list[P
 
     all_ids = await on_tokenizer_threads(services, lambda: [encode(prompt) for prompt in body.prompt])
     limits = limits_of(services)
+    for ids in all_ids:
+        check_vocabulary(ids, limits)
     return [Prompt(tuple(ids), sampling_params(body, len(ids), limits)) for ids in all_ids]
 
 

@@ -157,6 +157,18 @@ def requested_max_tokens(body: GenerationBody) -> int | None:
     return body.max_tokens
 
 
+def check_vocabulary(token_ids: Sequence[int], limits: Limits) -> None:
+    """Raises InvalidRequestError where a text has a token that the model knows nothing of: some tokenizers have more,
+    a padding token mostly, than the model has embeddings."""
+    if max(token_ids, default=0) >= limits.vocab_size:
+        unknown = next(token_id for token_id in token_ids if token_id >= limits.vocab_size)
+        raise InvalidRequestError(
+            f"the prompt's text has token {unknown} of the tokenizer, and the model knows ids below "
+            f"{limits.vocab_size}; leave that control token out",
+            param="prompt",
+        )
+
+
 def sampling_params(body: GenerationBody, num_prompt_tokens: int, limits: Limits) -> SamplingParams:
     """Parameters for one prompt. Raises ContextLengthError, and InvalidRequestError for an empty prompt."""
     trace = None if body.routing is None else TraceLevel(body.routing.trace)

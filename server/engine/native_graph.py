@@ -80,7 +80,14 @@ class NativeGraph:
         has_gates = any(plan.slots for plan in layout.plans)
         share = torch.zeros(num_tokens, num_slots) if has_gates else None
         routers, router_index, layers = self._lay_out_routers(layout, collect_layers)
-        plans = (Plan * len(layout.plans))(*(self._plan(plan, router_index) for plan in layout.plans))
+        # Structs hold addresses of these arrays, which must live until the step has run, whatever leaves the cache.
+        kept = [self._plan_arrays(plan) for plan in layout.plans]
+        plans = (Plan * len(kept))(
+            *(
+                arrays.struct(-1 if plan.router_generation is None else router_index[plan.router_generation])
+                for plan, arrays in zip(layout.plans, kept, strict=True)
+            )
+        )
         step = Step(
             num_tokens=num_tokens,
             num_sequences=len(layout.rows),
@@ -130,13 +137,12 @@ class NativeGraph:
             self._snapshot, self._adapters = snapshot, table
         return self._adapters
 
-    def _plan(self, plan: GatePlan, router_index: dict[int, int]) -> Plan:
+    def _plan_arrays(self, plan: GatePlan) -> "_PlanArrays":
         if plan not in self._plans:
             if len(self._plans) >= MAX_KEPT_PLANS:
                 self._plans.clear()
             self._plans[plan] = _PlanArrays(plan)
-        router = -1 if plan.router_generation is None else router_index[plan.router_generation]
-        return self._plans[plan].struct(router)
+        return self._plans[plan]
 
     def _lay_out_routers(
         self, layout: StepLayout, collect_layers: bool

@@ -178,7 +178,9 @@ class Sequence:
     """Source of one uniform number per sampled token; seeded, so results survive preemption and batching."""
 
     def __post_init__(self) -> None:
-        self.rng = random.Random(self.params.seed)
+        seed = self.params.seed
+        # random.Random takes the absolute value, and so -1 for 1.
+        self.rng = random.Random(None if seed is None else seed % 2**64)
 
     def append(self, token_id: int) -> None:
         """Take a sampled token."""

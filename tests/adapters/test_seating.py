@@ -619,6 +619,38 @@ def test_a_newcomer_that_the_router_knows_takes_an_idle_ones_place(make_small: M
         registry.lease("x")
 
 
+def test_a_request_never_gets_the_place_of_a_generation_that_is_being_replaced(
+    make_small: MakeSmall, pool: ThreadPoolExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its slot would have other weights before the request has run."""
+    whole = make_small(4)
+    add(whole, *NAMES)
+    registry = make_small(1)
+    add(registry, "a", routed=False)
+    registry.swap_router(save_router(tmp_path / "router", whole._routed, digests(whole)))
+    registry.register(local("a"), expected=["*"])
+    before = registry.wait("a", 30)
+    assert (before.generation, before.routed, before.resident) == (2, True, True)
+    stage = registry._routed.bank.with_adapter
+    leases: list[Future[AdapterLease]] = []
+
+    def meanwhile(*args: Any, **options: Any) -> Any:
+        leases.append(waiting(registry, pool, "auto"))
+        return stage(*args, **options)
+
+    monkeypatch.setattr(registry._routed.bank, "with_adapter", meanwhile)
+    registry.register(local("a", "b"), expected=["*"])
+    lease = leases[0].result(20) if registry.wait("a", 30) and leases else None
+    assert lease is not None
+    assert registry.get("a").generation == 3
+    with_b = registry.lease("auto")
+    assert lease.plan.fingerprint == with_b.plan.fingerprint
+    assert lease.plan.router_generation == with_b.plan.router_generation
+    lease.release()
+    with_b.release()
+    check_empty(registry)
+
+
 def test_a_routed_newcomer_without_room_is_routed_once_requests_end(make_small: MakeSmall, tmp_path: Path) -> None:
     registry = make_small(1)
     add(registry, "b", routed=False)

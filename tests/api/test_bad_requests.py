@@ -1,5 +1,6 @@
 """Every malformed, absurd or unsupported request: right status, OpenAI's envelope, the field, and helpful words."""
 
+import dataclasses
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.api import prompts
 from tests.api.envelope import refusal
 from tests.api.fakes import BASE_NAME, Harness
 
@@ -347,3 +349,25 @@ def test_no_route_takes_templates_images_or_unbounded_counts(
 ) -> None:
     error = refuse_chat(client, fields)
     assert str(error["param"]).startswith(param)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": ["abc", "za"]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "z"}]}),
+    ],
+)
+def test_tokens_that_the_model_does_not_know_are_refused_in_texts_too(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    """A tokenizer may have more of them than the model has embeddings."""
+    known = prompts.limits_of
+
+    def fewer(services: Any) -> Any:
+        return dataclasses.replace(known(services), vocab_size=ord("z"))
+
+    monkeypatch.setattr(prompts, "limits_of", fewer)
+    response = client.post(path, json={"model": "auto", "max_tokens": 1, **body})
+    assert response.status_code == 400
+    assert "the model knows ids below 122" in response.json()["error"]["message"]

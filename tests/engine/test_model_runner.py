@@ -276,6 +276,11 @@ def test_mass_is_routed_where_the_router_had_a_choice(tiny_llama: Callable[..., 
     assert sum(mass for _, mass in guided.routed_mass) == pytest.approx(4.0), "a prompt gate is part of its router"
     assert dict(guided.routed_mass)[2] >= 2.0
     assert len(guided.entropies) == 2, "what the prompt gate decided has no entropy"
+    rows[0].num_computed_tokens = 0
+    rows[0].course = PlanCourse((PlanSpan(3, BASE_PLAN),))
+    nobodys = runner.run(ScheduledBatch((ScheduledSequence(rows[0], 4), ScheduledSequence(rows[3], 4)))).routing
+    assert dict(nobodys.routed_mass)[0] == 3.0, "the prompt gate's tokens for the base model, not a base request's"
+    assert sum(mass for _, mass in nobodys.routed_mass) == pytest.approx(4.0)
 
 
 def test_tokens_computed_again_after_a_preemption_are_in_no_routing_total(tiny_llama: Callable[..., Any]) -> None:

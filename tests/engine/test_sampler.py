@@ -11,6 +11,7 @@ import torch
 from server.engine import sampling_ops
 from server.engine.sampler import sample, score_tokens
 from server.errors import EngineError
+from tests.engine.fakes import make_sequence
 from tests.engine.sampling_reference import VOCAB_SIZE, any_sequence, random_logits, reference_sample, sequence
 
 
@@ -179,3 +180,11 @@ def test_scoring_logits_that_are_not_finite_names_the_sequence() -> None:
     with pytest.raises(EngineError) as caught:
         score_tokens(logits, [1, 2], 0, sequence_id=9)
     assert caught.value.sequence_ids == (9,)
+
+
+def test_seeds_below_zero_are_seeds_of_their_own() -> None:
+    """`random.Random(-1)` is `random.Random(1)`."""
+    drawn = {seed: make_sequence(seed=seed).rng.random() for seed in (-2, -1, 0, 1, 2)}
+    assert len(set(drawn.values())) == 5
+    assert drawn[1] == random.Random(1).random(), "others keep their streams"
+    assert drawn[-1] == make_sequence(seed=-1).rng.random()

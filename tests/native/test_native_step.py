@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -316,3 +317,30 @@ def test_retired_adapters_and_dropped_models_are_freed() -> None:
     del side
     gc.collect()
     assert native() is None
+
+
+def test_plans_of_a_step_outlive_their_place_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More plans than are kept arrive in one step: each must still be what it was when the step reads it."""
+    model = ready(llama())
+    digests = {slot: f"d{slot}" for slot in rig.RANKS}
+    plans = [
+        fixed_plan(Policy.WEIGHTED, {slot: weight}, digests) for weight in (0.25, 0.5, 0.75, 2.0) for slot in (1, 2)
+    ]
+    side = rig.native_side(model)
+    rig.equip(side, {})
+    alone = [rig.prefill(side, PROMPT[:20], [20], plan)[-1].clone() for plan in plans]
+    monkeypatch.setattr("server.engine.native_graph.MAX_KEPT_PLANS", 2)
+    native: Any = side.graph
+    native._plans.clear()
+    run = native._native.run
+
+    def run_later(step: Any) -> None:
+        junk = [np.full(1, 3, np.int32) for _ in range(2000)]  # takes whatever memory was given back
+        run(step)
+        del junk
+
+    monkeypatch.setattr(native._native, "run", run_later)
+    rows = [(rig.make_sequence(PROMPT[:20], 1 + 2 * index, plan), 20) for index, plan in enumerate(plans)]
+    together = rig.step(side, rows).logits
+    for index, expected in enumerate(alone):
+        torch.testing.assert_close(together[20 * index + 19], expected)

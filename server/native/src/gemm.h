@@ -38,6 +38,7 @@ class Buffer {
         constexpr int64_t kHugePage = 2 << 20;
         const bool is_huge = count * static_cast<int64_t>(sizeof(T)) >= 4 * kHugePage;
         const int64_t unit = is_huge ? kHugePage : kCacheLine;
+        size_ = 0;  // If there is no memory, the next step must not take the old size for true.
         const size_t bytes = round_up(count * static_cast<int64_t>(sizeof(T)), unit);
         memory_.reset(static_cast<T*>(std::aligned_alloc(unit, bytes)));
         if (!memory_) throw std::bad_alloc();
