@@ -53,8 +53,11 @@ class OffsetTracker:
     Stop strings play no part, so a token inside a removed stop string keeps the place it would have had.
     """
 
-    def __init__(self, tokenizer: TokenDecoder, start: int, *, skip_special_tokens: bool) -> None:
-        self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+    def __init__(
+        self, tokenizer: TokenDecoder, start: int, *, skip_special_tokens: bool, context: Sequence[int] = ()
+    ) -> None:
+        """`context` as `IncrementalDetokenizer` takes it."""
+        self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens, context=context)
         self._length = start
 
     def push(self, token_ids: Sequence[int]) -> list[int]:
@@ -99,6 +102,7 @@ class CompletionFormat:
                 self._tokenizer,
                 len(echoes[choice.index // body.n].text) if echoes else 0,
                 skip_special_tokens=body.skip_special_tokens,
+                context=generation.prompts[choice.index // body.n].token_ids,
             )
             for choice in generation.choices
         ]

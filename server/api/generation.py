@@ -14,7 +14,7 @@ from typing import Any
 
 from server.adapters.leases import AdapterLease
 from server.api.choice import Choice, ChoiceDelta, total
-from server.api.schemas import GenerationBody
+from server.api.schemas import ChatBody, CompletionBody, GenerationBody
 from server.api.services import Services
 from server.engine.async_engine import GenerationHandle, GenerationRequest
 from server.engine.sequence import FinishReason, SamplingParams, TokenEvent
@@ -212,7 +212,11 @@ def submit(
         )
         requests.append(request)
     generation.handles.extend(services.engine.submit_all(requests))
-    generation.choices.extend(_new_choice(services, body, index, arrival_s) for index in range(len(prompts) * body.n))
+    goes_on = isinstance(body, CompletionBody) or (isinstance(body, ChatBody) and body.continue_final_message)
+    generation.choices.extend(
+        _new_choice(services, body, index, arrival_s, prompts[index // body.n].token_ids if goes_on else ())
+        for index in range(len(prompts) * body.n)
+    )
     generation.count_start()
     return generation
 
@@ -226,13 +230,16 @@ async def collect(generation: Generation) -> list[ChoiceDelta]:
     return [total(part) for part in parts]
 
 
-def _new_choice(services: Services, body: GenerationBody, index: int, arrival_s: float) -> Choice:
+def _new_choice(
+    services: Services, body: GenerationBody, index: int, arrival_s: float, context: Sequence[int]
+) -> Choice:
     detokenizer = IncrementalDetokenizer(
         services.tokenizer,
         stop=body.stop,
         include_stop=body.include_stop_str_in_output,
         skip_special_tokens=body.skip_special_tokens,
         min_tokens=body.min_tokens,
+        context=context,
     )
     return Choice(index, detokenizer, body.include_stop_str_in_output, last_token_s=arrival_s)
 

@@ -8,8 +8,11 @@ number of tokens before it.
 import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from typing import Protocol
 
+CONTEXT_TOKENS = 8
+"""Tokens of a context that are looked at; more than a character ever has."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What decoders put in place of bytes that are no UTF-8."""
 
@@ -60,9 +63,12 @@ class IncrementalDetokenizer:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
+        context: Sequence[int] = (),
     ) -> None:
+        """`context`: the tokens before, if the text goes on with theirs. A SentencePiece vocabulary has the space
+        before a word in the word's token, and drops it where a text begins."""
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
-        self._characters = _ByteDecoder(tokenizer) if tokenizer.is_byte_level else _WindowDecoder(tokenizer)
+        self._characters = _ByteDecoder(tokenizer) if tokenizer.is_byte_level else _WindowDecoder(tokenizer, context)
         self._matchers = tuple(_StopMatcher(text) for text in dict.fromkeys(stop) if text)
         self._include_stop = include_stop
         self._min_tokens = min_tokens
@@ -157,10 +163,10 @@ class _WindowDecoder:
     would replace the whole run.
     """
 
-    def __init__(self, tokenizer: TokenDecoder) -> None:
+    def __init__(self, tokenizer: TokenDecoder, context: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._num_shown = 0  # leading tokens of the window whose text is out
+        self._window = self._end_of(context)
+        self._num_shown = len(self._window)  # leading tokens of the window whose text is out
 
     def push(self, token_id: int) -> str:
         self._window.append(token_id)
@@ -176,6 +182,13 @@ class _WindowDecoder:
         text = self._new_text()
         self._num_shown = len(self._window)
         return text
+
+    def _end_of(self, context: Sequence[int]) -> list[int]:
+        """Its last tokens behind any special one, if they end with a whole character."""
+        words = takewhile(lambda token: token not in self._tokenizer.special_ids, reversed(context))
+        end = list(islice(words, CONTEXT_TOKENS))[::-1]
+        is_whole = not self._tokenizer.decode(end, skip_special_tokens=False).endswith(REPLACEMENT)
+        return end if is_whole else []
 
     def _new_text(self) -> str:
         # Special tokens were dropped before, if they are to be dropped.

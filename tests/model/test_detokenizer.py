@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -136,6 +136,34 @@ def test_text_of_a_sentencepiece_vocabulary_streams_to_the_library_s_decode(
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     got, _, _ = stream(IncrementalDetokenizer(tokenizer), split_at(token_ids, [cut]))
     assert got == tokenizer.decode(token_ids)
+
+
+@given(
+    text=st.text(alphabet=st.sampled_from([*"helo rat,.", "é", "日", "🚀"]), max_size=40),
+    place=st.integers(0, 60),
+    cut=st.integers(1, 4),
+)
+def test_text_that_goes_on_keeps_the_space_between(
+    sentencepiece_like: PreTrainedTokenizerFast, text: str, place: int, cut: int
+) -> None:
+    """Prompt and completion together are what all tokens decode to."""
+    tokenizer = ChatTokenizer(sentencepiece_like)
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    prompt, rest = token_ids[:place], token_ids[place:]
+    shown = tokenizer.decode(prompt)
+    assume(not shown.endswith("\ufffd"))
+    for context in (prompt, [1, *prompt]):
+        got, _, _ = stream(IncrementalDetokenizer(tokenizer, context=context), split_at(rest, [cut]))
+        assert shown + got == tokenizer.decode(token_ids)
+
+
+def test_an_answer_begins_a_text_of_its_own(sentencepiece_like: PreTrainedTokenizerFast) -> None:
+    tokenizer = ChatTokenizer(sentencepiece_like)
+    (word,) = tokenizer.encode("he", add_special_tokens=False)
+    for context, expected in (((), "he"), ((word,), " he"), ((word, 1), "he")):
+        assert stream(IncrementalDetokenizer(tokenizer, context=context), [[word]])[0] == expected
+    stopped = IncrementalDetokenizer(tokenizer, context=(word,), stop=(" h",))
+    assert stopped.push([word]).stopped == " h"
 
 
 def test_an_unfinished_character_is_held_until_it_is_whole() -> None:
