@@ -4,7 +4,8 @@
 #   docker build -t lora-mixer .
 #   docker run --rm -p 127.0.0.1:8000:8000 -e LORA_MIXER_API_KEYS=change-me -e LORA_MIXER_ADMIN_KEY=change-me-too lora-mixer
 #
-# Your own configuration: -v "$PWD/my:/srv/my:ro" … lora-mixer \
+# Your own configuration, in a folder that user 1000 may write (adapters.lock and adapters.state lie beside adapters.yaml;
+# read-only, nothing registered over HTTP is kept): -v "$PWD/my:/srv/my" … lora-mixer \
 #       serve --config /srv/my/adapters.yaml --host 0.0.0.0
 # Build with another torch (CUDA, ROCm): --build-arg PIP_EXTRA_INDEX_URL=… picks the index that has it.
 

@@ -51,7 +51,7 @@ class ServerSettings(Frozen):
     device: str = "cpu"
     """Torch device of model, cache and bank: `cpu`, `cuda` or `cuda:N`."""
     num_threads: Annotated[int, Field(ge=1)] | None = None
-    """CPU threads that compute a step; null takes one per core."""
+    """CPU threads that compute a step; null takes one per core, on the torch backend torch's own choice."""
     backend: Literal["auto", "native", "torch"] = "auto"
     """What computes: `native` is the compiled decoder of the Llama family on CPUs, `torch` transformers' own graph,
     `auto` the native one where it can serve the model."""
@@ -78,7 +78,7 @@ class ServerSettings(Frozen):
     max_adapters: Annotated[int, Field(ge=1, le=4096)] = 64
     """Most adapters registered at once."""
     max_resident_adapters: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Most adapters in memory at once; null: `max_adapters`. Others wait on disk. A step's cost grows with it."""
+    """Most adapters in memory at once; null: `max_adapters`. Others wait on disk. On the torch backend a step's cost grows with it."""
     adapter_memory_mib: Annotated[float, Field(gt=0)] | None = None
     """Memory of all adapters' weights, in MiB; null: no limit. Those beyond wait on disk until a request wants them."""
     adapter_wait_s: Annotated[float, Field(gt=0)] = 60.0

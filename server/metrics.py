@@ -232,7 +232,7 @@ class Metrics:
             return
         self._step_s.observe(stats.step_s)
         self._kv_usage.set(stats.kv_usage_ratio)
-        # Both, as vLLM counts them: cached tokens are then a share of the prompt's, and requests' own usage adds up.
+        # Both, as vLLM counts them: cached tokens are then a share of the prompt's. Each of n samples has its own.
         self._prompt_tokens.inc(stats.num_prompt_tokens + stats.num_cached_tokens)
         self._generation_tokens.inc(stats.num_generated_tokens)
         self._cached_tokens.inc(stats.num_cached_tokens)

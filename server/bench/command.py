@@ -64,7 +64,9 @@ def add_bench_parser(commands: Any) -> None:
         "bench", formatter_class=_BenchHelp, help="measure speed reproducibly", description=DESCRIPTION
     )
     parser.add_argument(
-        "--url", help="measure this server over HTTP, e.g. http://127.0.0.1:8000 (default: the engine in this process)"
+        "--url",
+        help="measure this server over HTTP, e.g. http://127.0.0.1:8000 (default: the engine in "
+        "this process); the key is LORA_MIXER_ADMIN_KEY, else the first of LORA_MIXER_API_KEYS",
     )
     _add_load_flags(parser, Plan())
     parser.add_argument("--json-out", type=Path, metavar="FILE", help="append the lines to FILE as well")
