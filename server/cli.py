@@ -65,8 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="run the server",
         description="Loads model, adapters and router, then serves until SIGTERM or Ctrl-C. On either it refuses new "
         "requests, lets running ones finish (drain-timeout-s), and exits with 0; a second signal cuts them off.",
-        epilog="Keys come from the environment: LORA_MIXER_API_KEYS (comma-separated; needed for every /v1 and tokenizer route "
-        "when set) and LORA_MIXER_ADMIN_KEY (needed to change adapters or router; without it only this machine may). README.md lists the others.",
+        epilog="Keys come from the environment: LORA_MIXER_API_KEYS (comma-separated; needed for every /v1 and "
+        "tokenizer route when set) and LORA_MIXER_ADMIN_KEY (needed to change adapters or router; without it only this "
+        "machine may). README.md lists the others.",
     )
     add_config_flags(serve)
     add_settings_flags(serve)
