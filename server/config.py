@@ -78,7 +78,8 @@ class ServerSettings(Frozen):
     max_adapters: Annotated[int, Field(ge=1, le=4096)] = 64
     """Most adapters registered at once."""
     max_resident_adapters: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Most adapters in memory at once; null: `max_adapters`. Others wait on disk. On the torch backend a step's cost grows with it."""
+    """Most adapters in memory at once; null: `max_adapters`. Others wait on disk. A step's cost grows with it on the
+    torch backend."""
     adapter_memory_mib: Annotated[float, Field(gt=0)] | None = None
     """Memory of all adapters' weights, in MiB; null: no limit. Those beyond wait on disk until a request wants them."""
     adapter_wait_s: Annotated[float, Field(gt=0)] = 60.0
