@@ -49,15 +49,17 @@ class alignas(64) Signal {
 
 class Team {
   public:
+    // Throws std::system_error where the system gives no more threads.
     explicit Team(int size) : size_(size) {
-        for (int id = 1; id < size; ++id) workers_.emplace_back([this, id] { serve(id); });
+        try {
+            for (int id = 1; id < size; ++id) workers_.emplace_back([this, id] { serve(id); });
+        } catch (...) {
+            close();
+            throw;
+        }
     }
 
-    ~Team() {
-        is_closing_ = true;
-        start_.raise();
-        for (auto& worker : workers_) worker.join();
-    }
+    ~Team() { close(); }
 
     int size() const { return size_; }
 
@@ -82,6 +84,12 @@ class Team {
     }
 
   private:
+    void close() {
+        is_closing_ = true;
+        start_.raise();
+        for (auto& worker : workers_) worker.join();
+    }
+
     void serve(int id) {
         for (uint32_t seen = 0;; ++seen) {
             start_.wait(seen);
