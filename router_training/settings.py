@@ -139,7 +139,7 @@ def check_choices(config: TrainingConfig, names: Sequence[str]) -> None:
         if alone < len(choices):
             composites = f", of which {size - alone} are composites" if alone < size else ""
             raise ConfigError(
-                f"{name} is {size}{composites}: not one chat for each of the {len(choices)} choices: {listed}"
+                f"{name} is {size}{composites}, not one chat for each of the {len(choices)} choices: {listed}"
             )
 
 

@@ -109,8 +109,8 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "shape of existing": (["--start", "existing"], "existing adapters keep their shape; leave out rank"),
     "rank beyond the server's": (["--rank", "513"], "rank"),
     "negative beta": (["--beta", "-1"], "beta: Input should be greater"),
-    "too few chats": (["--samples", "1"], "samples is 1, not one for each"),
-    "composites alone": (["--composite", "1"], "no chat of"),
+    "too few chats": (["--samples", "1"], "samples is 1, not one chat for each"),
+    "composites alone": (["--composite", "1"], "of which 16 are composites, not one chat"),
     "over-long chat": (["--max-length", "8"], "the longest allowed is 8"),
 }
 

@@ -283,7 +283,7 @@ def test_an_over_long_chat_is_refused_whether_or_not_the_mix_holds_it(
 
 UNFIT = {
     "more choices than there are": (["--top-k", "3"], "top_k is 3, and there are 2 choices: 'letters', 'digits'"),
-    "fewer samples than choices": (["--samples", "1"], "samples is 1, not one for each of the 2 choices"),
+    "fewer samples than choices": (["--samples", "1"], "samples is 1, not one chat for each of the 2 choices"),
     "no layer with a gate": (["--routed-from-layer", "9"], "routed_from_layer is 9"),
     "no number": (["--lr", "inf"], "learning_rate: Input should be a finite number"),
     "seed of another kind": (["--seed", "-1"], "seed: Input should be greater than or equal to 0"),

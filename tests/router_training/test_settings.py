@@ -56,9 +56,9 @@ def test_a_prior_of_an_unknown_adapter_is_refused_with_the_choices() -> None:
 def test_every_choice_needs_a_chat_beside_the_composites() -> None:
     names = ["maths", "code", "poetry"]
     check_choices(TrainingConfig(samples=6, composite_fraction=0.5), names)
-    with pytest.raises(ConfigError, match="samples is 6, of which 4 are composites: not one chat for each of the 3"):
+    with pytest.raises(ConfigError, match="samples is 6, of which 4 are composites, not one chat for each of the 3"):
         check_choices(TrainingConfig(samples=6, composite_fraction=0.7), names)
-    with pytest.raises(ConfigError, match="prompt_gate_samples is 2: not one chat"):
+    with pytest.raises(ConfigError, match="prompt_gate_samples is 2, not one chat"):
         check_choices(TrainingConfig(samples=6, prompt_gate=True, prompt_gate_samples=2), names)
 
 
