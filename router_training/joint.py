@@ -50,6 +50,7 @@ from server.routing.prompt_gate import PromptGate
 ADAPTERS_FOLDER = "adapters"
 CONFIG_NAME = "adapters.yaml"
 ADAPTER_LIMITS = {"max_adapter_rank", "max_adapter_bytes"}
+"""Settings that decide whether a server takes an adapter."""
 WRITTEN_BY = "# Written by lora-mixer-train joint, which overwrites it; copy it to change it."
 """First line of the config; a file without it is somebody's own."""
 
@@ -121,7 +122,7 @@ def train_joint(
     with claimed(out):
         before = frozen_digests(Roster(loaded, routed, ()))
         checkpoint = Checkpoint(out, fingerprint(record, settings, questions))
-        checkpoint.load()
+        checkpoint.load()  # Refused before the prompt gate takes its minutes.
         run = replace(run, prompt_gate=train_prompt_gate(loaded, labels, questions, settings))
         torch.manual_seed(settings.seed)
         trainer, joint = _both_stages(run, hard, checkpoint, constrained)

@@ -34,7 +34,8 @@ from server.routing.prompt_statistics import QuestionStatistics, summarise_quest
 
 EPOCHS = 7
 MIN_STEPS = 600
-"""Of a fit, whatever the number of questions: after fewer no score is sure, and every question is the base model's."""
+"""Of a fit, whatever the number of questions: after fewer no score is sure, and every question is the base model's
+(docs/prompt-gate.md)."""
 BATCH_SIZE = 72
 """Questions per step, as many of each choice as of each other, and of questions that join two as of one choice."""
 LONGEST = 96
@@ -191,7 +192,7 @@ def train_prompt_gate(
 ) -> PromptGate | None:
     """The gate of a training run over its `mixing.draw_question_mixes`, with a progress display; None without any.
 
-    It takes two minutes, so a run that goes on makes it again, with the same result, and no checkpoint keeps it.
+    It takes some minutes, so a run that goes on makes it again, with the same result, and no checkpoint keeps it.
     """
     if not mixes:
         return None

@@ -31,7 +31,7 @@ async def chat_prompt(services: Services, body: ChatBody) -> Prompt:
     """Render the messages with the model's chat template. Raises InvalidRequestError if the template refuses them."""
     token_ids = await chat_token_ids(services, body.messages, body.add_generation_prompt, body.continue_final_message)
     limits = limits_of(services)
-    check_vocabulary(token_ids, limits)
+    check_vocabulary(token_ids, limits, "messages")
     return Prompt(tuple(token_ids), sampling_params(body, len(token_ids), limits))
 
 
@@ -66,7 +66,7 @@ async def completion_prompts(services: Services, body: CompletionBody) -> list[P
     all_ids = await on_tokenizer_threads(services, lambda: [encode(prompt) for prompt in body.prompt])
     limits = limits_of(services)
     for ids in all_ids:
-        check_vocabulary(ids, limits)
+        check_vocabulary(ids, limits, "prompt")
     return [Prompt(tuple(ids), sampling_params(body, len(ids), limits)) for ids in all_ids]
 
 

@@ -157,15 +157,15 @@ def requested_max_tokens(body: GenerationBody) -> int | None:
     return body.max_tokens
 
 
-def check_vocabulary(token_ids: Sequence[int], limits: Limits) -> None:
-    """Raises InvalidRequestError where a text has a token that the model knows nothing of: some tokenizers have more,
-    a padding token mostly, than the model has embeddings."""
+def check_vocabulary(token_ids: Sequence[int], limits: Limits, param: str) -> None:
+    """Raises InvalidRequestError for the field `param` if its text has a token that the model knows nothing of: some
+    tokenizers have more, a padding token mostly, than the model has embeddings."""
     if max(token_ids, default=0) >= limits.vocab_size:
         unknown = next(token_id for token_id in token_ids if token_id >= limits.vocab_size)
         raise InvalidRequestError(
-            f"the prompt's text has token {unknown} of the tokenizer, and the model knows ids below "
+            f"{param} has token {unknown} of the tokenizer in its text, and the model knows ids below "
             f"{limits.vocab_size}; leave that control token out",
-            param="prompt",
+            param=param,
         )
 
 

@@ -169,19 +169,22 @@ def _routing_stats(layout: StepLayout, gates: StepGates) -> RoutingStats:
         if row.sequence.plan.policy is Policy.ROUTED and len(row.sequence.plan.allowed_slots) > 1:
             chosen += range(start, start + row.num_tokens)
     start = 0
-    to_base: set[int] = set()  # by a prompt gate, whose plan for nobody's tokens has no slot that could show
+    to_base: list[int] = []  # some by a prompt gate, whose plan for nobody's tokens has no slot that could show
     for index, count in layout.runs:
         if layout.plans[index].policy is Policy.ROUTED:
             routed += range(start, start + count)
         elif not layout.plans[index].slots:
-            to_base.update(range(start, start + count))
+            to_base += range(start, start + count)
         start += count
     routed = [position for position in routed if position not in again] if again else routed
     entropy = ops.gate_entropy(share if len(routed) == layout.num_tokens else share[routed])
-    total = share.sum(dim=0)
-    chosen_total = total.clone() if len(chosen) == layout.num_tokens else share[chosen].sum(dim=0)
-    chosen_total[BASE_SLOT] += len(to_base.intersection(chosen).difference(again))
-    return RoutingStats(_pairs(total), tuple(entropy.tolist()), _pairs(chosen_total))
+    mass = routed_mass = _pairs(share.sum(dim=0))
+    num_to_base = len(set(to_base).intersection(chosen).difference(again)) if to_base else 0
+    if num_to_base or len(chosen) < layout.num_tokens:
+        chosen_share = share[chosen].sum(dim=0)
+        chosen_share[BASE_SLOT] += num_to_base
+        routed_mass = _pairs(chosen_share)
+    return RoutingStats(mass, tuple(entropy.tolist()), routed_mass)
 
 
 def _inverse(order: tuple[int, ...]) -> list[int]:

@@ -82,7 +82,10 @@ def _explain(source: HubSource, error: Exception) -> str:
             "Correct base_model.source."
         )
     if isinstance(error, RevisionNotFoundError):
-        return f"{what} has no revision {source.revision!r}. Correct base_model.revision."
+        return (
+            f"{what} has no revision {source.revision!r}. Correct base_model.revision, "
+            "or delete base_model from adapters.lock if it is the commit there."
+        )
     if isinstance(error, LocalEntryNotFoundError):
         return (
             f"{what} at revision {source.revision or 'main'!r} is not in the local cache and the Hub cannot be "

@@ -370,4 +370,6 @@ def test_tokens_that_the_model_does_not_know_are_refused_in_texts_too(
     monkeypatch.setattr(prompts, "limits_of", fewer)
     response = client.post(path, json={"model": "auto", "max_tokens": 1, **body})
     assert response.status_code == 400
-    assert "the model knows ids below 122" in response.json()["error"]["message"]
+    error = response.json()["error"]
+    assert "the model knows ids below 122" in error["message"]
+    assert error["param"] in body
