@@ -18,7 +18,7 @@ from server.engine.native_states import NativeStates, num_state_blocks
 from server.engine.sequence import SamplingParams, ScheduledBatch, ScheduledSequence, Sequence
 from server.engine.torch_graph import TorchGraph
 from server.errors import ConfigError
-from server.machine import has_bfloat16
+from server.machine import has_bfloat16, memory_bytes
 from server.model.attention import attach_paged_attention
 from server.native.library import num_cores
 from server.native.model import NativeModel, bytes_per_block, release_weights, why_not
@@ -76,9 +76,12 @@ def _build_torch(routed: RoutedModel, settings: ServerSettings, model_limit: int
         logger.warning(
             "this CPU has no bfloat16 arithmetic: with torch, base_model.dtype float32 is several times as fast"
         )
-    num_blocks = _num_blocks(settings, attention.bytes_per_block(settings.block_size, dtype))
+    num_blocks = _num_blocks(settings, attention.bytes_per_block(settings.block_size, dtype), device)
     max_model_len = _max_model_len(settings, model_limit, num_blocks)
-    attention.allocate(num_blocks=num_blocks, block_size=settings.block_size, dtype=dtype, device=device)
+    try:
+        attention.allocate(num_blocks=num_blocks, block_size=settings.block_size, dtype=dtype, device=device)
+    except RuntimeError as error:  # torch's word for no memory
+        raise _no_room(settings, error) from error
     graph = TorchGraph(routed, attention, block_size=settings.block_size, device=device)
     return Backend(graph, num_blocks, max_model_len, "torch")
 
@@ -87,15 +90,18 @@ def _build_native(routed: RoutedModel, settings: ServerSettings, model_limit: in
     """The native backend, or why there is none."""
     if (reason := why_not(routed.model, block_size=settings.block_size)) is not None:
         return reason
-    num_blocks = _num_blocks(settings, bytes_per_block(routed.model, settings.block_size))
+    num_blocks = _num_blocks(settings, bytes_per_block(routed.model, settings.block_size), routed.bank.device)
     max_model_len = _max_model_len(settings, model_limit, num_blocks)
-    native = NativeModel(
-        routed,
-        block_size=settings.block_size,
-        num_blocks=num_blocks + num_state_blocks(settings.block_size),
-        max_positions=max_model_len,
-        num_threads=settings.num_threads or num_cores(),
-    )
+    try:
+        native = NativeModel(
+            routed,
+            block_size=settings.block_size,
+            num_blocks=num_blocks + num_state_blocks(settings.block_size),
+            max_positions=max_model_len,
+            num_threads=settings.num_threads or num_cores(),
+        )
+    except MemoryError as error:
+        raise _no_room(settings, error) from error
     graph = NativeGraph(native, routed)
     if (difference := _difference(graph, routed, max_model_len)) is not None:
         logger.error("the native step %s; please report this with your CPU's model", difference)
@@ -132,8 +138,22 @@ def _difference(graph: NativeGraph, routed: RoutedModel, max_model_len: int) -> 
     return f"disagrees with transformers' graph at {share:.0%} of the positions of a test prompt"
 
 
-def _num_blocks(settings: ServerSettings, block_bytes: int) -> int:
+def _num_blocks(settings: ServerSettings, block_bytes: int, device: torch.device) -> int:
+    # Blocks take memory as they are used: a cache that is too large would start, and end the process hours later.
+    if device.type == "cpu" and (memory := memory_bytes()) and settings.kv_cache_mib * 2**20 > memory:
+        raise ConfigError(
+            f"kv_cache_mib {settings.kv_cache_mib} is more than this machine's memory of {memory // 2**20} MiB; "
+            "lower it",
+            param="server.kv_cache_mib",
+        )
     return settings.kv_cache_mib * 2**20 // block_bytes
+
+
+def _no_room(settings: ServerSettings, error: Exception) -> ConfigError:
+    reason = str(error).partition("\n")[0]
+    return ConfigError(
+        f"no memory for kv_cache_mib {settings.kv_cache_mib}; lower it ({reason})", param="server.kv_cache_mib"
+    )
 
 
 def _max_model_len(settings: ServerSettings, model_limit: int, num_blocks: int) -> int:

@@ -11,12 +11,19 @@ from server import __version__
 
 def machine_facts() -> dict[str, Any]:
     """Cores this process may use, processor model, memory, operating system."""
+    total = memory_bytes()
     return {
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cpu_model": _first_value(Path("/proc/cpuinfo"), "model name") or platform.processor() or "unknown",
-        "memory_gib": _memory_gib(),
+        "memory_gib": round(total / 2**30, 1) if total else None,
         "system": f"{platform.system()} {platform.release().partition('-')[0]}",
     }
+
+
+def memory_bytes() -> int | None:
+    """Memory of this machine; None where the system does not say."""
+    total = _first_value(Path("/proc/meminfo"), "MemTotal")
+    return int(total.split()[0]) * 1024 if total else None
 
 
 def has_bfloat16() -> bool:
@@ -45,8 +52,3 @@ def _first_value(path: Path, key: str) -> str | None:
     except OSError:
         return None
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), None)
-
-
-def _memory_gib() -> float | None:
-    total = _first_value(Path("/proc/meminfo"), "MemTotal")
-    return round(int(total.split()[0]) / 2**20, 1) if total else None

@@ -9,6 +9,7 @@ import torch
 
 from server.backend import build_backend
 from server.config import ServerSettings
+from server.errors import ConfigError
 from server.machine import has_bfloat16
 from server.routing.attach import attach_routing
 
@@ -42,3 +43,23 @@ def test_whether_bfloat16_is_fast_is_asked_of_onednn_where_there_is_one(
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.delattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
     assert has_bfloat16()
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_a_cache_beyond_the_machines_memory_is_refused_at_start(
+    tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setattr("server.backend.memory_bytes", lambda: 3 << 20)
+    settings = ServerSettings(backend=backend, kv_cache_mib=4, max_adapters=2)
+    with pytest.raises(ConfigError, match="kv_cache_mib 4 is more than this machine's memory of 3 MiB"):
+        build_backend(attach_routing(tiny_llama(), num_slots=3), settings, 64)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_a_cache_that_the_system_has_no_room_for_is_a_setting_to_lower(
+    tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setattr("server.backend.memory_bytes", lambda: None)
+    settings = ServerSettings(backend=backend, kv_cache_mib=1 << 40, max_adapters=2)
+    with pytest.raises(ConfigError, match=r"no memory for kv_cache_mib 1099511627776; lower it \(.+\)$"):
+        build_backend(attach_routing(tiny_llama(), num_slots=3), settings, 64)

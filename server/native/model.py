@@ -6,12 +6,12 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from server.errors import ModelLoadError
 from server.native.library import NUM_PROJECTIONS, Router, Shape, Step, libraries
+from server.native.memory import lazy_zeros
 from server.routing.attach import RoutedModel
 from server.routing.bank import LoraWeights
 
@@ -125,13 +125,12 @@ class NativeModel:
         # Not at exit: the engine thread may still be in a step then, and the memory goes with the process anyway.
         weakref.finalize(self, library.lm_engine_free, pointer).atexit = False
         self._pack(model, max_positions)
-        # Zeros, not empty memory: masked positions still enter products, and NaN times zero is NaN. numpy's come from
-        # calloc, so that blocks cost memory once they are used, not before; torch's would be written at once.
+        # Zeros, not empty memory: masked positions still enter products, and NaN times zero is NaN. Blocks cost memory
+        # once they are used, not before; torch's zeros would be written at once.
         self._tile = block_size * _head_dim(config)
         self._cache_shape = (self.num_layers, num_blocks, config.num_key_value_heads * 2 * self._tile)
         num_values = self._cache_shape[0] * self._cache_shape[1] * self._cache_shape[2]
-        size = self._dtype.itemsize
-        self._cache = torch.from_numpy(np.zeros(num_values * size // 4, np.int32)).view(self._dtype)
+        self._cache = lazy_zeros(num_values * self._dtype.itemsize).view(self._dtype)
         self._check(library.lm_set_cache(self._engine, self._cache.data_ptr(), num_blocks))
 
     def run(self, step: Step) -> None:
