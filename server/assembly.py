@@ -31,7 +31,7 @@ from server.engine.block_pool import BlockPool
 from server.engine.engine import Engine
 from server.engine.model_runner import ModelRunner
 from server.engine.scheduler import Scheduler, SchedulerLimits
-from server.engine.sequence import StepStats
+from server.engine.step_stats import StepStats
 from server.errors import AdapterMemoryError, ConfigError, RouterArtefactError
 from server.metrics import Metrics
 from server.model.loader import LoadedModel, load_base_model
@@ -95,6 +95,8 @@ def build_engine(config: ServerConfig, parts: ModelParts) -> Engine:
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=parts.max_model_len,
         prefix_caching=settings.prefix_caching,
+        # With torch a product's sums depend on its number of rows, and with them, now and then, a token.
+        speculative_tokens=settings.speculative_tokens if parts.backend.name == "native" else 0,
     )
     pool = BlockPool(parts.backend.num_blocks, settings.block_size)
     return Engine(Scheduler(limits, pool), ModelRunner(parts.backend.graph, block_size=settings.block_size))

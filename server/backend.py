@@ -57,6 +57,12 @@ def build_backend(routed: RoutedModel, settings: ServerSettings, model_limit: in
     graph serves. With the native graph the torch weights are freed and torch computes with one thread: its idle
     workers would spin on the cores that the step needs.
     """
+    if settings.backend == "torch" and settings.speculative_tokens:
+        raise ConfigError(
+            "server.speculative_tokens needs the native backend, whose tokens do not depend on how many are computed "
+            "at once; set it to 0, or server.backend to auto or native",
+            param="server.speculative_tokens",
+        )
     if settings.backend != "torch":
         backend = _build_native(routed, settings, model_limit)
         if isinstance(backend, Backend):
@@ -66,6 +72,8 @@ def build_backend(routed: RoutedModel, settings: ServerSettings, model_limit: in
         if settings.backend == "native":
             raise ConfigError(f"server.backend is native, but {backend}; use auto or torch", param="server.backend")
         logger.info("computing with transformers' graph: %s", backend)
+        if settings.speculative_tokens:
+            logger.warning("server.speculative_tokens is not used: it needs the native backend")
     return _build_torch(routed, settings, model_limit)
 
 

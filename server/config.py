@@ -69,6 +69,9 @@ class ServerSettings(Frozen):
     """Most tokens computed in one step; longer prompts are prefilled in chunks."""
     prefix_caching: bool = True
     """Reuse K/V of equal prefixes computed under equal effective gates."""
+    speculative_tokens: Annotated[int, Field(ge=0, le=15)] = 0
+    """Most tokens guessed ahead for one greedy sequence, from what follows the same three tokens earlier in its text;
+    0: none. Right guesses save steps, and no guess changes a token. On the native backend alone."""
     prompt_gate: bool = True
     """Obey the router's prompt gate, if it has one; off, every token of a prompt is routed as those of answers are."""
     max_waiting_requests: Annotated[int, Field(ge=0)] = 1024

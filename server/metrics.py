@@ -17,7 +17,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import Metric
 
 from server.adapters.records import AdapterInfo
-from server.engine.sequence import RoutingStats, StepStats
+from server.engine.step_stats import RoutingStats, StepStats
 
 PREFIX = "lora_mixer_"
 
@@ -168,6 +168,8 @@ class Metrics:
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens, computed or from the prefix cache")
         self._generation_tokens = counter("generation_tokens", "Tokens generated")
         self._cached_tokens = counter("prefix_cache_hit_tokens", "Prompt tokens taken from the prefix cache")
+        self._drafted_tokens = counter("draft_tokens", "Tokens guessed ahead (server.speculative_tokens)")
+        self._accepted_tokens = counter("accepted_draft_tokens", "Those of them that were right")
         self._preemptions = counter("preemptions", "Sequences that lost their K/V blocks to others for a while")
         self._gate_mass = counter(
             "adapter_gate_mass", "Sum over tokens of the gate weight, averaged over routed layers", ("adapter",)
@@ -236,6 +238,8 @@ class Metrics:
         self._prompt_tokens.inc(stats.num_prompt_tokens + stats.num_cached_tokens)
         self._generation_tokens.inc(stats.num_generated_tokens)
         self._cached_tokens.inc(stats.num_cached_tokens)
+        self._drafted_tokens.inc(stats.num_drafted_tokens)
+        self._accepted_tokens.inc(stats.num_accepted_tokens)
         self._preemptions.inc(stats.num_preempted)
         self._observe_routing(stats.routing, slot_names)
 

@@ -63,3 +63,19 @@ def test_a_cache_that_the_system_has_no_room_for_is_a_setting_to_lower(
     settings = ServerSettings(backend=backend, kv_cache_mib=1 << 40, max_adapters=2)
     with pytest.raises(ConfigError, match=r"no memory for kv_cache_mib 1099511627776; lower it \(.+\)$"):
         build_backend(attach_routing(tiny_llama(), num_slots=3), settings, 64)
+
+
+def test_drafts_need_the_backend_whose_tokens_they_cannot_change(tiny_llama: Callable[..., Any]) -> None:
+    settings = SETTINGS.model_copy(update={"speculative_tokens": 4})
+    with pytest.raises(ConfigError, match=r"speculative_tokens needs the native backend.*; set it to 0, or"):
+        build_backend(attach_routing(tiny_llama(), num_slots=3), settings, 64)
+
+
+def test_drafts_that_are_not_made_are_said_to_be_none(
+    tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("server.backend.why_not", lambda *_, **__: "it is Tuesday")
+    settings = SETTINGS.model_copy(update={"backend": "auto", "speculative_tokens": 4})
+    with caplog.at_level(logging.WARNING):
+        assert build_backend(attach_routing(tiny_llama(), num_slots=3), settings, 64).name == "torch"
+    assert "speculative_tokens is not used" in caplog.text

@@ -7,7 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.adapters.records import AdapterInfo, AdapterState
-from server.engine.sequence import RoutingStats, StepStats
+from server.engine.step_stats import RoutingStats, StepStats
 from server.metrics import AdapterUsage, BatchHistogram, Metrics
 
 STEP = StepStats(
@@ -19,6 +19,8 @@ STEP = StepStats(
     num_waiting=2,
     num_preempted=1,
     kv_usage_ratio=0.25,
+    num_drafted_tokens=7,
+    num_accepted_tokens=4,
     routing=RoutingStats(gate_mass=((0, 1.0), (1, 60.5), (2, 40.0), (9, 3.0)), entropies=(0.0, 0.69, 0.05)),
 )
 
@@ -34,6 +36,8 @@ def test_one_step_feeds_every_engine_metric() -> None:
     assert value(metrics, "prompt_tokens_total") == 2 * (100 + 32)
     assert value(metrics, "generation_tokens_total") == 10
     assert value(metrics, "prefix_cache_hit_tokens_total") == 64
+    assert value(metrics, "draft_tokens_total") == 14
+    assert value(metrics, "accepted_draft_tokens_total") == 8
     assert value(metrics, "preemptions_total") == 2
     assert value(metrics, "kv_cache_usage_ratio") == 0.25
     assert value(metrics, "step_seconds_count") == 2

@@ -4,7 +4,8 @@ import logging
 
 from server.api.services import Services
 from server.engine.async_engine import GenerationRequest
-from server.engine.sequence import FinishReason, NoLease, SamplingParams
+from server.engine.lease import NoLease
+from server.engine.sequence import FinishReason, SamplingParams
 from server.errors import EngineError, LoraMixerError
 from server.routing.policy import BASE_PLAN
 

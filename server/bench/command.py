@@ -38,6 +38,7 @@ ENGINE_SETTINGS = (
     "max_num_seqs",
     "max_num_batched_tokens",
     "prefix_caching",
+    "speculative_tokens",
 )
 """Settings that change what an in-process benchmark measures."""
 

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple, TypeVar
 from server.engine.admission import Admission
 from server.engine.engine import Engine
 from server.engine.generation import GenerationHandle, GenerationRequest, Mailbox, put_all
-from server.engine.sequence import FinishReason, Sequence, StepStats, TokenEvent
+from server.engine.sequence import FinishReason, Sequence, TokenEvent
+from server.engine.step_stats import StepStats
 from server.errors import NotReadyError
 
 __all__ = ["AsyncEngine", "GenerationHandle", "GenerationRequest"]
 
 logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
 
 

@@ -67,6 +67,10 @@ class BlockPool:
         """Share of the usable blocks that sequences hold, 0 to 1."""
         return 1.0 - self.num_free / self.num_usable
 
+    def num_missing(self, num_tokens: int, blocks: Sequence[int]) -> int:
+        """How many blocks so many tokens need beside these."""
+        return max(0, -(-num_tokens // self.block_size) - len(blocks))
+
     def allocate(self, count: int) -> list[int]:
         """Take `count` blocks with no content; the caller has checked `num_free`."""
         assert count <= self.num_free, f"{count} blocks wanted, {self.num_free} free"

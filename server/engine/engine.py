@@ -8,14 +8,8 @@ import time
 
 from server.engine.layout import num_recomputed
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import (
-    RoutingStats,
-    Runner,
-    ScheduledBatch,
-    Sequence,
-    StepStats,
-    TokenEvent,
-)
+from server.engine.sequence import Runner, RunResult, ScheduledBatch, Sequence, TokenEvent
+from server.engine.step_stats import RoutingStats, StepStats
 from server.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -54,7 +48,8 @@ class Engine:
         started_s = time.perf_counter()
         events, self._unreported = self._unreported, []
         batch = self.scheduler.schedule()
-        num_prompt_tokens, routing = 0, RoutingStats()
+        num_prompt_tokens = num_drafted = num_accepted = 0
+        routing = RoutingStats()
         if batch.rows:
             try:
                 result = self._runner.run(batch)
@@ -62,6 +57,7 @@ class Engine:
                 events += self._fail(batch, error)
             else:
                 num_prompt_tokens, routing = _num_prompt_tokens(batch), result.routing
+                num_drafted, num_accepted = _num_drafts(batch, result)
                 events += self.scheduler.update(batch, result.outputs)
         stats = StepStats(
             step_s=time.perf_counter() - started_s,
@@ -72,6 +68,8 @@ class Engine:
             num_waiting=self.scheduler.num_waiting,
             num_preempted=batch.num_preempted,
             kv_usage_ratio=self.scheduler.kv_usage_ratio,
+            num_drafted_tokens=num_drafted,
+            num_accepted_tokens=num_accepted,
             routing=routing,
         )
         return events, stats
@@ -95,3 +93,9 @@ def _num_prompt_tokens(batch: ScheduledBatch) -> int:
     """Prompt tokens computed in this step: neither cached ones nor what is recomputed after a preemption."""
     remaining = ((row, row.sequence.num_prompt_tokens - row.sequence.num_computed_tokens) for row in batch.rows)
     return sum(max(0, min(row.num_tokens, prompt_tokens) - num_recomputed(row)) for row, prompt_tokens in remaining)
+
+
+def _num_drafts(batch: ScheduledBatch, result: RunResult) -> tuple[int, int]:
+    """Drafts that were computed, and those of them that were right."""
+    pairs = [(row, output) for row, output in zip(batch.rows, result.outputs, strict=True) if row.num_drafts]
+    return sum(row.num_drafts for row, _ in pairs), sum(max(0, len(output.token_ids) - 1) for _, output in pairs)

@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, replace
 
-from server.engine.sequence import Lease, SamplingParams, Sequence, TokenEvent
+from server.engine.lease import Lease
+from server.engine.sequence import SamplingParams, Sequence, TokenEvent
 from server.routing.plan_course import NO_COURSE, PlanCourse
 from server.routing.policy import GatePlan
 

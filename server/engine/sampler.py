@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from server.engine import sampling_ops as ops
-from server.engine.sequence import SamplingParams, Sequence, TokenLogprobs
+from server.engine.sequence import Sequence, TokenLogprobs
 from server.errors import EngineError
 
 LOGPROB_ROWS = 64
@@ -30,11 +30,6 @@ class SampledToken(NamedTuple):
     logprobs: TokenLogprobs | None
 
 
-def is_plainly_greedy(sequence: Sequence) -> bool:
-    """Whether the sequence's next token is the greatest of its logits as they are, and nothing else is asked for."""
-    return sequence.params.temperature == 0 and sequence.params.logprobs is None and not _adjusts_logits(sequence)
-
-
 def sample(logits: Tensor, rows: ListLike[Sequence]) -> list[SampledToken]:
     """Choose one token per row. `logits` (S, V) of any float type, untouched; row i belongs to `rows[i]`.
 
@@ -48,7 +43,7 @@ def sample(logits: Tensor, rows: ListLike[Sequence]) -> list[SampledToken]:
     best, token_ids = ops.greatest(logits)  # (S,), (S,)
     _require_finite(best, rows)
     adjusted, place = logits, {}  # place: row of `logits` -> its row in `adjusted`
-    if adjusting := [index for index, sequence in enumerate(rows) if _adjusts_logits(sequence)]:
+    if adjusting := [index for index, sequence in enumerate(rows) if sequence.adjusts_logits]:
         place = {index: position for position, index in enumerate(adjusting)}
         adjusted = _adjust(logits[adjusting], [rows[index] for index in adjusting])
         best[adjusting], token_ids[adjusting] = ops.greatest(adjusted)
@@ -83,22 +78,6 @@ def score_tokens(
 
 def _chunks(indices: list[int], size: int) -> Iterator[list[int]]:
     return (indices[start : start + size] for start in range(0, len(indices), max(1, size)))
-
-
-def _adjusts_logits(sequence: Sequence) -> bool:
-    return bool(sequence.params.logit_bias) or _is_penalised(sequence.params) or bool(_forbidden(sequence))
-
-
-def _is_penalised(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-
-
-def _forbidden(sequence: Sequence) -> list[int]:
-    """Tokens that would end the sequence before `min_tokens`."""
-    params = sequence.params
-    if sequence.num_output_tokens >= params.min_tokens:
-        return []
-    return [*params.stop_token_ids, *(() if params.ignore_eos else sequence.eos_token_ids)]
 
 
 def _require_finite(best: Tensor, rows: ListLike[Sequence]) -> None:
@@ -137,14 +116,14 @@ def _apply_bias(logits: Tensor, rows: list[Sequence]) -> None:
         indices, ids, values = zip(*biases, strict=True)
         where = (_ids(indices, logits), _ids(ids, logits))
         logits.index_put_(where, _column(values, logits), accumulate=True)
-    forbidden = [(index, id_) for index, sequence in enumerate(rows) for id_ in _forbidden(sequence)]
+    forbidden = [(index, id_) for index, sequence in enumerate(rows) for id_ in sequence.forbidden_token_ids]
     if forbidden:
         indices, ids = zip(*forbidden, strict=True)
         logits[_ids(indices, logits), _ids(ids, logits)] = -torch.inf
 
 
 def _apply_penalties(logits: Tensor, rows: list[Sequence]) -> None:
-    penalised = [(index, sequence) for index, sequence in enumerate(rows) if _is_penalised(sequence.params)]
+    penalised = [(index, sequence) for index, sequence in enumerate(rows) if sequence.params.is_penalised]
     if not penalised:
         return
     factors = torch.tensor(

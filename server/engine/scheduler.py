@@ -8,9 +8,9 @@ from bisect import insort
 from collections.abc import Iterable
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
-from typing import Any
 
 from server.engine.block_pool import BlockPool, block_hash, root_hash
+from server.engine.output import collect_prompt_logprobs, event_of, take
 from server.engine.sequence import (
     FinishReason,
     ScheduledBatch,
@@ -20,6 +20,7 @@ from server.engine.sequence import (
     StepOutput,
     TokenEvent,
 )
+from server.engine.speculation import Speculation
 from server.engine.waiting_queue import WaitingQueue
 from server.errors import ContextLengthError, InvalidRequestError
 
@@ -33,6 +34,8 @@ class SchedulerLimits:
     max_model_len: int
     """Most tokens of prompt plus output."""
     prefix_caching: bool = True
+    speculative_tokens: int = 0
+    """Most drafts of one sequence in one step; 0: none."""
 
 
 class Scheduler:
@@ -51,6 +54,7 @@ class Scheduler:
         self._sequences: dict[int, Sequence] = {}
         self._running: list[Sequence] = []  # by (priority, arrival): the last one is preempted first
         self._waiting = WaitingQueue()
+        self._speculation = Speculation(pool, limits.speculative_tokens, self.max_sequence_tokens)
         self._num_preempted = 0
         self._num_cached_tokens = 0
 
@@ -103,16 +107,20 @@ class Scheduler:
     def abort(self, sequence_id: int) -> TokenEvent | None:
         """End a sequence at its client's wish. None if it has ended already."""
         sequence = self._sequences.get(sequence_id)
-        return None if sequence is None else self._finish(sequence, _event(sequence, finish_reason=FinishReason.ABORT))
+        return (
+            None if sequence is None else self._finish(sequence, event_of(sequence, finish_reason=FinishReason.ABORT))
+        )
 
     def fail(self, sequence_ids: Iterable[int], error: str) -> list[TokenEvent]:
         """End sequences because of an error; those that have ended already are skipped."""
         live = [self._sequences[id_] for id_ in sequence_ids if id_ in self._sequences]
-        return [self._finish(seq, _event(seq, finish_reason=FinishReason.ERROR, error=error)) for seq in live]
+        return [self._finish(seq, event_of(seq, finish_reason=FinishReason.ERROR, error=error)) for seq in live]
 
     def schedule(self) -> ScheduledBatch:
         """Choose the next step's rows and give them blocks: decodes, then running prompts, then new admissions."""
         self._num_preempted = self._num_cached_tokens = 0
+        for sequence in self._running:
+            sequence.draft_token_ids = []  # a step that failed may have left some
         rows: list[ScheduledSequence] = []
         budget = self._limits.max_num_batched_tokens
         # A stable sort: by rank within the decodes and within the prompts.
@@ -126,6 +134,7 @@ class Scheduler:
         while budget > 0 and (admitted := self._admit_next()) is not None:
             rows.append(ScheduledSequence(admitted, min(admitted.num_uncomputed_tokens, budget)))
             budget -= rows[-1].num_tokens
+        rows = self._speculation.with_drafts(rows, budget, num_running=len(self._running))
         return ScheduledBatch(tuple(rows), self._num_preempted, self._num_cached_tokens)
 
     def update(self, batch: ScheduledBatch, outputs: ListLike[StepOutput]) -> list[TokenEvent]:
@@ -134,26 +143,30 @@ class Scheduler:
         events = []
         for row, output in zip(batch.rows, outputs, strict=True):
             samples, sequence = row.samples, row.sequence
+            num_computed = row.num_tokens - self._speculation.judge(row, output)
+            sequence.draft_token_ids = []
             if output.error is not None:  # its K/V of this step may be unusable: nothing is published
                 events += self.fail([sequence.id], output.error)
                 continue
-            _collect_prompt_logprobs(sequence, output)
-            self._mark_computed(sequence, row.num_tokens)
-            if samples:
-                events.append(self._append(sequence, output))
+            collect_prompt_logprobs(sequence, output)
+            event = take(sequence, output, self.max_sequence_tokens) if samples else None
+            # What an end has cut off is not known, whether or not it was computed.
+            self._mark_computed(sequence, min(num_computed, sequence.num_uncomputed_tokens))
+            if event is not None:
+                events.append(event if event.finish_reason is None else self._finish(sequence, event))
         return events
 
     # Blocks
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Make the block table cover the next tokens, preempting from the back. False: `sequence` itself had to go."""
-        missing = self._num_blocks(sequence.num_computed_tokens + num_tokens) - len(sequence.block_table)
+        missing = self._pool.num_missing(sequence.num_computed_tokens + num_tokens, sequence.block_table)
         while missing > self._pool.num_free:
             last = self._running[-1]
             self._preempt(last)
             if last is sequence:
                 return False
-        sequence.block_table += self._pool.allocate(max(0, missing))
+        sequence.block_table += self._pool.allocate(missing)
         return True
 
     def _admit_next(self) -> Sequence | None:
@@ -162,7 +175,7 @@ class Scheduler:
         if sequence is None or len(self._running) >= self.max_num_seqs:
             return None
         hits = self._cached_prefix(sequence)
-        missing = self._num_blocks(sequence.num_tokens) - len(hits)
+        missing = self._pool.num_missing(sequence.num_tokens, hits)
         # Each running sequence may want a block soon: without this headroom a newcomer would often be preempted at
         # once. With nothing running all blocks are free, and `check_fits` has seen that it fits.
         if self._running and missing + len(self._running) > self._pool.num_free - self._pool.num_free_among(hits):
@@ -191,9 +204,6 @@ class Scheduler:
         self._pool.free(sequence.block_table)
         sequence.block_table = []
         sequence.num_computed_tokens = 0
-
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._pool.block_size)
 
     # Prefix cache
 
@@ -231,41 +241,6 @@ class Scheduler:
         if not _is_in_prompt(sequence):
             self._waiting.let_go(sequence)
 
-    # Output
-
-    def _append(self, sequence: Sequence, output: StepOutput) -> TokenEvent:
-        """Take the sampled token, if one was wanted, and end the sequence if that was its last."""
-        is_first = sequence.num_output_tokens == 0
-        prompt_logprobs = tuple(sequence.prompt_logprobs) if is_first and sequence.prompt_logprobs else None
-        if sequence.params.max_tokens == 0:
-            event = _event(sequence, prompt_logprobs=prompt_logprobs, finish_reason=FinishReason.LENGTH)
-            return self._finish(sequence, event)
-        assert output.token_id is not None, "a row that reaches its last token samples the next"
-        sequence.append(output.token_id)
-        finish_reason, stop_reason = self._finish_reason(sequence)
-        event = _event(
-            sequence,
-            token_ids=(output.token_id,),
-            logprobs=() if output.logprobs is None else (output.logprobs,),
-            routing=() if output.routing is None else (output.routing,),
-            prompt_logprobs=prompt_logprobs,
-            finish_reason=finish_reason,
-            stop_reason=stop_reason,
-        )
-        return event if finish_reason is None else self._finish(sequence, event)
-
-    def _finish_reason(self, sequence: Sequence) -> tuple[FinishReason | None, int | None]:
-        """(finish reason, stop reason) after the newest token; (None, None) to go on."""
-        params, token_id = sequence.params, sequence.output_token_ids[-1]
-        if sequence.num_output_tokens >= params.min_tokens:
-            if token_id in sequence.eos_token_ids and not params.ignore_eos:
-                return FinishReason.STOP, None
-            if token_id in params.stop_token_ids:
-                return FinishReason.STOP, token_id
-        if sequence.num_output_tokens >= params.max_tokens or sequence.num_tokens >= self.max_sequence_tokens:
-            return FinishReason.LENGTH, None
-        return None, None
-
     def _finish(self, sequence: Sequence, event: TokenEvent) -> TokenEvent:
         """The one place where a sequence ends, whatever the reason: frees its blocks, releases its lease."""
         del self._sequences[sequence.id]
@@ -283,18 +258,3 @@ def _rank(sequence: Sequence) -> tuple[int, float, int]:
 
 def _is_in_prompt(sequence: Sequence) -> bool:
     return sequence.num_computed_tokens < sequence.num_prompt_tokens
-
-
-def _collect_prompt_logprobs(sequence: Sequence, output: StepOutput) -> None:
-    """Add a chunk's prompt logprobs; those that a preempted sequence has already are not added again."""
-    if sequence.params.prompt_logprobs is None:
-        return
-    known = sequence.prompt_logprobs
-    if not known:
-        known.append(None)  # nothing predicts the first token
-    first = sequence.num_computed_tokens + 1  # prompt position of the chunk's first entry
-    known.extend(output.prompt_logprobs[len(known) - first :])
-
-
-def _event(sequence: Sequence, **fields: Any) -> TokenEvent:
-    return TokenEvent(sequence_id=sequence.id, num_cached_tokens=sequence.num_cached_tokens, **fields)

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
 from typing import NamedTuple, Protocol
 
+from server.engine.drafts import Drafter
+from server.engine.lease import Lease, NoLease
+from server.engine.step_stats import RoutingStats
 from server.routing.plan_course import NO_COURSE, PlanCourse, plan_runs
 from server.routing.policy import BASE_PLAN, GatePlan
 
@@ -44,6 +47,11 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     """As `logprobs`, for every prompt token but the first; turns prefix-cache reads off for the request."""
     trace_routing: "TraceLevel | None" = None
+
+    @property
+    def is_penalised(self) -> bool:
+        """Whether tokens that have occurred are less likely."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 class TraceLevel(StrEnum):
@@ -91,22 +99,6 @@ class TokenRouting(NamedTuple):
     """Per gated layer the (slot, weight) pairs; only at `TraceLevel.LAYERS`."""
 
 
-class Lease(Protocol):
-    """What keeps a request's roster alive. `release` is called exactly once and must not raise.
-
-    On the engine thread, except for a request that `AsyncEngine.submit` refuses: then on the caller's thread.
-    """
-
-    def release(self) -> None: ...
-
-
-class NoLease:
-    """Lease of a request that needs none (tests, base-only servers)."""
-
-    def release(self) -> None:
-        return None
-
-
 @dataclass(frozen=True)
 class TokenEvent:
     """What one step produced for one sequence. Exactly one event per sequence carries a `finish_reason`."""
@@ -130,10 +122,12 @@ class TokenEvent:
 class StepOutput(NamedTuple):
     """The model runner's answer for one scheduled sequence."""
 
-    token_id: int | None
-    """None while its prompt is not yet fully computed."""
+    token_ids: tuple[int, ...] = ()
+    """What it says next: one token, more where drafts were right, none while its prompt is not yet fully computed."""
     logprobs: TokenLogprobs | None = None
-    routing: TokenRouting | None = None
+    """Of its one token; rows with drafts have none."""
+    routing: tuple[TokenRouting, ...] = ()
+    """One per token of `token_ids` when asked for."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """For the prompt positions computed this step: logprobs of the *next* prompt token at each."""
     error: str | None = None
@@ -171,6 +165,10 @@ class Sequence:
     num_counted_tokens: int = 0
     """Computed before its last preemption, and counted in the statistics then."""
     block_table: list[int] = field(default_factory=list)
+    draft_token_ids: list[int] = field(default_factory=list)
+    """Guesses of the tokens behind the known ones, which the step under way computes with them."""
+    drafter: Drafter | None = None
+    """Who makes them; None until the first might be."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained content hashes of the full blocks of prompt + output, filled lazily by the block pool's user."""
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
@@ -193,17 +191,21 @@ class Sequence:
         return self.prompt_token_ids + self.output_token_ids
 
     def tokens_between(self, start: int, stop: int) -> list[int]:
-        """Tokens at positions start..stop-1 of prompt and output, without copying the rest."""
+        """Tokens at positions start..stop-1 of prompt, output and drafts, without copying the rest."""
         num_prompt = len(self.prompt_token_ids)
         if stop <= num_prompt:
             return self.prompt_token_ids[start:stop]
         outputs = self.output_token_ids[max(0, start - num_prompt) : stop - num_prompt]
-        return self.prompt_token_ids[start:] + outputs
+        drafts = self.draft_token_ids[: max(0, stop - self.num_tokens)]
+        return self.prompt_token_ids[start:] + outputs + drafts
 
     def plan_runs(self, num_tokens: int) -> list[tuple[GatePlan, int]]:
-        """(plan, number of tokens) of the next `num_tokens` tokens to compute, in order."""
+        """(plan, number of tokens) of the next `num_tokens` tokens to compute, drafts included, in order."""
         start = self.num_computed_tokens
-        return plan_runs(self.course.spans, self.plan, start, start + num_tokens)
+        course = self.course
+        for position, token_id in enumerate(self.draft_token_ids, self.num_tokens):  # as if they had been said
+            course = course.after(token_id, position, self.plan)
+        return plan_runs(course.spans, self.plan, start, start + num_tokens)
 
     def gates_between(self, start: int, stop: int) -> list[tuple[bytes, int]]:
         """(fingerprint, number of tokens) of the plans at positions start..stop-1; empty where all follow `plan`."""
@@ -227,6 +229,24 @@ class Sequence:
         return self.num_tokens - self.num_computed_tokens
 
     @property
+    def forbidden_token_ids(self) -> list[int]:
+        """Tokens that would end the sequence before `min_tokens`."""
+        params = self.params
+        if self.num_output_tokens >= params.min_tokens:
+            return []
+        return [*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)]
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether anything is added to its logits, or scales them, before the next token is chosen."""
+        return bool(self.params.logit_bias) or self.params.is_penalised or bool(self.forbidden_token_ids)
+
+    @property
+    def is_plainly_greedy(self) -> bool:
+        """Whether the next token is the greatest of its logits as they are, and nothing else is asked for."""
+        return self.params.temperature == 0 and self.params.logprobs is None and not self.adjusts_logits
+
+    @property
     def is_finished(self) -> bool:
         return self.status is SequenceStatus.FINISHED
 
@@ -240,7 +260,12 @@ class ScheduledSequence(NamedTuple):
     @property
     def samples(self) -> bool:
         """Whether this step reaches the last known token, so that a new one is sampled."""
-        return self.sequence.num_computed_tokens + self.num_tokens == self.sequence.num_tokens
+        return self.sequence.num_computed_tokens + self.num_tokens >= self.sequence.num_tokens
+
+    @property
+    def num_drafts(self) -> int:
+        """How many of the tokens are guesses, the last ones."""
+        return max(0, self.sequence.num_computed_tokens + self.num_tokens - self.sequence.num_tokens)
 
 
 @dataclass(frozen=True)
@@ -258,18 +283,6 @@ class ScheduledBatch:
         return sum(row.num_tokens for row in self.rows)
 
 
-@dataclass(frozen=True)
-class RoutingStats:
-    """Routing totals of one step, over real (unpadded) tokens that no earlier step has counted."""
-
-    gate_mass: tuple[tuple[int, float], ...] = ()
-    """(slot, sum of gate weight over tokens, averaged over routed layers)."""
-    entropies: tuple[float, ...] = ()
-    """Per routed token, entropy in nats of its gate share averaged over layers."""
-    routed_mass: tuple[tuple[int, float], ...] = ()
-    """As `gate_mass`, over the tokens for which the router had a choice."""
-
-
 class RunResult(NamedTuple):
     """What the runner returns for a `ScheduledBatch`: one output per row, in order."""
 
@@ -281,19 +294,3 @@ class Runner(Protocol):
     """The seam between scheduling and the model; tests script it with a fake."""
 
     def run(self, batch: ScheduledBatch) -> RunResult: ...
-
-
-@dataclass(frozen=True)
-class StepStats:
-    """Counts and times of one engine step, for metrics."""
-
-    step_s: float
-    num_prompt_tokens: int
-    num_generated_tokens: int
-    num_cached_tokens: int
-    """Prompt tokens that newly admitted sequences took from the prefix cache."""
-    num_running: int
-    num_waiting: int
-    num_preempted: int
-    kv_usage_ratio: float
-    routing: RoutingStats = RoutingStats()

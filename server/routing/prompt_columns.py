@@ -18,12 +18,12 @@ from server.routing.prompt_statistics import QuestionStatistics
 
 GAIN = 0.5
 """Weight of a token's log ratio. Tokens of a question are not independent, so whole ones would be too sure."""
-PRIOR_TOKENS = 1000.0
+PRIOR_TOKENS = 1500.0
 """Tokens of ordinary questions that the examples' own are mixed with."""
 UNIFORM_SHARE = 0.4
 """Share of an ordinary question that may be any token. Much, so that the words of a few hundred training questions do
 not pass for all words that others use. The best of what was tried, as the two above: see docs/hot-routing.md."""
-MAX_LOG_RATIO = 4.0
+MAX_LOG_RATIO = 6.0
 """Nats; no single token may say more, before the gain."""
 MIN_EXAMPLES = 2
 """Fewer with a question cannot judge each other."""

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from server.engine.sequence import (
-    RoutingStats,
     RunResult,
     ScheduledBatch,
     ScheduledSequence,
@@ -16,6 +15,7 @@ from server.engine.sequence import (
     TraceLevel,
 )
 from server.engine.sequence import Sequence as EngineSequence
+from server.engine.step_stats import RoutingStats
 from server.errors import InvalidRequestError
 from server.routing.policy import GatePlan, Policy
 
@@ -97,7 +97,7 @@ class ScriptedRunner:
             self.seen.append(sequence)
         scores = self._prompt_scores(row)
         if not row.samples:
-            return StepOutput(None, prompt_logprobs=scores)
+            return StepOutput(prompt_logprobs=scores)
         index = sequence.num_output_tokens
         if self.fail_after is not None and index >= self.fail_after:
             raise RuntimeError("secret detail of the failure")
@@ -105,9 +105,9 @@ class ScriptedRunner:
         token_id = reply[index] if index < len(reply) else ByteTokenizer.end_id
         num_top, level = sequence.params.logprobs, sequence.params.trace_routing
         return StepOutput(
-            token_id,
+            (token_id,),
             logprobs=None if num_top is None else fake_logprobs(token_id, num_top),
-            routing=None if level is None else fake_routing(sequence.plan, index, level),
+            routing=() if level is None else (fake_routing(sequence.plan, index, level),),
             prompt_logprobs=scores,
         )
 

@@ -12,7 +12,6 @@ from server.engine.block_pool import BlockPool
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.sequence import (
-    RoutingStats,
     RunResult,
     SamplingParams,
     ScheduledBatch,
@@ -23,6 +22,7 @@ from server.engine.sequence import (
     TokenLogprobs,
     TokenRouting,
 )
+from server.engine.step_stats import RoutingStats
 
 VOCAB_SIZE = 64
 
@@ -106,7 +106,8 @@ class FakeRunner:
             start = row.sequence.num_computed_tokens
             stop = start + row.num_tokens
             assert row.num_tokens > 0, "a row computes something"
-            assert stop <= row.sequence.num_tokens, "only known tokens are computed"
+            num_tokens = row.sequence.num_tokens + len(row.sequence.draft_token_ids)
+            assert stop <= num_tokens, "only known and drafted tokens are computed"
             assert stop <= len(row.sequence.block_table) * self.block_size, "the block table covers the tokens"
             for index in range(start // self.block_size, (stop - 1) // self.block_size + 1):
                 assert holders[row.sequence.block_table[index]] == 1, "a block that is written is in one table only"
@@ -115,7 +116,7 @@ class FakeRunner:
         """Write content at the new positions; it depends on the whole prefix, as K/V does. Check what is read."""
         sequence = row.sequence
         content = zlib.crc32(repr((sequence.plan.fingerprint, sequence.cache_salt)).encode())
-        for position, token in enumerate(sequence.token_ids[: sequence.num_computed_tokens + row.num_tokens]):
+        for position, token in enumerate(sequence.tokens_between(0, sequence.num_computed_tokens + row.num_tokens)):
             content = zlib.crc32(repr((position, token)).encode(), content)
             slot = sequence.block_table[position // self.block_size], position % self.block_size
             if position >= sequence.num_computed_tokens:
@@ -125,22 +126,33 @@ class FakeRunner:
     def _output(self, row: ScheduledSequence) -> StepOutput:
         sequence = row.sequence
         if (error := self.row_error(sequence)) is not None:
-            return StepOutput(token_id=None, error=error)
+            return StepOutput(error=error)
         scored: tuple[TokenLogprobs, ...] = ()
         if (num_top := sequence.params.prompt_logprobs) is not None:
             start = sequence.num_computed_tokens + 1
             targets = sequence.prompt_token_ids[start : start + row.num_tokens]
             scored = tuple(fake_logprobs(token, num_top) for token in targets)
         if not row.samples:
-            return StepOutput(token_id=None, prompt_logprobs=scored)
-        token = self.next_token(sequence)
+            return StepOutput(prompt_logprobs=scored)
+        said = self._said(sequence)
         num_top = sequence.params.logprobs
         return StepOutput(
-            token_id=token,
-            logprobs=None if num_top is None else fake_logprobs(token, num_top),
-            routing=self.routing(sequence) if self.routing and sequence.params.trace_routing else None,
+            token_ids=tuple(said),
+            logprobs=None if num_top is None else fake_logprobs(said[0], num_top),
+            routing=(self.routing(sequence),) * len(said) if self.routing and sequence.params.trace_routing else (),
             prompt_logprobs=scored,
         )
+
+    def _said(self, sequence: Sequence) -> list[int]:
+        """The next token, and those behind drafts that are right."""
+        said = [self.next_token(sequence)]
+        for draft in sequence.draft_token_ids:
+            if draft != said[-1]:
+                break
+            sequence.output_token_ids.append(draft)
+            said.append(self.next_token(sequence))
+        del sequence.output_token_ids[sequence.num_output_tokens - len(said) + 1 :]
+        return said
 
 
 def fake_logprobs(token_id: int, num_top: int) -> TokenLogprobs:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from server.engine.async_engine import AsyncEngine, GenerationHandle
-from server.engine.sequence import FinishReason, StepStats
+from server.engine.sequence import FinishReason
+from server.engine.step_stats import StepStats
 from tests.engine.async_clients import StartEngine, consume, request, until
 from tests.engine.fakes import CountingLease, FakeRunner, build_engine, scripted, tokens_of
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from server.engine.sequence import FinishReason, RoutingStats, SamplingParams, ScheduledBatch, Sequence
+from server.engine.sequence import FinishReason, SamplingParams, ScheduledBatch, Sequence
+from server.engine.step_stats import RoutingStats
 from server.errors import EngineError
 from tests.engine.fakes import CountingLease, FakeRunner, build_engine, run_to_end, tokens_of
 

@@ -14,6 +14,7 @@ from server.engine.layout import StepLayout
 from server.engine.model_runner import ModelRunner
 from server.engine.packing import pad_tokens
 from server.engine.sequence import SamplingParams, ScheduledBatch, ScheduledSequence, Sequence, TraceLevel
+from server.engine.step_stats import RoutingStats
 from server.engine.torch_graph import TorchGraph
 from server.errors import ModelLoadError
 from server.model.attention import PagedAttention, attach_paged_attention
@@ -80,10 +81,9 @@ def generate(runner: ModelRunner, *sequences: Sequence, chunk: int = 100) -> lis
         result = runner.run(ScheduledBatch(rows))
         for row, output in zip(rows, result.outputs, strict=True):
             row.sequence.num_computed_tokens += row.num_tokens
-            if output.token_id is not None:
-                row.sequence.output_token_ids.append(output.token_id)
-                if row.sequence is sequences[0]:
-                    outputs.append(output)
+            row.sequence.output_token_ids += output.token_ids
+            if output.token_ids and row.sequence is sequences[0]:
+                outputs.append(output)
     return outputs
 
 
@@ -209,12 +209,12 @@ def test_traces_and_stats_report_fixed_weights(tiny_llama: Callable[..., Any]) -
     outputs = generate(runner, traced, base)
     weights = pytest.approx({2: 0.8, 1: 0.4})
     for output in outputs:
-        assert dict(output.routing.share) == weights
-        assert len(output.routing.layers) == routed.num_layers
-        assert dict(output.routing.layers[0]) == weights
+        (trace,) = output.routing
+        assert dict(trace.share) == weights
+        assert len(trace.layers) == routed.num_layers
+        assert dict(trace.layers[0]) == weights
     result = runner.run(ScheduledBatch((ScheduledSequence(traced, 1), ScheduledSequence(base, 1))))
-    assert result.outputs[1].routing is not None
-    assert result.outputs[1].routing.share == ((0, 1.0),)
+    assert [trace.share for trace in result.outputs[1].routing] == [((0, 1.0),)]
     assert dict(result.routing.gate_mass) == weights
     assert result.routing.entropies == (), "only routed tokens have an entropy"
 
@@ -231,7 +231,7 @@ def test_a_trace_shows_what_a_prompt_gate_decided_about_a_token(tiny_llama: Call
     def traces(*spans: PlanSpan) -> list[Any]:
         sequence = make_sequence(1, plan=plan, trace_routing=TraceLevel.LAYERS, max_tokens=2)
         sequence.course = PlanCourse(spans)
-        return [output.routing for output in generate(runner, sequence)]
+        return [trace for output in generate(runner, sequence) for trace in output.routing]
 
     first, second = traces(PlanSpan(len(PROMPT), alone))
     assert first.share == ((2, 1.0),)
@@ -281,6 +281,10 @@ def test_mass_is_routed_where_the_router_had_a_choice(tiny_llama: Callable[..., 
     nobodys = runner.run(ScheduledBatch((ScheduledSequence(rows[0], 4), ScheduledSequence(rows[3], 4)))).routing
     assert dict(nobodys.routed_mass)[0] == 3.0, "the prompt gate's tokens for the base model, not a base request's"
     assert sum(mass for _, mass in nobodys.routed_mass) == pytest.approx(4.0)
+    rows[0].num_computed_tokens = 0
+    rows[0].course = PlanCourse((PlanSpan(ENDLESS, BASE_PLAN),))
+    whole = runner.run(ScheduledBatch((ScheduledSequence(rows[0], 4),))).routing
+    assert whole == RoutingStats((), (), ((0, 4.0),)), "no adapter acts anywhere in the step"
 
 
 def test_tokens_computed_again_after_a_preemption_are_in_no_routing_total(tiny_llama: Callable[..., Any]) -> None:
@@ -313,11 +317,11 @@ def test_a_row_that_is_not_finite_fails_alone_and_its_blocks_are_cleaned(
     )
     rows = tuple(ScheduledSequence(sequence, sequence.num_prompt_tokens - left) for sequence in (bad, good, expected))
     outputs = runner.run(ScheduledBatch(rows)).outputs
-    assert outputs[0].token_id is None
+    assert outputs[0].token_ids == ()
     assert outputs[0].error is not None
     assert outputs[1].error is None
-    assert outputs[1].token_id == outputs[2].token_id
-    assert (outputs[1].token_id is None) == bool(left)
+    assert outputs[1].token_ids == outputs[2].token_ids
+    assert (not outputs[1].token_ids) == bool(left)
     assert attention.cache is not None
     for tensor in (*attention.cache.keys.values(), *attention.cache.values.values()):
         assert torch.isfinite(tensor).all()
@@ -350,7 +354,7 @@ def test_logits_are_computed_where_a_token_is_sampled_or_scored_and_nowhere_else
     rows = (ScheduledSequence(whole, 20), ScheduledSequence(begun, 5), ScheduledSequence(scored, 3))
     outputs = runner.run(ScheduledBatch(rows)).outputs
     assert graph.asked == [([19, 25, 26, 27, 27], [24])]
-    assert [output.token_id for output in outputs] == [0, None, None]
+    assert [output.token_ids for output in outputs] == [(0,), (), ()]
     assert len(outputs[2].prompt_logprobs) == 3
     runner.run(ScheduledBatch((ScheduledSequence(begun, 5),)))
     assert graph.asked[1:] == [([], [4])], "a step of nothing but beginnings"

@@ -4,7 +4,9 @@ A tiny Llama with three adapters and a router, driven through scheduler, block p
 torch graph in float32, on the native step in float32 and in bfloat16, where its sums never depend on the batch.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,13 +14,15 @@ import pytest
 import torch
 
 from server.engine.block_pool import BlockPool
+from server.engine.drafts import Drafter
 from server.engine.engine import Engine
 from server.engine.graph import Graph
 from server.engine.model_runner import ModelRunner
 from server.engine.native_graph import NativeGraph
 from server.engine.scheduler import Scheduler, SchedulerLimits
-from server.engine.sequence import FinishReason, SamplingParams
+from server.engine.sequence import FinishReason, SamplingParams, TraceLevel
 from server.engine.sequence import Sequence as EngineSequence
+from server.engine.speculation import Speculation
 from server.engine.torch_graph import TorchGraph
 from server.model.attention import attach_paged_attention
 from server.native.model import NativeModel, why_not
@@ -103,9 +107,15 @@ class Rig:
             fixed_plan(Policy.WEIGHTED, {1: 0.4, 3: 0.7}, DIGESTS),
         ]
 
-    def engine(self, *, num_blocks: int = 200, max_num_batched_tokens: int = 512) -> Engine:
+    def engine(
+        self, *, num_blocks: int = 200, max_num_batched_tokens: int = 512, speculative_tokens: int = 0
+    ) -> Engine:
         limits = SchedulerLimits(
-            max_num_seqs=16, max_num_batched_tokens=max_num_batched_tokens, max_model_len=128, prefix_caching=True
+            max_num_seqs=16,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=128,
+            prefix_caching=True,
+            speculative_tokens=speculative_tokens,
         )
         return Engine(Scheduler(limits, BlockPool(num_blocks, self.block_size)), self.runner)
 
@@ -191,6 +201,55 @@ def test_scheduling_never_changes_tokens(
     full = 20 // rig.block_size * rig.block_size
     assert num_cached >= 10 * full, "every prompt of 22 tokens or more has its full blocks in the cache"
     assert cached == alone
+
+
+@pytest.mark.parametrize("granularity", ["layer", "projection"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drafts_change_no_token_no_trace_and_no_statistics(
+    tiny_llama: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    granularity: Granularity,
+    dtype: torch.dtype,
+) -> None:
+    """Drafts that know the answer and err at every fifth token: most are right up to there, across spans and turns."""
+    rig = Rig(tiny_llama(), granularity, "native", dtype)
+
+    def answers(engine: Engine, *, at_once: int) -> tuple[dict[int, Any], Counter[int], int]:
+        """Tokens with their traces per sequence, gate mass over all steps, and right drafts."""
+        said: dict[int, Any] = {}
+        mass: Counter[int] = Counter()
+        num_accepted = 0
+        sequences = rig.sequences()
+        for first in range(0, len(sequences), at_once):
+            for sequence in sequences[first : first + at_once]:
+                sequence.params = replace(sequence.params, trace_routing=TraceLevel.LAYERS)
+                engine.add(sequence)
+            while engine.has_work:
+                events, stats = engine.step()
+                num_accepted += stats.num_accepted_tokens
+                mass.update(dict(stats.routing.routed_mass))
+                for event in events:
+                    pairs = zip(event.token_ids, event.routing, strict=True)
+                    said.setdefault(event.sequence_id, []).extend(pairs)
+        return said, mass, num_accepted
+
+    expected, expected_mass, _ = answers(rig.engine(), at_once=1)
+
+    def oracle(_: Speculation, sequence: EngineSequence, room: int) -> list[int]:
+        sequence.drafter = Drafter()
+        first = sequence.num_output_tokens
+        ahead = [token for token, _ in expected[sequence.id][first : min(first + room, first + 6, NUM_NEW - 1)]]
+        return [token if place % 5 else 7 for place, token in enumerate(ahead, first + 2)]
+
+    monkeypatch.setattr(Speculation, "_draft", oracle)
+    for at_once in (1, 3, 10):
+        engine = rig.engine(speculative_tokens=6)
+        for run_number in range(2):  # the second finds blocks in the cache that drafts have been written to
+            said, mass, num_accepted = answers(engine, at_once=at_once)
+            assert said == expected
+            assert num_accepted >= (30 if at_once < 10 else 10)
+            if run_number == 0 and at_once < 10:
+                assert mass == pytest.approx(expected_mass, rel=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["torch", "native"])

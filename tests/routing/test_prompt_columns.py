@@ -55,12 +55,12 @@ def rendered(own: list[list[int]]) -> list[list[int]]:
 
 def test_the_column_is_the_log_mean_of_the_trained_ones_and_a_damped_log_ratio() -> None:
     """In float64 with numpy, but for the final rounding to float16."""
-    gate, own = trained(), [[200, 200, 7, V - 1], [200, 310]]
+    gate, own = trained(), [[200] * 12 + [7, V - 1], [200, 310]]
     scores, frequency = gate.scores.double().numpy(), statistics_of(gate).frequency.double().numpy()
     ordinary = 0.6 * frequency + 0.4 / V
-    ratio = np.log((np.bincount([*own[0], *own[1]], minlength=V) + 1000 * ordinary) / (6 + 1000) / ordinary)
-    expected = np.log(np.exp(scores).mean(axis=1)) + 0.5 * np.minimum(ratio, 4)
-    assert ratio.max() > 4, "the limit has something to do"
+    ratio = np.log((np.bincount([*own[0], *own[1]], minlength=V) + 1500 * ordinary) / (16 + 1500) / ordinary)
+    expected = np.log(np.exp(scores).mean(axis=1)) + 0.5 * np.minimum(ratio, 6)
+    assert ratio.max() > 6, "the limit has something to do"
     np.testing.assert_allclose(column(gate, own).double().numpy(), expected, rtol=1e-3, atol=1e-3)
 
 
