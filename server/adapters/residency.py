@@ -126,10 +126,14 @@ class Residency:
         freed = frozenset(victim.slot for victim in victims if victim.slot is not None)
         with state.mutex:
             residents = [adapter for adapter in state.residents() if adapter.slot not in freed]
+            coming = [record.number for record in state.records.values() if record.state.is_loading]
         staged = bank.without_slots(freed) if freed else bank.snapshot
         placed = []
         for record, adapter in newcomers:
-            slot = min(set(range(BASE_SLOT + 1, bank.num_slots)) - staged.slots)
+            # The lowest free one, leaving theirs to those that were registered before and come later: updates are added
+            # in the order of slots, and a sum of another order differs in its last bits.
+            free = sorted(set(range(BASE_SLOT + 1, bank.num_slots)) - staged.slots)
+            slot = free[min(sum(number < record.number for number in coming), len(free) - 1)]
             staged = bank.with_adapter(slot, adapter.weights, onto=staged)
             residents.append(
                 ResidentAdapter(record.spec.name, slot, adapter.digest, record.spec.routed, record.calibration)

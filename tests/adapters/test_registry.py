@@ -257,6 +257,25 @@ def test_nothing_is_visible_until_a_step_has_ended(make_registry: MakeRegistry, 
         thread.stop()
 
 
+def test_slots_follow_the_order_of_registration_whoever_loads_first(
+    registry: AdapterRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Updates are added in the order of slots: after a restart sums must be those of before, to the last bit."""
+    load, may_load = type(registry.loader).load, {name: threading.Event() for name in "ab"}
+
+    def in_turn(loader: Any, spec: AdapterSpec, *arguments: Any, **options: Any) -> Any:
+        assert may_load[spec.name].wait(30)
+        return load(loader, spec, *arguments, **options)
+
+    monkeypatch.setattr(type(registry.loader), "load", in_turn)
+    for name in "ab":
+        registry.register(local(name))
+    for name in "ba":
+        may_load[name].set()
+        assert registry.wait(name, 30).state is AdapterState.READY
+    assert {slot: name for slot, name in registry.roster.slot_names.items() if slot} == {1: "a", 2: "b"}
+
+
 @pytest.mark.parametrize("part", ["with_adapter", "publish", "commit"])
 def test_a_publication_that_fails_leaves_nothing_behind(
     part: str, registry: AdapterRegistry, routed: RoutedModel, monkeypatch: pytest.MonkeyPatch
