@@ -128,7 +128,7 @@ def measure(roster: Roster, artefact: RouterArtefact, label: int, chats: Splits,
         after = _nll(roster, sequences, held_out.plans(calibration.row))
         cases[str(count)] = {
             "nll": after,
-            "problems": list(calibration.report.problems),
+            "problems": list(calibration.problems),
             **dataclasses.asdict(calibration.report),
             "prompt_gate": None if calibration.prompt is None else calibration.prompt.facts(),
         }

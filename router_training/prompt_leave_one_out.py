@@ -146,7 +146,7 @@ def table(record: dict[str, Any]) -> str:
     rows = []
     for name, case in record["adapters"].items():
         found = [case["examples"][str(count)] for count in COUNTS]
-        marks = ["*" if one["canary"]["state"] == "silent" else "" for one in found]
+        marks = ["*" if one["canary"]["state"] == "refused" else "" for one in found]
         cells = [name, _cell(case["trained"])]
         cells += [_cell(one["tokens"][name]) + mark for one, mark in zip(found, marks, strict=True)]
         cells += [_cell(_mean_of_others(tokens, name)) for tokens in (case["without"], *(o["tokens"] for o in found))]

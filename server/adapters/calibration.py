@@ -61,16 +61,29 @@ class Calibration:
     artefact: RouterArtefact
     """What it was fitted against; under another artefact it means nothing."""
     prompt: PromptVerdict | None = None
-    """Whether it takes part in the router's prompt gate; None where there is no such gate."""
+    """Whether it may take part in the router's prompt gate; None where there is no such gate."""
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Why `auto` must not choose the adapter, with numbers; empty when it may."""
+        return (*self.report.problems, *(() if self.prompt is None else self.prompt.problems))
 
 
 class Calibrator:
     """Rows for one model. Every method runs on a worker thread, one call at a time."""
 
     def __init__(
-        self, routed: RoutedModel, run_between_steps: RunBetweenSteps, states: ExampleStates | None = None
+        self,
+        routed: RoutedModel,
+        run_between_steps: RunBetweenSteps,
+        states: ExampleStates | None = None,
+        *,
+        reads_prompts: bool = True,
     ) -> None:
-        """`states` are the torch model's own unless something else computes the steps."""
+        """`states` are the torch model's own unless something else computes the steps. `reads_prompts`: prompt gates
+        are obeyed.
+        """
+        self._reads_prompts = reads_prompts
         self._routed = routed
         self._run_between_steps = run_between_steps
         self._states = TorchStates(routed) if states is None else states
@@ -96,7 +109,7 @@ class Calibrator:
             row, own = self._from_weights(slot, artefact, background), None
         names = [adapter.name for adapter in artefact.adapters]
         prompt = None
-        if artefact.prompt_gate is not None:
+        if artefact.prompt_gate is not None and self._reads_prompts:
             column, prompt = make_column([example.token_ids for example in examples], artefact.prompt_gate, names)
             row = replace(row, prompt_column=column)
         report = judge(

@@ -157,7 +157,7 @@ class HotRows:
             try:
                 if calibration is not before:
                     self._publish()
-                if readmits and calibration is not None and not calibration.report.problems:
+                if readmits and calibration is not None and not calibration.problems:
                     self._readmit(record)
             except Exception:
                 logger.exception("the gate row of adapter %s could not be published", record.spec.name)
@@ -214,7 +214,7 @@ class HotRows:
             "adapter %s calibrated from %s: %s",
             record.spec.name,
             f"{calibration.num_examples} examples" if calibration.num_examples else "its weights",
-            "; ".join(calibration.report.problems) or "passed",
+            "; ".join(calibration.problems) or "passed",
         )
         return calibration
 

@@ -19,7 +19,7 @@ def stays(state: RegistryState, record: Record) -> bool:
 def has_row(record: Record, digest: str, artefact: RouterArtefact) -> bool:
     """Whether a router of this artefact has a row for the adapter, trained or calibrated."""
     hot = record.calibration
-    return digest in artefact.digests or (hot is not None and hot.artefact is artefact and not hot.report.problems)
+    return digest in artefact.digests or (hot is not None and hot.artefact is artefact and not hot.problems)
 
 
 def room_of(state: RegistryState, max_bytes: int | None, max_slots: int, leaving: Record | None = None) -> Room:

@@ -216,7 +216,7 @@ class Record:
             return None
         report, prompt = self.calibration.report, self.calibration.prompt
         return {
-            "state": "refused" if report.problems else "passed",
+            "state": "refused" if self.calibration.problems else "passed",
             "method": self.calibration.method,
             "num_examples": self.calibration.num_examples,
             **asdict(report),

@@ -112,7 +112,7 @@ class AdapterRegistry:
         records = Journal(journal)
         guard = ShareGuard(self._state, records.exclusions)
         publish_rows = functools.partial(self._publisher.run, self._residency.refresh_router)
-        calibrator = Calibrator(routed, run_between_steps, states)
+        calibrator = Calibrator(routed, run_between_steps, states, reads_prompts=settings.prompt_gate)
         self._hot_rows = HotRows(
             self._state, calibrator, publish_rows, encode_examples, records.examples, guard.readmit, self.desk.hold
         )

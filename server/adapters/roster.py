@@ -223,7 +223,7 @@ def hot_rows(resident: Iterable[ResidentAdapter], artefact: RouterArtefact) -> d
     rows = {}
     for adapter in resident:
         hot = adapter.calibration
-        is_sound = hot is not None and hot.artefact is artefact and not hot.report.problems
+        is_sound = hot is not None and hot.artefact is artefact and not hot.problems
         if hot is not None and is_sound and adapter.wants_routing and adapter.digest not in known:
             rows[adapter.slot] = hot.row
             known.add(adapter.digest)
@@ -257,7 +257,7 @@ def _unrouted_reason(adapter: ServedAdapter, router: RouterGeneration | None, wi
             )
     if adapter.calibration_problem is not None:
         return f"{adapter.calibration_problem}: served by name only"
-    if adapter.calibration is not None and (problems := adapter.calibration.report.problems):
+    if adapter.calibration is not None and (problems := adapter.calibration.problems):
         return f"{' and '.join(problems)}: served by name only"
     return "no gate row in the router artefact: served by name only"
 

@@ -33,7 +33,7 @@ examples, which know less than the column in use (docs/hot-routing.md has what t
 router or the base model is not lost: in their answers the gate row decides."""
 MAX_TAKEN = 0.1
 """Canary: of the tokens of no trained choice's retained questions may the newcomer get more, as for gate rows. One
-whole question of 16 is less: a single one is chance, and a silent gate costs every task more."""
+whole question of 16 is less: a single one is chance."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,16 @@ class PromptVerdict:
     """Whether a newcomer takes part in the prompt gate."""
 
     problems: tuple[str, ...]
-    """Why not; empty when it does. Then the gate is silent about every request that may choose it."""
+    """Why not, with numbers; empty when it does. Then it is not routed at all: a gate that does not know it would give
+    its prompts to others with confidence, and one that kept silent for it would cost every task more."""
     report: PromptReport | None = None
     """None where there was no column to judge."""
 
     def facts(self) -> Mapping[str, Any]:
         """JSON-able."""
-        silent = "; ".join([*self.problems, "the prompt gate is silent where `auto` may choose it"])
         return {
-            "state": "silent" if self.problems else "passed",
-            "reason": silent if self.problems else None,
+            "state": "refused" if self.problems else "passed",
+            "reason": "; ".join(self.problems) or None,
             **({} if self.report is None else asdict(self.report)),
         }
 
@@ -104,7 +104,8 @@ def make_column(
     ]
     examples = [questions for questions in asked if questions]
     if len(examples) < MIN_EXAMPLES:
-        return None, PromptVerdict((f"{len(examples)} of its examples have a question; {MIN_EXAMPLES} are needed",))
+        problem = f"{len(examples)} of its examples have a question for the prompt gate; {MIN_EXAMPLES} are needed"
+        return None, PromptVerdict((problem,))
     column = column_from_questions(_joined(examples), gate, gate.statistics)
     report = judge_column(column, examples, gate, gate.statistics, names)
     return (None if report.problems else column), PromptVerdict(report.problems, report)

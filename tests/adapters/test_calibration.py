@@ -119,13 +119,25 @@ def test_a_prompt_gate_gets_a_column_and_the_gate_row_stays(make_routed: Callabl
     assert after.report == before.report
 
 
-def test_without_examples_a_prompt_gate_stays_silent(make_routed: Callable[..., RoutedModel]) -> None:
+def test_without_examples_a_prompt_gate_cannot_place_an_adapter(make_routed: Callable[..., RoutedModel]) -> None:
     routed = make_routed()
     gated = replace(known(routed), prompt_gate=ordinary_prompt_gate())
     calibration = Calibrator(routed, run_inline).calibrate(3, (), gated, DIGESTS)
     assert calibration.row.prompt_column is None
     assert calibration.prompt is not None
     assert str(calibration.prompt.facts()["reason"]).startswith("0 of its examples have a question")
+    assert calibration.problems[-1] == calibration.prompt.facts()["reason"]
+
+
+def test_a_prompt_gate_that_is_not_obeyed_judges_nobody(make_routed: Callable[..., RoutedModel]) -> None:
+    routed = make_routed()
+    gated = replace(known(routed), prompt_gate=replace(ordinary_prompt_gate(), statistics=None))
+    obeyed, ignored = (
+        Calibrator(routed, run_inline, reads_prompts=reads).calibrate(3, EXAMPLES, gated, DIGESTS)
+        for reads in (True, False)
+    )
+    assert "no statistics of questions" in obeyed.problems[-1]
+    assert (ignored.prompt, ignored.problems) == (None, ())
 
 
 def test_a_router_without_statistics_is_refused(make_routed: Callable[..., RoutedModel]) -> None:

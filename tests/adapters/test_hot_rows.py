@@ -200,15 +200,23 @@ def test_a_newcomer_takes_part_in_the_prompt_gate(start: Start, tmp_path: Path) 
     assert spans_of(registry, "zzyx xyzzy xxyz") == [(registry.roster.adapters["c"].slot,)]
 
 
-def test_a_newcomer_without_a_column_is_routed_to_and_silences_the_prompt_gate(start: Start, tmp_path: Path) -> None:
+def test_a_newcomer_that_the_prompt_gate_cannot_place_is_served_by_name_and_costs_nobody(
+    start: Start, tmp_path: Path
+) -> None:
+    """A gate that kept silent for it would leave every task's questions to the router."""
     registry = start()
-    give_prompt_gate(registry, tmp_path / "router", dataclasses.replace(ordinary_prompt_gate(), statistics=None))
+    gate = dataclasses.replace(ordinary_prompt_gate(), statistics=None)
+    give_prompt_gate(registry, tmp_path / "router", gate)
+    before = spans_of(registry, "quick qualms quit")
+    assert before != []
     info = add(registry, "c", OWN)
-    assert info.routed, info.reason
-    verdict = info.to_dict()["calibration"]["prompt_gate"]
-    assert verdict["state"] == "silent"
-    assert "lora-mixer-train background" in verdict["reason"]
-    assert spans_of(registry, "quick qualms quit") == []
+    assert not info.routed
+    assert "lora-mixer-train background" in str(info.reason)
+    assert str(info.reason).endswith(": served by name only")
+    facts = info.to_dict()["calibration"]
+    assert (facts["state"], facts["prompt_gate"]["state"]) == ("refused", "refused")
+    assert spans_of(registry, "quick qualms quit") == before
+    assert registry.lease("c").plan.weights
 
 
 def test_a_newcomer_whose_examples_are_other_adapters_business_is_refused_with_numbers(start: Start) -> None:

@@ -50,7 +50,7 @@ def test_every_adapter_is_left_out_and_the_table_lands_in_the_document(trained: 
         if load_artefact(trained / "router").prompt_gate is None:
             assert verdicts == [None, None]
         else:
-            assert verdicts[0]["state"] == "silent"
+            assert verdicts[0]["state"] == "refused"
             assert 0 <= verdicts[1]["own_share"] <= 1
     text = document.read_text(encoding="utf-8")
     assert text.startswith("before\n")

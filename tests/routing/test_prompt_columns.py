@@ -133,7 +133,7 @@ def test_every_question_of_a_conversation_is_an_example() -> None:
     assert verdict.report.own_share > 0.5
     alone, verdict = make_column(prompts[:1], gate, NAMES)
     assert alone is None
-    assert verdict.problems == ("1 of its examples have a question; 2 are needed",)
+    assert verdict.problems == ("1 of its examples have a question for the prompt gate; 2 are needed",)
 
 
 def test_halves_of_the_examples_judge_each_other() -> None:
@@ -151,9 +151,8 @@ def test_a_newcomer_whose_questions_go_to_others_is_left_out() -> None:
     assert verdict.report is not None
     assert verdict.report.own_lost_share > prompt_columns.MAX_OWN_LOST
     facts = verdict.facts()
-    assert facts["state"] == "silent"
+    assert facts["state"] == "refused"
     assert "of its own examples' question tokens to other adapters, more than 20 % allowed" in facts["reason"]
-    assert facts["reason"].endswith("the prompt gate is silent where `auto` may choose it")
 
 
 def test_what_goes_to_the_base_model_is_not_lost() -> None:
@@ -182,7 +181,7 @@ def test_examples_without_questions_and_gates_without_statistics_are_told() -> N
     gate = trained()
     own, verdict = make_column([[1, 2, 3], *rendered(questions(200, 1))], gate, NAMES)
     assert own is None
-    assert verdict.problems == ("1 of its examples have a question; 2 are needed",)
+    assert verdict.problems == ("1 of its examples have a question for the prompt gate; 2 are needed",)
     own, verdict = make_column(rendered(questions(200, 8)), replace(gate, statistics=None), NAMES)
     assert own is None
     assert "lora-mixer-train background" in verdict.problems[0]
