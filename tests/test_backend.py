@@ -11,8 +11,10 @@ from server.backend import build_backend
 from server.config import ServerSettings
 from server.errors import ConfigError
 from server.machine import has_bfloat16
+from server.native.library import libraries
 from server.routing.attach import attach_routing
 
+NEEDS_NATIVE = pytest.mark.skipif(not libraries(), reason="no compiled library fits this CPU")
 SETTINGS = ServerSettings(backend="torch", kv_cache_mib=1, max_adapters=2)
 
 
@@ -45,7 +47,7 @@ def test_whether_bfloat16_is_fast_is_asked_of_onednn_where_there_is_one(
     assert has_bfloat16()
 
 
-@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("backend", [pytest.param("native", marks=NEEDS_NATIVE), "torch"])
 def test_a_cache_beyond_the_machines_memory_is_refused_at_start(
     tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
@@ -55,7 +57,7 @@ def test_a_cache_beyond_the_machines_memory_is_refused_at_start(
         build_backend(attach_routing(tiny_llama(), num_slots=3), settings, 64)
 
 
-@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("backend", [pytest.param("native", marks=NEEDS_NATIVE), "torch"])
 def test_a_cache_that_the_system_has_no_room_for_is_a_setting_to_lower(
     tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:

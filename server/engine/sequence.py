@@ -265,7 +265,7 @@ class ScheduledSequence(NamedTuple):
     @property
     def num_drafts(self) -> int:
         """How many of the tokens are guesses, the last ones."""
-        return max(0, self.sequence.num_computed_tokens + self.num_tokens - self.sequence.num_tokens)
+        return len(self.sequence.draft_token_ids)
 
 
 @dataclass(frozen=True)

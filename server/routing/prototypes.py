@@ -54,7 +54,8 @@ class HotRow:
 
     columns: Mapping[str, GateColumn]
     prompt_column: Tensor | None = None
-    """(V,) float16: its scores in the router's prompt gate. Without them the gate is silent where it is allowed."""
+    """(V,) float16: its scores in the router's prompt gate. Where there is one, the registry routes to no row without
+    them: the gate would be silent for all requests that may choose it."""
 
     @cached_property
     def digest(self) -> str:
