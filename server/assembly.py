@@ -74,7 +74,8 @@ def build_model(config: ServerConfig) -> ModelParts:
     loaded = load_base_model(base_model, device=settings.device, cache_folder=cache_folder(), root=config.root)
     lock_commit(config.base_model, lock, config.root, loaded.revision)
     routed = attach_routing(loaded.model, num_slots=(settings.max_resident_adapters or settings.max_adapters) + 1)
-    backend = build_backend(routed, settings, loaded.max_model_len)
+    backend = build_backend(routed, settings, loaded.max_model_len, loaded.quantized)
+    loaded.quantized.clear()  # packed now
     logger.info(
         "base model %s in %s on %s (%s backend), %d tokens of K/V cache, loaded in %.1f s",
         loaded.name,

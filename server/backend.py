@@ -5,7 +5,9 @@ Part of the composition root. A native decoder is compared with the torch graph 
 
 import functools
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from server.engine.torch_graph import TorchGraph
 from server.errors import ConfigError
 from server.machine import has_bfloat16, memory_bytes
 from server.model.attention import attach_paged_attention
+from server.model.quantization import Int8Weight
 from server.native.library import num_cores
 from server.native.model import NativeModel, bytes_per_block, release_weights, why_not
 from server.native.routers import NativeRouter
@@ -33,6 +36,8 @@ CHECK_PREFILL, CHECK_DECODE = 32, 8
 CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Largest difference of a logit, relative to the largest logit of all. In bfloat16 transformers' own graph is that far
 from its float32 one at the first token of the demo model, an attention sink, and five times nearer elsewhere."""
+INT8_TOLERANCE = 0.15
+"""The same of int8 weights, in either dtype: the torch graph does not round what they are multiplied with."""
 CHECK_SHARE = 0.15
 """Positions that may differ by more; the decoded ones alone are a fifth."""
 
@@ -50,12 +55,18 @@ class Backend:
     """Where gate rows get their states from; None: the torch model."""
 
 
-def build_backend(routed: RoutedModel, settings: ServerSettings, model_limit: int) -> Backend:
-    """The graph that `settings.backend` asks for. `model_limit` is the longest sequence the model can take, in tokens.
+def build_backend(
+    routed: RoutedModel,
+    settings: ServerSettings,
+    model_limit: int,
+    quantized: Mapping[str, Int8Weight] = MappingProxyType({}),
+) -> Backend:
+    """The graph that `settings.backend` asks for. `model_limit` is the longest sequence the model can take, in tokens;
+    `quantized` the int8 weights behind those of `routed`, by module path, if it was loaded with any.
 
-    Raises ConfigError when it asks for the native one and that cannot serve, ModelLoadError for architectures that no
-    graph serves. With the native graph the torch weights are freed and torch computes with one thread: its idle
-    workers would spin on the cores that the step needs.
+    Raises ConfigError when it asks for the native one, or the weights need it, and that cannot serve, ModelLoadError
+    for architectures that no graph serves. With the native graph the torch weights are freed and torch computes with
+    one thread: its idle workers would spin on the cores that the step needs.
     """
     if settings.backend == "torch" and settings.speculative_tokens:
         raise ConfigError(
@@ -63,14 +74,25 @@ def build_backend(routed: RoutedModel, settings: ServerSettings, model_limit: in
             "at once; set it to 0, or server.backend to auto or native",
             param="server.speculative_tokens",
         )
+    if settings.backend == "torch" and quantized:
+        raise ConfigError(
+            "base_model.quantization int8 needs the native backend: on torch it would save nothing; set it to null, or "
+            "server.backend to auto or native",
+            param="base_model.quantization",
+        )
     if settings.backend != "torch":
-        backend = _build_native(routed, settings, model_limit)
+        backend = _build_native(routed, settings, model_limit, quantized)
         if isinstance(backend, Backend):
             release_weights(routed.model)
             torch.set_num_threads(1)
             return backend
         if settings.backend == "native":
             raise ConfigError(f"server.backend is native, but {backend}; use auto or torch", param="server.backend")
+        if quantized:
+            raise ConfigError(
+                f"base_model.quantization int8 needs the native backend, but {backend}; set it to null",
+                param="base_model.quantization",
+            )
         logger.info("computing with transformers' graph: %s", backend)
         if settings.speculative_tokens:
             logger.warning("server.speculative_tokens is not used: it needs the native backend")
@@ -94,7 +116,9 @@ def _build_torch(routed: RoutedModel, settings: ServerSettings, model_limit: int
     return Backend(graph, num_blocks, max_model_len, "torch")
 
 
-def _build_native(routed: RoutedModel, settings: ServerSettings, model_limit: int) -> Backend | str:
+def _build_native(
+    routed: RoutedModel, settings: ServerSettings, model_limit: int, quantized: Mapping[str, Int8Weight]
+) -> Backend | str:
     """The native backend, or why there is none."""
     if (reason := why_not(routed.model, block_size=settings.block_size)) is not None:
         return reason
@@ -107,11 +131,13 @@ def _build_native(routed: RoutedModel, settings: ServerSettings, model_limit: in
             num_blocks=num_blocks + num_state_blocks(settings.block_size),
             max_positions=max_model_len,
             num_threads=settings.num_threads or num_cores(),
+            quantized=quantized,
         )
     except MemoryError as error:
         raise _no_room(settings, error) from error
     graph = NativeGraph(native, routed)
-    if (difference := _difference(graph, routed, max_model_len)) is not None:
+    tolerance = INT8_TOLERANCE if quantized else CHECK_TOLERANCE[routed.bank.dtype]
+    if (difference := _difference(graph, routed, max_model_len, tolerance)) is not None:
         logger.error("the native step %s; please report this with your CPU's model", difference)
         return f"the native step {difference}"
     routed.bank.pack = native.pack_adapter
@@ -123,7 +149,7 @@ def _build_native(routed: RoutedModel, settings: ServerSettings, model_limit: in
     return Backend(graph, num_blocks, max_model_len, "native", states)
 
 
-def _difference(graph: NativeGraph, routed: RoutedModel, max_model_len: int) -> str | None:
+def _difference(graph: NativeGraph, routed: RoutedModel, max_model_len: int, tolerance: float) -> str | None:
     """How the native step disagrees with transformers on a fixed text; None if it does not."""
     model: Any = routed.model
     num_tokens = min(CHECK_PREFILL + CHECK_DECODE, max_model_len)
@@ -140,7 +166,7 @@ def _difference(graph: NativeGraph, routed: RoutedModel, max_model_len: int) -> 
         sequence.num_computed_tokens += count
     difference = (torch.cat(found) - expected).abs().amax(-1) / expected.abs().max()  # (num_tokens,)
     # Not a number counts as different.
-    share = 1 - float((difference <= CHECK_TOLERANCE[routed.bank.dtype]).float().mean())
+    share = 1 - float((difference <= tolerance).float().mean())
     if share <= CHECK_SHARE:
         return None
     return f"disagrees with transformers' graph at {share:.0%} of the positions of a test prompt"

@@ -16,6 +16,9 @@ from server.config import NULL, BaseModelConfig, ServerConfig, ServerSettings, l
 
 DEFAULT_CONFIG = Path("adapters.yaml")
 
+PRECISIONS = ("dtype", "quantization")
+"""Settings of the base model that are flags too."""
+
 SINGULAR_FLAGS = {"adapter_roots": "adapter-root", "hub_allowed": "hub-allowed"}
 """Lists are given one value per flag, so their flag is singular and may be repeated."""
 
@@ -28,7 +31,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def add_config_flags(parser: argparse.ArgumentParser) -> None:
-    """`--config` and the base model's precision."""
+    """`--config` and the base model's precisions."""
     parser.add_argument(
         "--config",
         type=Path,
@@ -36,12 +39,11 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=f"configuration file; its relative paths start at its folder (default: {DEFAULT_CONFIG})",
     )
-    dtype = BaseModelConfig.model_fields["dtype"]
-    parser.add_argument(
-        "--dtype",
-        choices=get_args(dtype.annotation),
-        help=f"{_sentence(dtype.description)} (default: {dtype.default})",
-    )
+    for name in PRECISIONS:
+        field = BaseModelConfig.model_fields[name]
+        choices = [value if isinstance(value, str) else "null" for value in _flat(field.annotation)]
+        text = f"{_sentence(field.description)} (default: {_shown(field.default)})"
+        parser.add_argument(f"--{name}", choices=choices, help=text)
 
 
 def add_settings_flags(parser: argparse.ArgumentParser, only: Collection[str] | None = None) -> None:
@@ -63,10 +65,9 @@ def config_from(arguments: argparse.Namespace) -> ServerConfig:
         # A folder typed into a shell is relative to the shell's folder, one in the file to the file's.
         overrides["adapter_roots"] = tuple(map(_from_shell, overrides["adapter_roots"]))
     config = load_config(arguments.config, overrides)
-    if arguments.dtype is None:
-        return config
-    base_model = config.base_model.model_copy(update={"dtype": arguments.dtype})
-    return config.model_copy(update={"base_model": base_model})
+    given = {name: getattr(arguments, name) for name in PRECISIONS}
+    update = {name: None if value == "null" else value for name, value in given.items() if value is not None}
+    return config.model_copy(update={"base_model": config.base_model.model_copy(update=update)})
 
 
 def _from_shell(folder: str) -> str:
@@ -137,6 +138,11 @@ def _checked(model: type[BaseModel], name: str) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{error.errors()[0]['msg']}, got {text!r}") from None
 
     return parse
+
+
+def _flat(annotation: Any) -> list[Any]:
+    """The literals of `Literal[...]`, or of `Literal[...] | None`, whose last is NoneType."""
+    return [value for part in get_args(annotation) for value in (get_args(part) or (part,))]
 
 
 def _sentence(description: str | None) -> str:

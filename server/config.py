@@ -43,6 +43,9 @@ class BaseModelConfig(Frozen):
     """Hub sources only: branch, tag or commit."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of weights and K/V cache."""
+    quantization: Literal["int8"] | None = None
+    """`int8`: weights of linear layers and output head have 8 bits, and so has what they are multiplied with; 32 values
+    share a scale. Half the memory, faster steps, slightly other answers. On the native backend alone."""
 
 
 class ServerSettings(Frozen):

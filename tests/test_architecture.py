@@ -26,7 +26,7 @@ LAYERS = {
     "config": {"adapter_spec", "config_file", "errors", "naming"},
     "model": {"config", "errors", "naming"},
     "routing": {"config", "atomic_file", "errors", "naming"},
-    "native": {"routing", "config", "errors", "naming"},
+    "native": {"model", "routing", "config", "errors", "naming"},
     "engine": {"native", "model", "routing", "config", "errors", "naming"},
     "adapters": {"model", "routing", "config", "atomic_file", "errors", "naming"},
     "metrics": {"adapters", "engine", "native", "model", "routing", "config", "errors", "naming"},

@@ -11,6 +11,7 @@ from server.backend import build_backend
 from server.config import ServerSettings
 from server.errors import ConfigError
 from server.machine import has_bfloat16
+from server.model.quantization import quantize_model
 from server.native.library import libraries
 from server.routing.attach import attach_routing
 
@@ -81,3 +82,26 @@ def test_drafts_that_are_not_made_are_said_to_be_none(
     with caplog.at_level(logging.WARNING):
         assert build_backend(attach_routing(tiny_llama(), num_slots=3), settings, 64).name == "torch"
     assert "speculative_tokens is not used" in caplog.text
+
+
+def build_int8(model: Any, settings: ServerSettings) -> Any:
+    quantized = quantize_model(model)
+    return build_backend(attach_routing(model, num_slots=3), settings, 64, quantized)
+
+
+@NEEDS_NATIVE
+def test_int8_weights_are_computed_with_by_the_native_backend(tiny_llama: Callable[..., Any]) -> None:
+    assert build_int8(tiny_llama(), SETTINGS.model_copy(update={"backend": "auto"})).name == "native"
+
+
+def test_int8_weights_are_refused_where_they_would_save_nothing(
+    tiny_llama: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"quantization int8 needs the native backend: .*; set it to null, or"
+    ) as error:
+        build_int8(tiny_llama(), SETTINGS)
+    assert error.value.param == "base_model.quantization"
+    monkeypatch.setattr("server.backend.why_not", lambda *_, **__: "it is Tuesday")
+    with pytest.raises(ConfigError, match="needs the native backend, but it is Tuesday; set it to null"):
+        build_int8(tiny_llama(), SETTINGS.model_copy(update={"backend": "auto"}))

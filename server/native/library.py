@@ -11,16 +11,19 @@ from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_vo
 from functools import cache
 from pathlib import Path
 
-INTERFACE_VERSION = 3
+INTERFACE_VERSION = 4
 """What `lm_interface_version` of a matching build returns."""
 
 NUM_PROJECTIONS = 7
 """q, k, v, o, gate, up, down: the order of the C interface."""
 
+AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+AVX512_BF16 = AVX512 | {"avx512_bf16", "avx512_vnni"}
+
 VARIANTS = (
-    ("_llama_amx", {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16"}),
-    ("_llama_avx512_bf16", {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
-    ("_llama_avx512", {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+    ("_llama_amx", AVX512_BF16 | {"amx_tile", "amx_bf16"}),
+    ("_llama_avx512_bf16", AVX512_BF16),
+    ("_llama_avx512", AVX512),
     ("_llama_avx2", {"avx2", "fma"}),
 )
 """Libraries, best first, with the CPU features each needs, named as in /proc/cpuinfo."""
@@ -31,7 +34,7 @@ class Shape(Structure):
 
     _fields_ = [
         *((name, c_int32) for name in ("hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "vocab")),
-        *((name, c_int32) for name in ("block_size", "max_positions", "is_tied")),
+        *((name, c_int32) for name in ("block_size", "max_positions", "is_tied", "is_int8")),
         ("norm_eps", c_float),
         ("attention_scale", c_float),
     ]
@@ -120,9 +123,9 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "lm_is_usable": (c_int32, []),
         "lm_engine_new": (c_char_p, [POINTER(Shape), c_int32, c_int32, POINTER(c_void_p)]),
         "lm_engine_free": (None, [engine]),
-        "lm_set_linear": (c_char_p, [engine, c_int32, c_int32, c_void_p, c_void_p]),
+        "lm_set_linear": (c_char_p, [engine, c_int32, c_int32, c_void_p, c_void_p, c_void_p]),
         "lm_set_norm": (c_char_p, [engine, c_int32, c_int32, c_void_p]),
-        "lm_set_head": (c_char_p, [engine, c_void_p, c_void_p]),
+        "lm_set_head": (c_char_p, [engine, c_void_p, c_void_p, c_void_p]),
         "lm_set_rotary": (c_char_p, [engine, c_void_p, c_void_p]),
         "lm_set_cache": (c_char_p, [engine, c_void_p, c_int64]),
         "lm_adapter_new": (c_char_p, [engine, c_void_p, c_void_p, c_void_p, POINTER(c_void_p)]),

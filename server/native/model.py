@@ -4,12 +4,14 @@ import ctypes
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from server.errors import ModelLoadError
+from server.model.quantization import Int8Weight
 from server.native.library import NUM_PROJECTIONS, Router, Shape, Step, libraries
 from server.native.memory import lazy_zeros
 from server.routing.attach import RoutedModel
@@ -81,7 +83,8 @@ class PackedAdapter:
 class NativeModel:
     """Packs the weights of `routed.model`, which must pass `why_not`; the torch weights are no longer needed then.
 
-    `library` is the best one for this CPU unless given.
+    `library` is the best one for this CPU unless given. `quantized` are the int8 weights that the model's stand for, by
+    module path: of all its linear layers, or of none.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class NativeModel:
         max_positions: int,
         num_threads: int,
         library: ctypes.CDLL | None = None,
+        quantized: Mapping[str, Int8Weight] = MappingProxyType({}),
     ) -> None:
         model: Any = routed.model
         config = model.config
@@ -116,6 +120,7 @@ class NativeModel:
             block_size=block_size,
             max_positions=max_positions,
             is_tied=embedding.data_ptr() == head.data_ptr(),
+            is_int8=bool(quantized),
             norm_eps=config.rms_norm_eps,
             attention_scale=model.model.layers[0].self_attn.scaling,
         )
@@ -124,7 +129,7 @@ class NativeModel:
         self._engine = pointer
         # Not at exit: the engine thread may still be in a step then, and the memory goes with the process anyway.
         weakref.finalize(self, library.lm_engine_free, pointer).atexit = False
-        self._pack(model, max_positions)
+        self._pack(model, max_positions, quantized)
         # Zeros, not empty memory: masked positions still enter products, and NaN times zero is NaN. Blocks cost memory
         # once they are used, not before; torch's zeros would be written at once.
         self._tile = block_size * _head_dim(config)
@@ -174,22 +179,28 @@ class NativeModel:
         """No step may use it any more."""
         self._library.lm_shortlist_free(self._engine, pointer)
 
-    def _pack(self, model: Any, max_positions: int) -> None:
+    def _pack(self, model: Any, max_positions: int, quantized: Mapping[str, Int8Weight]) -> None:
         set_linear, set_norm = self._library.lm_set_linear, self._library.lm_set_norm
+
+        def stored(name: str) -> tuple[Tensor, Tensor | None]:
+            if not quantized:
+                return model.get_submodule(name).weight.contiguous(), None
+            return quantized[name].values, quantized[name].scales
+
         for index, name in enumerate(self.projections):
-            module = model.get_submodule(name)
-            bias = None if module.bias is None else module.bias.float().contiguous()
-            weight = module.weight.contiguous()
+            bias = model.get_submodule(name).bias
+            bias = None if bias is None else bias.float().contiguous()
+            weight, scales = stored(name)
             place = divmod(index, NUM_PROJECTIONS)
-            self._check(set_linear(self._engine, *place, weight.data_ptr(), None if bias is None else bias.data_ptr()))
+            self._check(set_linear(self._engine, *place, *map(_pointer, (weight, scales, bias))))
         norms = {(-1, 0): model.model.norm}
         for number, layer in enumerate(model.model.layers):
             norms |= {(number, 0): layer.input_layernorm, (number, 1): layer.post_attention_layernorm}
         for place, norm in norms.items():
             scale = norm.weight.float().contiguous()
             self._check(set_norm(self._engine, *place, scale.data_ptr()))
-        head, embedding = model.lm_head.weight.contiguous(), model.model.embed_tokens.weight.contiguous()
-        self._check(self._library.lm_set_head(self._engine, head.data_ptr(), embedding.data_ptr()))
+        embedding = model.model.embed_tokens.weight.contiguous()
+        self._check(self._library.lm_set_head(self._engine, *map(_pointer, (*stored("lm_head"), embedding))))
         cosine, sine = (table[:, : table.shape[1] // 2].contiguous() for table in _rotary(model, max_positions))
         self._check(self._library.lm_set_rotary(self._engine, cosine.data_ptr(), sine.data_ptr()))
 
@@ -207,6 +218,10 @@ def release_weights(model: nn.Module) -> None:
 
 def _free_adapter(owner: NativeModel, pointer: int) -> None:
     owner._library.lm_adapter_free(owner._engine, pointer)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _head_dim(config: Any) -> int:

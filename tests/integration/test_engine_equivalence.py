@@ -25,6 +25,7 @@ from server.engine.sequence import Sequence as EngineSequence
 from server.engine.speculation import Speculation
 from server.engine.torch_graph import TorchGraph
 from server.model.attention import attach_paged_attention
+from server.model.quantization import quantize_model
 from server.native.model import NativeModel, why_not
 from server.routing.attach import RoutedModel, attach_routing
 from server.routing.bank import BankSnapshot, LoraWeights
@@ -67,7 +68,12 @@ def make_routed(model: Any, granularity: Granularity) -> RoutedModel:
 
 FRAME = ChatFrame((1,), 999, line_ends=tuple((token, 1) for token in range(0, 320, 2)))
 """Every other token ends a line, so that a random model's answers have some."""
-BACKENDS = [("torch", torch.float32), ("native", torch.float32), ("native", torch.bfloat16)]
+BACKENDS = [
+    ("torch", torch.float32),
+    ("native", torch.float32),
+    ("native", torch.bfloat16),
+    ("native int8", torch.bfloat16),
+]
 
 
 class Rig:
@@ -76,14 +82,21 @@ class Rig:
     def __init__(
         self, model: Any, granularity: Granularity, backend: str = "torch", dtype: torch.dtype = torch.float32
     ) -> None:
-        self.routed = make_routed(model.to(dtype), granularity)
+        model = model.to(dtype)
+        quantized = quantize_model(model) if backend == "native int8" else {}
+        self.routed = make_routed(model, granularity)
         graph: Graph
-        if backend == "native":
+        if backend.startswith("native"):
             self.block_size, num_blocks = 16, 200
             if reason := why_not(model, block_size=self.block_size):
                 pytest.skip(reason)
             native = NativeModel(
-                self.routed, block_size=self.block_size, num_blocks=num_blocks, max_positions=128, num_threads=2
+                self.routed,
+                block_size=self.block_size,
+                num_blocks=num_blocks,
+                max_positions=128,
+                num_threads=2,
+                quantized=quantized,
             )
             adapters = self.routed.bank
             packed = {slot: native.pack_adapter(adapter_weights(self.routed, slot)) for slot in DIGESTS}

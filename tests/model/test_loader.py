@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from server.config import BaseModelConfig
 from server.errors import ModelLoadError
 from server.model.loader import UNLIMITED_MODEL_LEN, LoadedModel, load_base_model, parse_device
+from server.model.quantization import quantize
 
 
 def load(folder: Path, **settings: Any) -> LoadedModel:
@@ -41,6 +42,21 @@ def test_weights_are_those_of_the_file_in_the_dtype_asked_for(model_folder: Path
     loaded = dict(load(model_folder, dtype=dtype).model.named_parameters())
     for name, tensor in stored.items():
         assert torch.equal(loaded[name], tensor.to(getattr(torch, dtype)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_of_8_bits_are_those_of_the_file_rounded(model_folder: Path, dtype: str) -> None:
+    stored = load_file(model_folder / "model.safetensors")
+    loaded = load(model_folder, dtype=dtype, quantization="int8")
+    assert not load(model_folder, dtype=dtype).quantized
+    assert "lm_head" in loaded.quantized
+    assert "model.layers.0.self_attn.q_proj" in loaded.quantized
+    weights = dict(loaded.model.named_parameters())
+    for name, tensor in stored.items():
+        linear = "lm_head" if name == "model.embed_tokens.weight" else name.removesuffix(".weight")  # tied
+        tensor = tensor.to(getattr(torch, dtype))
+        expected = quantize(tensor).expanded(tensor.dtype) if linear in loaded.quantized else tensor
+        assert torch.equal(weights[name], expected)
 
 
 def test_end_of_sequence_ids_come_from_the_generation_config_and_the_tokenizer(

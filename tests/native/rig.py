@@ -4,6 +4,7 @@ import copy
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from server.engine.sequence import SamplingParams, ScheduledBatch, ScheduledSequ
 from server.engine.sequence import Sequence as EngineSequence
 from server.engine.torch_graph import TorchGraph
 from server.model.attention import attach_paged_attention
+from server.model.quantization import Int8Weight
 from server.native.model import NativeModel
 from server.routing.attach import RoutedModel, attach_routing
 from server.routing.bank import LoraWeights
@@ -82,8 +84,9 @@ def native_side(
     num_threads: int = 2,
     library: ctypes.CDLL | None = None,
     block_size: int = BLOCK_SIZE,
+    quantized: Mapping[str, Int8Weight] = MappingProxyType({}),
 ) -> Side:
-    """The native step; the model must pass `why_not`."""
+    """The native step; the model must pass `why_not`, and hold what `quantized` stands for."""
     routed = attach_routing(copy.deepcopy(model), num_slots=NUM_SLOTS)
     native = NativeModel(
         routed,
@@ -92,6 +95,7 @@ def native_side(
         max_positions=256,
         num_threads=num_threads,
         library=library,
+        quantized=quantized,
     )
     routed.bank.pack = native.pack_adapter
     return Side(routed, NativeGraph(native, routed))

@@ -28,6 +28,7 @@ class Forward : public AttentionStage<T> {
     using Stage<T>::normed_;
     using Stage<T>::attended_;
     using Stage<T>::activated_;
+    using Stage<T>::int8_rows_;
     using Stage<T>::kRowsAtOnce;
     using Stage<T>::take;
     using Stage<T>::rows;
@@ -60,6 +61,7 @@ class Forward : public AttentionStage<T> {
                 for (int64_t t = first; t < first + count; ++t) {
                     norm(residual_.get() + t * shape_.hidden, weights.attention_norm, normed_row(t));
                     if (step.inputs) this->copy_input(layer, t);
+                    round_row(normed_.get(), kQ, t);
                 }
                 route(own, layer, kAttentionIn, normed_.get(), depth(kQ), first, count);
             });
@@ -69,18 +71,22 @@ class Forward : public AttentionStage<T> {
             take(own, static_cast<int64_t>(tasks_.size()), 1, [&](int64_t first, int64_t) { attend(own, layer, tasks_[first]); });
             if (has_projection_router_) route_all(own, layer, kAttentionOut, attended_.get());
             lora_down(own, layer, kAttentionOut, attended_.get(), depth(kO));
+            round_rows(own, attended_.get(), kO);
             panels(own, weights.o, [&](int64_t first, int64_t count) {
                 project_to_residual(own, layer, kAttentionOut, weights.o, attended_.get(), first, count);
             });
             row_pieces(own, step.num_tokens, routed_at_once(), [&](int64_t first, int64_t count) {
-                for (int64_t t = first; t < first + count; ++t)
+                for (int64_t t = first; t < first + count; ++t) {
                     norm(residual_.get() + t * shape_.hidden, weights.mlp_norm, normed_row(t));
+                    round_row(normed_.get(), kGate, t);
+                }
                 if (has_projection_router_) route(own, layer, kMlpIn, normed_.get(), depth(kQ), first, count);
             });
             lora_down(own, layer, kMlpIn, normed_.get(), depth(kQ));
             panels(own, weights.gate, [&](int64_t first, int64_t count) { project_gate_up(own, layer, first, count); });
             if (has_projection_router_) route_all(own, layer, kMlpOut, activated_.get());
             lora_down(own, layer, kMlpOut, activated_.get(), depth(kDown));
+            round_rows(own, activated_.get(), kDown);
             panels(own, weights.down, [&](int64_t first, int64_t count) {
                 project_to_residual(own, layer, kMlpOut, weights.down, activated_.get(), first, count);
             });
@@ -91,6 +97,7 @@ class Forward : public AttentionStage<T> {
         });
         rows(own, step.num_logits, [&](int64_t i) {
             norm(residual_.get() + int64_t{step.logit_positions[i]} * shape_.hidden, model_.final_norm, normed_row(i));
+            round_row(normed_.get(), kQ, i);
         });
         if (step.num_logits)
             panels(own, model_.head, [&](int64_t first, int64_t count) { project_logits(own, first, count); });
@@ -105,11 +112,28 @@ class Forward : public AttentionStage<T> {
 
     // ---- projections -------------------------------------------------------------------------------------------
 
+    // What int8 weights are multiplied with: the input of `projection`, a row of it, or in a phase of its own all of them.
+    void round_row(const Left<T>* input, int projection, int64_t row) {
+        if (shape_.is_int8) int8_rows_.store(row, input + row * depth(projection), depth(projection));
+    }
+    void round_rows(Own& own, const Left<T>* input, int projection) {
+        if (shape_.is_int8) rows(own, step_->num_tokens, [&](int64_t t) { round_row(input, projection, t); });
+    }
+
+    // C (count rows, 32 num_panels) = rows of `input` from `begin` on times panels of the base model.
+    void product(const Left<T>* input, int64_t lda, int64_t begin, int64_t count, const Linear<T>& weight, int64_t first,
+                 int64_t num_panels, float* c, int64_t ldc, Ahead& ahead) const {
+        if (weight.is_int8())
+            multiply_int8(int8_rows_, begin, count, weight, first, num_panels, c, ldc);
+        else
+            multiply_weight(input + begin * lda, lda, count, weight.plain, first, num_panels, c, ldc, ahead);
+    }
+
     // Base product plus updates of the projections whose columns lie in panels [first, first + count), in float32. They
     // belong into the same columns of `out`, rows of `stride` values: at once if `is_in_place`, else
     // `finish(place, rows, column, columns, results, ldc)` takes them there from a buffer.
     template <class Finish>
-    void project(Own& own, Group group, const Packed<T>& weight, const Left<T>* input, int64_t first, int64_t count,
+    void project(Own& own, Group group, const Linear<T>& weight, const Left<T>* input, int64_t first, int64_t count,
                  float* out, int64_t stride, bool is_in_place, Finish finish) {
         const int64_t tokens = step_->num_tokens, lda = depth(group.first), at_once = rows_at_once(own);
         // The matrix unit takes one panel after the other anyway.
@@ -126,7 +150,7 @@ class Forward : public AttentionStage<T> {
                 float* results = is_in_place ? place : own.columns.get();
                 const int64_t ldc = is_in_place ? stride : width;
                 claim(place, stride, now, columns);
-                multiply_weight(input + begin * lda, lda, now, weight, panel, panels_at_once, results, ldc, ahead);
+                product(input, lda, begin, now, weight, panel, panels_at_once, results, ldc, ahead);
                 if (has_updates(own)) update(own, group, panel, panels_at_once, begin, now, results, ldc);
                 if (!is_in_place) finish(place, now, column, columns, results, ldc);
             }
@@ -142,7 +166,7 @@ class Forward : public AttentionStage<T> {
     }
 
     // What a thread that took panels [first, first + count) will most likely take next, or null.
-    const T* after(const Packed<T>& weight, int64_t first, int64_t count) const {
+    const T* after(const Linear<T>& weight, int64_t first, int64_t count) const {
         const int64_t panel = first + count * team_.size();
         return panel < weight.num_panels() ? weight.panel(panel) : nullptr;
     }
@@ -180,7 +204,7 @@ class Forward : public AttentionStage<T> {
             for (int64_t c = from; c < to; ++c) qkv_.get()[t * shape_.qkv_width() + c] += bias[c - column];
     }
 
-    void project_to_residual(Own& own, int layer, Group group, const Packed<T>& weight, const Left<T>* input,
+    void project_to_residual(Own& own, int layer, Group group, const Linear<T>& weight, const Left<T>* input,
                              int64_t first, int64_t count) {
         const std::vector<float>& bias = model_.layers[layer].bias[group.first];
         const int64_t width = shape_.hidden;
@@ -207,12 +231,12 @@ class Forward : public AttentionStage<T> {
             for (int64_t begin = 0; begin < tokens; begin += kRowsAtOnce) {
                 const int64_t stop = std::min(begin + kRowsAtOnce, tokens), at_once = rows_at_once(own);
                 float* gate = own.columns.get();
-                multiply_weight(input + begin * lda, lda, stop - begin, weights.gate, panel, 1, gate, ldc, to_up);
+                product(input, lda, begin, stop - begin, weights.gate, panel, 1, gate, ldc, to_up);
                 for (int64_t row = begin; row < stop; row += at_once, gate += at_once * ldc) {
                     const int64_t now = std::min(at_once, stop - row);
                     Left<T>* out = activated_.get() + row * width + column;
                     claim(out, width, now, columns);
-                    multiply_weight(input + row * lda, lda, now, weights.up, panel, 1, gate + kPanel, ldc, to_next);
+                    product(input, lda, row, now, weights.up, panel, 1, gate + kPanel, ldc, to_next);
                     if (has_updates(own))
                         for (int i = 0; i < 2; ++i) lora_up(own, i, column, columns, row, now, gate + i * kPanel, ldc);
                     for (int64_t r = 0; r < now; ++r) activate(layer, gate + r * ldc, column, columns, out + r * width);
@@ -243,7 +267,7 @@ class Forward : public AttentionStage<T> {
             const int64_t now = std::min<int64_t>(kRowsAtOnce, step_->num_logits - begin);
             float* results = own.columns.get();
             Ahead ahead(model_.head, first, count, after(model_.head, first, count), now);
-            multiply_weight(normed_row(begin), depth(kQ), now, model_.head, first, count, results, count * kPanel, ahead);
+            product(normed_.get(), depth(kQ), begin, now, model_.head, first, count, results, count * kPanel, ahead);
             for (int64_t r = 0; r < now; ++r) {
                 const float* row = results + r * count * kPanel;
                 std::copy_n(row, columns, step_->logits + (begin + r) * shape_.vocab + begin_column);

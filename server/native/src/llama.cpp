@@ -10,9 +10,9 @@ namespace lm {
 class Engine {
   public:
     virtual ~Engine() = default;
-    virtual void set_linear(int layer, int which, const void* weight, const float* bias) = 0;
+    virtual void set_linear(int layer, int which, const void* weight, const void* scales, const float* bias) = 0;
     virtual void set_norm(int layer, int which, const float* weight) = 0;
-    virtual void set_head(const void* head, const void* embedding) = 0;
+    virtual void set_head(const void* head, const void* scales, const void* embedding) = 0;
     virtual void set_rotary(const float* cosine, const float* sine) = 0;
     virtual void set_cache(void* data, int64_t num_blocks) = 0;
     virtual void* make_adapter(const int32_t* ranks, const float* const* a, const float* const* b) = 0;
@@ -27,11 +27,11 @@ class TypedEngine : public Engine {
   public:
     TypedEngine(const Shape& shape, int num_threads) : model_(shape), team_(num_threads) {}
 
-    void set_linear(int layer, int which, const void* weight, const float* bias) override {
+    void set_linear(int layer, int which, const void* weight, const void* scales, const float* bias) override {
         const Shape& shape = model_.shape;
         Layer<T>& target = model_.layers[layer];
         const int64_t n = shape.d_out(which), k = shape.d_in(which);
-        target.matrix(which).fill(shape.column(which), n, static_cast<const T*>(weight), k);
+        fill(target.matrix(which), shape.column(which), n, k, weight, scales);
         if (bias) target.bias[which].assign(bias, bias + n);
     }
 
@@ -42,9 +42,9 @@ class TypedEngine : public Engine {
         target.assign(weight, weight + model_.shape.hidden);
     }
 
-    void set_head(const void* head, const void* embedding) override {
+    void set_head(const void* head, const void* scales, const void* embedding) override {
         const Shape& shape = model_.shape;
-        model_.head.fill(0, shape.vocab, static_cast<const T*>(head), shape.hidden);
+        fill(model_.head, 0, shape.vocab, shape.hidden, head, scales);
         if (!shape.is_tied)
             std::memcpy(static_cast<void*>(model_.embedding.get()), embedding,
                         int64_t{shape.vocab} * shape.hidden * sizeof(T));
@@ -103,6 +103,13 @@ class TypedEngine : public Engine {
     void run(const Step& step) override { forward_->run(step); }
 
   private:
+    static void fill(Linear<T>& matrix, int64_t first, int64_t n, int64_t k, const void* weight, const void* scales) {
+        if (matrix.is_int8())
+            matrix.fill_int8(first, n, static_cast<const int8_t*>(weight), static_cast<const Bf16*>(scales));
+        else
+            matrix.plain.fill(first, n, static_cast<const T*>(weight), k);
+    }
+
     Model<T> model_;
     Team team_;
     std::unique_ptr<Forward<T>> forward_;
@@ -128,7 +135,7 @@ extern "C" {
 #define LM_EXPORT __attribute__((visibility("default")))
 
 // Raised whenever a struct or a signature changes, so that a stale build is noticed instead of misread.
-LM_EXPORT int32_t lm_interface_version() { return 3; }
+LM_EXPORT int32_t lm_interface_version() { return 4; }
 
 // Whether this process may use the registers this build needs. Call before the first engine is made.
 LM_EXPORT int32_t lm_is_usable() { return lm::enable_tiles(); }
@@ -144,17 +151,18 @@ LM_EXPORT const char* lm_engine_new(const lm::Shape* shape, int32_t dtype, int32
 
 LM_EXPORT void lm_engine_free(lm::Engine* engine) { delete engine; }
 
+// Weights (d_out, d_in) of the engine's dtype; in an int8 engine of bytes, with bfloat16 `scales` (d_out, groups of 32).
 LM_EXPORT const char* lm_set_linear(lm::Engine* engine, int32_t layer, int32_t which, const void* weight,
-                                    const float* bias) {
-    return lm::guarded([&] { engine->set_linear(layer, which, weight, bias); });
+                                    const void* scales, const float* bias) {
+    return lm::guarded([&] { engine->set_linear(layer, which, weight, scales, bias); });
 }
 
 LM_EXPORT const char* lm_set_norm(lm::Engine* engine, int32_t layer, int32_t which, const float* weight) {
     return lm::guarded([&] { engine->set_norm(layer, which, weight); });
 }
 
-LM_EXPORT const char* lm_set_head(lm::Engine* engine, const void* head, const void* embedding) {
-    return lm::guarded([&] { engine->set_head(head, embedding); });
+LM_EXPORT const char* lm_set_head(lm::Engine* engine, const void* head, const void* scales, const void* embedding) {
+    return lm::guarded([&] { engine->set_head(head, scales, embedding); });
 }
 
 LM_EXPORT const char* lm_set_rotary(lm::Engine* engine, const float* cosine, const float* sine) {

@@ -24,6 +24,7 @@ struct Shape {
     int32_t block_size;     // tokens in a block of the K/V cache, a multiple of 16
     int32_t max_positions;  // rows of the rotary tables
     int32_t is_tied;        // the embedding is the output head
+    int32_t is_int8;        // weights of the projections and of the head have 8 bits
     float norm_eps, attention_scale;
 
     int64_t d_in(int projection) const {
@@ -50,11 +51,11 @@ struct Shape {
 
 template <class T>
 struct Layer {
-    Packed<T> qkv, o, gate, up, down;
+    Linear<T> qkv, o, gate, up, down;
     std::vector<float> bias[kNumProjections];  // empty where the model has none
     std::vector<float> attention_norm, mlp_norm;
 
-    Packed<T>& matrix(int projection) {
+    Linear<T>& matrix(int projection) {
         switch (projection) {
             case kO: return o;
             case kGate: return gate;
@@ -97,19 +98,22 @@ template <class T>
 struct Model {
     Shape shape;
     std::vector<Layer<T>> layers;
-    Packed<T> head;
-    Buffer<T> weights;    // of all matrices
+    Linear<T> head;
+    Buffer<T> weights;    // of all matrices, or
+    Buffer<Byte> bytes;   // if they have 8 bits,
+    Buffer<Bf16> scales;  // with these
     Buffer<T> embedding;  // (vocab, hidden) row-major; empty when tied
     std::vector<float> final_norm;
     std::vector<float> cosine, sine;  // (max_positions, head_dim / 2)
 
     explicit Model(const Shape& s) : shape(s), layers(s.layers) {
         // In the order in which a step reads them; a panel is a whole number of cache lines.
-        std::vector<std::pair<Packed<T>*, int64_t>> places;
+        std::vector<std::pair<Linear<T>*, int64_t>> places;
         int64_t size = 0;
-        const auto add = [&](Packed<T>& matrix, int64_t n, int64_t k) {
+        const auto add = [&](Linear<T>& matrix, int64_t n, int64_t k) {
             places.emplace_back(&matrix, size);
-            size += matrix.measure(n, k, kPanel, kDepthUnit);
+            size += s.is_int8 ? matrix.bytes.measure(n, k, kPanel, kDepthUnit)
+                              : matrix.plain.measure(n, k, kPanel, kDepthUnit);
         };
         for (auto& layer : layers) {
             add(layer.qkv, s.qkv_width(), s.hidden);
@@ -117,8 +121,20 @@ struct Model {
                 add(layer.matrix(projection), s.d_out(projection), s.d_in(projection));
         }
         add(head, s.vocab, s.hidden);
-        weights.resize(size);
-        for (const auto& [matrix, place] : places) matrix->start = weights.get() + place;
+        if (s.is_int8) {
+            bytes.resize(size);
+            scales.resize(size / kGroup);
+        } else {
+            weights.resize(size);
+        }
+        for (const auto& [matrix, place] : places) {
+            if (s.is_int8) {
+                matrix->bytes.start = bytes.get() + place;
+                matrix->scales = scales.get() + place / kGroup;
+            } else {
+                matrix->plain.start = weights.get() + place;
+            }
+        }
         if (!s.is_tied) embedding.resize(int64_t{s.vocab} * s.hidden);
         const int64_t table = int64_t{s.max_positions} * (s.head_dim / 2);
         cosine.resize(table);

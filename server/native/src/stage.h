@@ -81,6 +81,10 @@ class Stage {
         query_.resize(tokens * shape_.d_out(kQ));
         attended_.resize(padded * depth(kO));
         activated_.resize(padded * depth(kDown));
+        if (shape_.is_int8) {
+            const int64_t deepest = std::max(depth(kQ), std::max(depth(kO), depth(kDown)));
+            int8_rows_.resize(std::max<int64_t>(tokens, step.num_logits), deepest);
+        }
         for (auto& counter : counters_) counter.store(0, std::memory_order_relaxed);
         for (auto& own : scratch_) {
             own.phase = 0;
@@ -115,7 +119,7 @@ class Stage {
     }
 
     template <class Body>
-    void panels(Scratch<T>& own, const Packed<T>& weight, Body body) {
+    void panels(Scratch<T>& own, const Linear<T>& weight, Body body) {
         // Two panels at a time keep the memory streams long; one at a time shares a small matrix evenly.
         const int64_t total = weight.num_panels();
         const int64_t piece = total >= 32 * team_.size() ? kPanelsAtOnce : total >= 24 * team_.size() ? 2 : 1;
@@ -168,6 +172,7 @@ class Stage {
     Buffer<Left<T>> normed_;     // (T, padded hidden): input of q, k, v or of gate and up
     Buffer<Left<T>> attended_;   // (T, padded heads * head_dim): input of o
     Buffer<Left<T>> activated_;  // (T, padded intermediate): input of down
+    Int8Rows int8_rows_;         // the input of the product at work, for int8 weights
 };
 
 }  // namespace lm

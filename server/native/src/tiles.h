@@ -6,7 +6,7 @@
 
 #include <utility>
 
-#include "gemm.h"
+#include "int8.h"
 
 #ifdef __AMX_BF16__
 #include <sys/syscall.h>
@@ -39,9 +39,10 @@ class Ahead {
     // During products of `rows` rows in all, however they are cut, with `count` panels from `first` on; `next` is a panel
     // of the same size that comes after them, or null.
     template <class T>
-    Ahead(const Packed<T>& weight, int64_t first, int64_t count, const T* next, int64_t rows)
+    Ahead(const Linear<T>& linear, int64_t first, int64_t count, const T* next, int64_t rows)
         : is_long_(rows >= 4 * kTile) {
-        if (rows <= kTile) return;
+        if (rows <= kTile || linear.is_int8()) return;
+        const Packed<T>& weight = linear.plain;
         const int64_t step_lines = kTile * weight.width * 4 / kCacheLine, steps = weight.steps / kTile;
         const int64_t row_blocks = (rows + 2 * kTile - 1) / (2 * kTile);
         next_ = reinterpret_cast<const char*>(next);

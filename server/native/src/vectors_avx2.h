@@ -64,6 +64,26 @@ inline float greatest_of(Vec x) {
 }
 
 inline Vec as_floats(IntVec x) { return {_mm256_castsi256_ps(x.low), _mm256_castsi256_ps(x.high)}; }
+inline Vec to_floats(IntVec x) { return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
+
+// Each place of `sum` plus the products of the four bytes there, those of `x` without a sign and those of `y` with one.
+inline IntVec add_byte_products(IntVec sum, IntVec x, IntVec y) {
+    const auto add = [](__m256i half, __m256i a, __m256i b) {
+        const __m256i even_a = _mm256_and_si256(a, _mm256_set1_epi16(0xff)), odd_a = _mm256_srli_epi16(a, 8);
+        const __m256i even_b = _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8), odd_b = _mm256_srai_epi16(b, 8);
+        half = _mm256_add_epi32(half, _mm256_madd_epi16(even_a, even_b));
+        return _mm256_add_epi32(half, _mm256_madd_epi16(odd_a, odd_b));
+    };
+    return {add(sum.low, x.low, y.low), add(sum.high, x.high, y.high)};
+}
+// The nearest whole numbers of 16 values from -127 to 127.
+inline void store_bytes(int8_t* out, Vec x) {
+    // Packing takes turns between the 128-bit halves of its operands.
+    __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high));
+    words = _mm256_permute4x64_epi64(words, 0b11011000);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
+}
 
 // The lower and the upper half of every place as the upper half of a float32: the values of a pair of bfloat16.
 inline Vec low_halves(IntVec x) { return as_floats({_mm256_slli_epi32(x.low, 16), _mm256_slli_epi32(x.high, 16)}); }

@@ -25,6 +25,23 @@ inline float sum_of(Vec x) { return _mm512_reduce_add_ps(x); }
 inline float greatest_of(Vec x) { return _mm512_reduce_max_ps(x); }
 
 inline Vec as_floats(IntVec x) { return _mm512_castsi512_ps(x); }
+inline Vec to_floats(IntVec x) { return _mm512_cvtepi32_ps(x); }
+
+// Each place of `sum` plus the products of the four bytes there, those of `x` without a sign and those of `y` with one.
+inline IntVec add_byte_products(IntVec sum, IntVec x, IntVec y) {
+#ifdef __AVX512VNNI__
+    return _mm512_dpbusd_epi32(sum, x, y);
+#else
+    const __m512i even_x = _mm512_and_si512(x, _mm512_set1_epi16(0xff)), odd_x = _mm512_srli_epi16(x, 8);
+    const __m512i even_y = _mm512_srai_epi16(_mm512_slli_epi16(y, 8), 8), odd_y = _mm512_srai_epi16(y, 8);
+    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(even_x, even_y));
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(odd_x, odd_y));
+#endif
+}
+// The nearest whole numbers of 16 values from -127 to 127.
+inline void store_bytes(int8_t* out, Vec x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+}
 
 // The lower and the upper half of every place as the upper half of a float32: the values of a pair of bfloat16.
 inline Vec low_halves(IntVec x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
