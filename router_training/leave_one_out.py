@@ -1,8 +1,9 @@
 """What a gate row without retraining is worth: each adapter in turn loses its trained row and is registered hot.
 
 Trains nothing: the other rows stay as they are, the statistics are made from their own chats alone. An adapter of the
-config that the router was not trained with is a true newcomer: nothing is taken away for it. Run with
-`python -m router_training.leave_one_out --data DIR`; writes JSON and renders the table of docs/hot-routing.md.
+config that the router was not trained with is a true newcomer: nothing is taken away for it, and `--retrained` names a
+router that was trained with it, to compare with. Run with `python -m router_training.leave_one_out --data DIR`; writes
+JSON and renders the table of docs/hot-routing.md.
 """
 
 import argparse
@@ -110,7 +111,14 @@ class HeldOut:
         return calibrator.calibrate(self.label, examples, self.artefact, self.trained_slots)
 
 
-def measure(roster: Roster, artefact: RouterArtefact, label: int, chats: Splits, sizes: Sizes) -> dict[str, Any]:
+def measure(
+    roster: Roster,
+    artefact: RouterArtefact,
+    label: int,
+    chats: Splits,
+    sizes: Sizes,
+    retrained: RouterArtefact | None = None,
+) -> dict[str, Any]:
     """One adapter held out, or a newcomer: answer NLL before and after, per count of examples."""
     held_out = HeldOut(roster, artefact, label, chats["train"])
     name = held_out.name
@@ -132,13 +140,23 @@ def measure(roster: Roster, artefact: RouterArtefact, label: int, chats: Splits,
             **dataclasses.asdict(calibration.report),
             "prompt_gate": None if calibration.prompt is None else calibration.prompt.facts(),
         }
-    return {"pinned": pinned, "trained_row": trained, "without_row": before, "examples": cases}
+    again = None if retrained is None else _nll(roster, sequences, roster.routed_plans(retrained))
+    return {
+        "pinned": pinned,
+        "trained_row": trained,
+        "without_row": before,
+        "examples": cases,
+        "retrained": again,
+    }
 
 
 def table(record: dict[str, Any]) -> str:
-    """Per adapter: routed NLL over pinned, with the trained row and with each hot row, and what the others lose."""
+    """Per adapter: routed NLL over pinned, with the trained row and with each hot row, and what the others lose; if a
+    router was trained with the newcomer, the same of that one."""
+    is_compared = any(case.get("retrained") for case in record["adapters"].values())
     header = ["held out", "pinned", "trained row", "no row"]
     header += [text for count in COUNTS for text in (f"{count} ex.", "others")]
+    header += ["retrained", "others"] * is_compared
     rows = []
     for name, case in record["adapters"].items():
         pinned = case["pinned"]
@@ -149,6 +167,9 @@ def table(record: dict[str, Any]) -> str:
             found = case["examples"][str(count)]
             mark = "*" if found["problems"] else ""
             cells += [f"{found['nll'][name] / pinned:.2f}{mark}", f"{100 * _others(case, found, name):+.1f} %"]
+        if is_compared:
+            again = {"nll": case["retrained"]}
+            cells += [f"{again['nll'][name] / pinned:.2f}", f"{100 * _others(case, again, name):+.1f} %"]
         rows.append(cells)
     return markdown_table(header, rows)
 
@@ -165,6 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m router_training.leave_one_out", description=__doc__)
     add_sources(parser)
     parser.add_argument("--only", nargs="*", metavar="NAME", help="adapters to hold out (default: all)")
+    parser.add_argument("--retrained", type=Path, metavar="DIR", help="router that was trained with the newcomers too")
     parser.add_argument("--own-chats", type=int, default=12, help="validation chats of the held-out task (default 12)")
     parser.add_argument("--other-chats", type=int, default=5, help="validation chats of each other task (default 5)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/leave_one_out.json"), metavar="FILE")
@@ -174,6 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if config.router_folder is None:
         raise ConfigError("the config names no router to leave adapters out of")
     artefact = load_artefact(config.router_folder)
+    retrained = None if options.retrained is None else load_artefact(options.retrained)
     roster = load_with_progress(config)
     chats = read_splits(options.data, roster.names)
     sizes = Sizes(options.own_chats, options.other_chats)
@@ -181,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record["sizes"] = dataclasses.asdict(sizes)
     for label, name in enumerate(roster.names, start=FIRST_SLOT):
         if not options.only or name in options.only:
-            record["adapters"][name] = measure(roster, artefact, label, chats, sizes)
+            record["adapters"][name] = measure(roster, artefact, label, chats, sizes, retrained)
             write_json(record, options.out)
             print(table(record), flush=True)
     if options.document is not None:

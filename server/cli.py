@@ -20,6 +20,7 @@ import uvicorn
 from server import __version__
 from server.bench.command import add_bench_parser
 from server.cli_adapters import add_adapters_parser
+from server.cli_connections import ImpatientProtocol, allow_many_connections, log_exhaustion_rarely
 from server.cli_flags import HelpFormatter, add_config_flags, add_settings_flags, config_from
 from server.config import ServerSettings, load_secrets
 from server.errors import ConfigError, LoraMixerError
@@ -96,6 +97,7 @@ def serve(services: "Services", listener: socket.socket) -> int:
 
     config = uvicorn.Config(
         create_app(services),
+        http=ImpatientProtocol,
         log_config=None,
         access_log=services.config.server.log_level == "debug",
         lifespan="on",
@@ -104,6 +106,7 @@ def serve(services: "Services", listener: socket.socket) -> int:
         proxy_headers=False,  # Whoever connects is the client; `api/auth.py` judges forwarded requests itself.
         timeout_graceful_shutdown=LAST_WORDS_S,
     )
+    allow_many_connections()
     with _signals_ignored():
         _DrainingServer(config, services).run(sockets=[listener])
     return DONE
@@ -132,6 +135,7 @@ class _DrainingServer(uvicorn.Server):
         super().handle_exit(signal.SIGINT if self.should_exit else sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        log_exhaustion_rarely(asyncio.get_running_loop())
         for listener in sockets or ():
             # What is left of our connections must not keep the next server from binding; see `bound_socket`.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

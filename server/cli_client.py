@@ -59,7 +59,10 @@ class AdapterClient:
     def register(self, body: Mapping[str, Any], *, replace: bool = False) -> Any:
         """With `replace`, other content under a registered name becomes its next generation."""
         is_known = replace and any(info["name"] == body["name"] for info in self.list()["data"])
-        return self._call("POST", "/v1/adapters", json=body, headers={"If-Match": "*"} if is_known else {})
+        try:
+            return self._call("POST", "/v1/adapters", json=body, headers={"If-Match": "*"} if is_known else {})
+        except ServerRefusedError as error:
+            raise ServerRefusedError(error.message.replace("send If-Match", "add --replace")) from error
 
     def retire(self, name: str) -> Any:
         return self._call("DELETE", _path_of(name))
@@ -146,6 +149,9 @@ def _client(arguments: argparse.Namespace) -> AdapterClient:
 
 def _registration(arguments: argparse.Namespace) -> dict[str, Any]:
     source = arguments.source
+    examples = None if arguments.examples is None else read_lines(arguments.examples, MAX_FILE_BYTES)
+    if examples == []:
+        raise ConfigError(f"--examples {arguments.examples} holds no examples, one JSON value a line")
     if is_loopback_url(arguments.url) and Path(source).is_dir():
         source = str(Path(source).resolve())  # The server's working folder is another one.
     body = {
@@ -154,7 +160,7 @@ def _registration(arguments: argparse.Namespace) -> dict[str, Any]:
         "revision": arguments.revision,
         "subfolder": arguments.subfolder,
         "routed": arguments.routed,
-        "examples": None if arguments.examples is None else read_lines(arguments.examples, MAX_FILE_BYTES),
+        "examples": examples,
         "pinned": True if arguments.pinned else None,
         "max_gate_share": arguments.max_gate_share,
         "description": arguments.description,

@@ -13,7 +13,7 @@ from server.errors import InvalidRequestError
 
 EXAMPLES_NAME = "examples.jsonl"
 MIN_EXAMPLES = 2
-"""One alone tells nothing of what the examples have in common."""
+"""Different ones. One alone tells nothing of what examples have in common, and cannot judge a row made without it."""
 MAX_EXAMPLES = 64
 MAX_FILE_BYTES = 4 * 2**20
 """64 chats of ordinary length are a hundredth of this."""
@@ -51,6 +51,7 @@ EncodeExamples = Callable[[Sequence[Any]], tuple[Example, ...]]
 
 def encode_examples(raw: Sequence[Any], tokenizer: ChatRenderer) -> tuple[Example, ...]:
     """2 to 64 examples, each a prompt, `{"prompt": text}` or `{"messages": [...]}`, rendered as a request would be.
+    What is given twice counts once.
 
     Raises InvalidRequestError(param="examples") that names every problem by its index.
     """
@@ -68,7 +69,11 @@ def encode_examples(raw: Sequence[Any], tokenizer: ChatRenderer) -> tuple[Exampl
     if problems:
         raise InvalidRequestError("; ".join(problems[:10]), param="examples", code="invalid_examples")
     template = tokenizer.render_chat([{"role": "user", "content": ""}])
-    return tuple(_encode(chat, source, tokenizer, template) for chat, source in chats)
+    examples = tuple(dict.fromkeys(_encode(chat, source, tokenizer, template) for chat, source in chats))
+    if len(examples) < MIN_EXAMPLES:
+        message = f"all {len(raw)} examples are the same; give {MIN_EXAMPLES} to {MAX_EXAMPLES} different ones"
+        raise InvalidRequestError(message, param="examples", code="invalid_examples")
+    return examples
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Self
 from server.adapters.download_meter import Progress as Progress
 from server.adapters.download_meter import ignore_progress as ignore_progress
 from server.adapters.examples import EXAMPLES_NAME
-from server.adapters.hub_cache import cached_source, resolved_source
+from server.adapters.hub_cache import cached_source, has_files, repository_folder, resolved_source, unmark
 from server.adapters.hub_errors import download_error
 from server.adapters.hub_fetch import DOWNLOAD_ERRORS, OPTIONAL_TIMEOUT_S, FetchSettings, fetch_files
 from server.adapters.hub_listing import require_allowed
@@ -71,6 +71,18 @@ class HubSource:
             token_for=secrets.hub_token,
             retries=RetryPolicy(settings.hub_retries),
         )
+
+    def has(self, spec: AdapterSpec, locked: LockEntry | None) -> bool:
+        """Whether the cache has every file of a locked source, whatever is in them. Asks nobody."""
+        if locked is None:
+            return False
+        folder = checked_subfolder(spec.subfolder)
+        paths = [f"{folder}/{name}" if folder else name for name in locked.files]
+        return has_files(spec.source, paths, locked.commit, self._settings.cache_folder)
+
+    def release(self, repository: str, commit: str) -> None:
+        """No adapter is of this commit any more: its files may go once the cache is pruned."""
+        unmark(repository_folder(repository, self._settings.cache_folder), commit)
 
     def fetch(
         self, spec: AdapterSpec, *, locked: LockEntry | None = None, progress: Progress = ignore_progress

@@ -18,6 +18,9 @@ from server.adapters.hub_requests import HubCall, encoding_of
 MAX_LIST_BYTES = 8 * 1024**2
 """Largest list of files read, decompressed: some 30,000 files. As Python objects it takes up to twenty times that."""
 
+_LISTED = ("id", "sha", "siblings", "securityRepoStatus")
+"""What is read of a repository's description."""
+
 _ETAG_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 """ETags become file names in the cache."""
 
@@ -55,7 +58,9 @@ def ask_for_list(call: HubCall, repository: str, revision: str, endpoint: str | 
             if len(content) > MAX_LIST_BYTES:
                 raise ValueError(f"a list of more than {MAX_LIST_BYTES} bytes")
     try:
-        return ModelInfo(**json.loads(content))
+        answer = json.loads(content)
+        # Nothing else is asked of it: a repository's card may hold any key, and the client trips over some.
+        return ModelInfo(**{key: answer[key] for key in _LISTED if key in answer})
     except AttributeError as error:
         raise ValueError("lists where objects should be, or the like") from error
 

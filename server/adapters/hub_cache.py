@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import constants, try_to_load_from_cache
@@ -22,6 +22,25 @@ from server.adapters.sources import ResolvedSource
 def repository_folder(repository: str, cache_folder: Path | None) -> Path:
     """The cache's folder of a Hub id; None for `cache_folder` is the client's default."""
     return (cache_folder or Path(constants.HF_HUB_CACHE)) / repo_folder_name(repo_id=repository, repo_type="model")
+
+
+def mark_in_use(folder: Path, commit: str) -> None:
+    """Keep `hf cache prune` from a commit, which takes those that no ref names for left over."""
+    mark = _mark(folder, commit)
+    with contextlib.suppress(OSError):  # then it is downloaded again after a prune
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text(commit, encoding="ascii")
+
+
+def unmark(folder: Path, commit: str) -> None:
+    """Leave a commit to `hf cache prune`."""
+    with contextlib.suppress(OSError):
+        _mark(folder, commit).unlink(missing_ok=True)
+
+
+def _mark(folder: Path, commit: str) -> Path:
+    """A ref of our own: a branch's would be what the client takes for its newest commit."""
+    return folder / "refs" / "lora-mixer" / commit
 
 
 def note_absence(folder: Path, commit: str, path: str) -> None:
@@ -50,6 +69,12 @@ def place(blob: Path, folder: Path, commit: str, path: str) -> Path:
     finally:
         draft.unlink(missing_ok=True)
     return target
+
+
+def has_files(repository: str, paths: Iterable[str], commit: str, cache_folder: Path | None) -> bool:
+    """Whether the cache has these files of a commit."""
+    found = (try_to_load_from_cache(repository, path, cache_dir=cache_folder, revision=commit) for path in paths)
+    return all(isinstance(path, str) for path in found)
 
 
 def cached_source(

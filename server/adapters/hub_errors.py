@@ -5,6 +5,8 @@ them is repeated.
 """
 
 import errno
+import math
+import re
 from collections.abc import Iterator
 
 from server.config import AdapterSpec
@@ -39,6 +41,7 @@ def _explain(error: BaseException, spec: AdapterSpec, locked_commit: str | None)
             else "adapters.lock demands it: delete its entry to resolve the source anew",
         ),
         "RemoteEntryNotFoundError": (f"{repository} lost a file at {revision} while it was downloaded", "try again"),
+        "DisabledRepoError": (f"the Hub has disabled {repository}", "its owner or the Hub's support knows why"),
         "HFValidationError": (f"{repository} is not a Hub id", "use org/name"),
         "FileMetadataError": (f"the answer about {repository} was not the Hub's", "check HF_ENDPOINT and proxies"),
     }
@@ -48,7 +51,7 @@ def _explain(error: BaseException, spec: AdapterSpec, locked_commit: str | None)
             if kind.__name__ in by_name:
                 return by_name[kind.__name__]
     if (status := status_of(error)) is not None:
-        return _explain_status(status, repository)
+        return _explain_status(status, repository, asked_wait_s(error))
     return _explain_local(error, repository)
 
 
@@ -70,7 +73,7 @@ def _explain_local(error: BaseException, repository: str) -> tuple[str, str]:
     return f"the Hub could not be reached for {repository} ({names[-1]})", "check the network, or HF_ENDPOINT"
 
 
-def _explain_status(status: int, repository: str) -> tuple[str, str]:
+def _explain_status(status: int, repository: str, wait_s: float | None) -> tuple[str, str]:
     if status in (401, 403):
         return (
             f"the Hub refused access to {repository} (HTTP {status})",
@@ -79,7 +82,8 @@ def _explain_status(status: int, repository: str) -> tuple[str, str]:
     if status == 429:
         return (
             f"the Hub limits our rate (HTTP 429) for {repository}",
-            "wait a few minutes, or set HF_TOKEN or LORA_MIXER_HUB_TOKENS",
+            f"wait {'a few minutes' if wait_s is None else f'{math.ceil(wait_s)} s'}, or set HF_TOKEN or "
+            "LORA_MIXER_HUB_TOKENS",
         )
     if status >= 500:
         return f"the Hub failed (HTTP {status}) for {repository}", "try again later"
@@ -91,6 +95,24 @@ def status_of(error: BaseException) -> int | None:
     for link in causes(error):
         if isinstance(status := getattr(getattr(link, "response", None), "status_code", None), int):
             return status
+    return None
+
+
+def asked_wait_s(error: BaseException) -> float | None:
+    """Seconds that the Hub asks to wait: of its Retry-After header, or until its RateLimit header's window ends.
+
+    The latter is that of the IETF draft on rate limit headers, `"api";r=0;t=55` for no request left and 55 s; the Hub
+    sends it with its 429.
+    """
+    for link in causes(error):
+        headers = getattr(getattr(link, "response", None), "headers", None)
+        if headers is None:
+            continue
+        if (text := str(headers.get("Retry-After") or "").strip()).isdecimal():
+            return float(text)
+        limits = dict(re.findall(r";\s*([rt])=(\d{1,6})(?![\w.])", str(headers.get("RateLimit") or "")))
+        if limits.get("r") == "0" and "t" in limits:
+            return float(limits["t"])
     return None
 
 

@@ -14,7 +14,7 @@ from huggingface_hub.hf_api import ModelInfo
 from server.adapters.download_meter import DownloadMeter, Progress
 from server.adapters.examples import EXAMPLES_NAME
 from server.adapters.hub_answers import FileHead, ask_for_head, ask_for_list
-from server.adapters.hub_cache import note_absence, place, repository_folder
+from server.adapters.hub_cache import mark_in_use, note_absence, place, repository_folder
 from server.adapters.hub_content import StatedContent, WrongContentError
 from server.adapters.hub_errors import download_error
 from server.adapters.hub_listing import (
@@ -144,6 +144,7 @@ class _Fetch:
         for name, file in remote.items():
             paths[name], hashes[name] = self._file(name, file, heads[name], sizes[name], commit)
             self._meter.end_file(sizes[name])
+        mark_in_use(self._cache_folder, commit)
         return Fetched(paths, hashes, self._examples_problem)
 
     def _examples_head(self, info: ModelInfo, commit: str) -> tuple[RemoteFile, FileHead, int] | None:

@@ -151,4 +151,14 @@ def _absent(path: str, listed: Mapping[str, Any]) -> RefusalReason:
     if path.endswith(WEIGHTS_NAME) and found:
         message = f"the weights are pickled ({found[0]}), which can run code; save them as safetensors"
         return RefusalReason("pickle_file", message, found[0])
-    return RefusalReason("missing_file", f"the repository has no {path}", path)
+    return RefusalReason("missing_file", f"the repository has no {path}{_elsewhere(path, listed)}", path)
+
+
+def _elsewhere(path: str, listed: Mapping[str, Any]) -> str:
+    """Where the repository has files of this name instead."""
+    name = PurePosixPath(path).name
+    folders = sorted(str(PurePosixPath(other).parent) for other in listed if PurePosixPath(other).name == name)
+    if not folders:
+        return ""
+    shown = ", ".join(printable(folder[:100]) for folder in folders[:MAX_LISTED_FILES])
+    return f"; there is one in {shown}{' and others' * (len(folders) > MAX_LISTED_FILES)}: name it as subfolder"

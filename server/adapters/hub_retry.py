@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from server.adapters.hub_errors import causes, status_of
+from server.adapters.hub_errors import asked_wait_s, causes, status_of
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class RetryPolicy:
         if not is_transient(error):
             return None
         wait_s: float = min(self.max_wait_s, self.first_wait_s * 2.0**failures) * random.uniform(0.75, 1.0)
-        asked_s = _retry_after_s(error)
+        asked_s = asked_wait_s(error)
         if asked_s is None:
             return wait_s
         return None if asked_s > MAX_RETRY_AFTER_S else max(wait_s, asked_s)
@@ -80,16 +80,6 @@ def is_transient(error: BaseException) -> bool:
         isinstance(cause, CutShortError) or any(part in type(cause).__name__ for part in TRANSIENT_NAMES)
         for cause in causes(error)
     )
-
-
-def _retry_after_s(error: BaseException) -> float | None:
-    """The Hub's Retry-After header, when it is a number of seconds."""
-    for cause in causes(error):
-        headers = getattr(getattr(cause, "response", None), "headers", None)
-        text = headers.get("Retry-After") if headers is not None else None
-        if text is not None and str(text).strip().isdecimal():
-            return float(text)
-    return None
 
 
 def _wait(seconds: float, check: Callable[[], object]) -> None:

@@ -98,6 +98,7 @@ class Journal:
                     continue
                 if entries.pop(spec.name, None) is not None:
                     logger.warning("adapter %s is the configuration's now; its registration is dropped", spec.name)
+                    self._drop(spec.name)
                 wanted.append(spec)
             return wanted, list(entries.values())
 
@@ -122,6 +123,14 @@ class Journal:
                 return
             self._keep({"remove": name, "retired": configured and _spec_record(configured)})
             self._remove(name, configured)
+
+    def _drop(self, name: str) -> None:
+        """Forget an adapter that nobody has asked to forget. With the lock."""
+        try:
+            self._keep({"remove": name, "retired": None})
+        except RegistryFileError as error:
+            logger.warning("%s", error)
+        self._remove(name, None)
 
     def _put(self, entry: JournalEntry, configured: AdapterSpec | None) -> None:
         name = entry.spec.name

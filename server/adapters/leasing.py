@@ -158,12 +158,15 @@ class LeaseDesk:
         return ticket
 
     def _too_late(self, ticket: Ticket, wait_s: float) -> AdapterMemoryError:
+        is_downloading = self._seating.is_downloading(ticket.names)
         self._give_back(ticket)
-        return AdapterMemoryError(
-            f"{' and '.join(ticket.names)} could not be brought into memory within {wait_s:g} s, since running "
-            "requests use what is there; retry later, or raise server.adapter_memory_mib",
-            retry_after_s=5,
+        reason = (
+            "the cache of the Hub has lost files of it, which are being downloaded again; retry later"
+            if is_downloading
+            else "running requests use what is there; retry later, or raise server.adapter_memory_mib"
         )
+        message = f"{' and '.join(ticket.names)} could not be brought into memory within {wait_s:g} s: {reason}"
+        return AdapterMemoryError(message, retry_after_s=5)
 
     def _give_back(self, ticket: Ticket) -> None:
         """Out of the line; or, when it was granted at this very moment, its leases go back."""

@@ -40,6 +40,10 @@ class AdapterLoader:
         except InvalidRequestError:
             return False
 
+    def is_at_hand(self, spec: AdapterSpec) -> bool:
+        """Whether `load` finds the files on this machine, unless damaged: in a folder, or locked and cached."""
+        return not self.may_download(spec) or self.hub.has(spec, self.lockfile.get(LockKey.of(spec)))
+
     def load(
         self,
         spec: AdapterSpec,
@@ -84,10 +88,13 @@ class AdapterLoader:
 
     def forget(self, spec: AdapterSpec) -> None:
         """Drop the lock of a source, so that registering it anew resolves its branch anew."""
+        locked = self.lockfile.get(LockKey.of(spec))
         try:
             self.lockfile.remove(LockKey.of(spec))
         except OSError as error:
             logger.warning("adapters.lock still lists %s: %s", spec.source, error)
+        if locked is not None and not self.lockfile.has_commit(spec.source, locked.commit):
+            self.hub.release(spec.source, locked.commit)
 
     def _lock(self, spec: AdapterSpec, resolved: ResolvedSource, adapter: Adapter, locked: LockEntry | None) -> bool:
         """What is locked stays so, also while locked examples cannot be had. False: it is locked at another commit."""

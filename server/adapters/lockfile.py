@@ -97,6 +97,11 @@ class Lockfile:
                 self._entries = {other: entry for other, entry in self._entries.items() if other != key}
                 self._write()
 
+    def has_commit(self, source: str, commit: str) -> bool:
+        """Whether an adapter is locked at this commit of a source."""
+        with self._mutex:
+            return any(key.source == source and entry.commit == commit for key, entry in self._entries.items())
+
     def base_commit(self, source: str, revision: str | None) -> str | None:
         """Of a base model from the Hub, None where another one or none is locked."""
         with self._mutex:

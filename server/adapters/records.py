@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -139,8 +140,15 @@ class Record:
     """Why the last calibration made no row."""
     num_calibrations: int = 1
     """Asked for and not finished. The first is its registration's own."""
+    load: "Future[None] | None" = None
+    """Its place among the loads; None until it has one."""
     cancelled: threading.Event = field(default_factory=threading.Event)
     """Set when it is retired while it loads; read without the mutex."""
+
+    def abandon(self) -> bool:
+        """Have its load end. Whether no thread had taken it up, so that none will end it."""
+        self.cancelled.set()
+        return self.load is not None and self.load.cancel()
 
     @cached_property
     def looks(self) -> tuple[str, str]:

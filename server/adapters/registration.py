@@ -158,10 +158,9 @@ class Registrations:
                 if (replacement := self._state.replacements.pop(name, None)) is not None:
                     replacement.cancelled.set()
                     replacement.state = AdapterState.RETIRING
-                if record.state is AdapterState.FAILED or (record.state is AdapterState.READY and record.slot is None):
+                is_warm = record.state is AdapterState.READY and record.slot is None
+                if is_warm or record.state is AdapterState.FAILED or (record.state.is_loading and record.abandon()):
                     self._state.remove(record)
-                elif record.state.is_loading:
-                    record.cancelled.set()
                 record.state = AdapterState.RETIRING
                 self._state.commit(self._state.router, record)
                 info = self._state.info(record)
@@ -184,7 +183,7 @@ class Registrations:
 
     def _start(self, record: Record) -> None:
         threads = self._downloaders if self._loader.may_download(record.spec) else self._loaders
-        threads.submit(self._jobs.run, record)
+        record.load = threads.submit(self._jobs.run, record)
 
     # Deciding
 

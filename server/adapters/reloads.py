@@ -1,6 +1,7 @@
 """Weights of warm adapters on their way from disk to the bank: read and checked anew on threads of their own.
 
-Knows no bank, no slots and no requests: whoever wants an adapter finds it in `loaded` some time later.
+What the Hub's cache has lost meanwhile is downloaded again, on other threads and as long as somebody wants it. Knows no
+bank, no slots and no requests: whoever wants an adapter finds it in `loaded` some time later.
 """
 
 import logging
@@ -18,8 +19,14 @@ logger = logging.getLogger(__name__)
 
 NUM_THREADS = 2
 """Adapters read at a time, apart from registrations: a slow download must not hold up a request."""
+NUM_DOWNLOADS = 4
+"""Adapters downloaded again at a time."""
 MAX_AHEAD = 4
 """Adapters read before there is room for them; their weights are in memory besides the budget."""
+
+
+class _UnwantedError(Exception):
+    """Nobody waits for this download any more. What has come stays for the next one."""
 
 
 class Reloads:
@@ -32,54 +39,80 @@ class Reloads:
         *,
         on_loaded: Callable[[Record, float], object],
         on_failed: Callable[[Record, LoraMixerError, float], object],
+        on_download: Callable[[], object],
     ) -> None:
-        """Both hear of every end, with the seconds it took, on a thread of this class."""
+        """The first two hear of every end, with the seconds it took, the last one when something turns out to be
+        missing on this machine; all on a thread of this class.
+        """
         self._loader = loader
         self._state = state
         self._on_loaded = on_loaded
         self._on_failed = on_failed
+        self._on_download = on_download
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="adapter-reloader")
+        self._downloaders = ThreadPoolExecutor(NUM_DOWNLOADS, thread_name_prefix="adapter-redownloader")
         self._is_closed = False
         self.loaded: dict[Record, Adapter] = {}
         """With the mutex."""
-        self._loading: set[Record] = set()
+        self.downloading: set[Record] = set()
+        """What is not on this machine, as it has turned out. With the mutex."""
+        self._reading: set[Record] = set()
+        self._wanted: Collection[Record] = ()
 
     def want(self, records: Iterable[Record], urgent: Collection[Record]) -> None:
         """Start to read these, the first ones first, and forget others. With the mutex.
 
         Only so many are read ahead, `urgent` ones always: who is first in line must not wait for those behind.
         """
-        wanted = dict.fromkeys(records)
+        self._wanted = wanted = dict.fromkeys(records)
         self.loaded = {record: adapter for record, adapter in self.loaded.items() if record in wanted}
         for record in wanted:
-            is_known = record in self.loaded or record in self._loading
-            has_room = len(self.loaded) + len(self._loading) < MAX_AHEAD or record in urgent
+            is_known = record in self.loaded or record in self._reading or record in self.downloading
+            has_room = len(self.loaded) + len(self._reading) < MAX_AHEAD or record in urgent
             if not is_known and has_room and not self._is_closed:
-                self._loading.add(record)
-                self._threads.submit(self._run, record)
+                self._reading.add(record)
+                self._threads.submit(self._read, record)
 
     def close(self) -> None:
         """Finish what is being read, give up what is being downloaded, start nothing more."""
         with self._state.mutex:
             self._is_closed = True
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        for threads in (self._threads, self._downloaders):
+            threads.shutdown(wait=True, cancel_futures=True)
 
-    def _run(self, record: Record) -> None:
+    def _read(self, record: Record) -> None:
+        if self._loader.is_at_hand(record.spec):
+            self._load(record)
+            return
+        with self._state.mutex:
+            self._reading.discard(record)
+            if self._is_closed:
+                return
+            self.downloading.add(record)
+            self._downloaders.submit(self._load, record)
+        self._on_download()
+
+    def _load(self, record: Record) -> None:
         start_s = time.monotonic()
         failure: LoraMixerError | None = None
         adapter: Adapter | None = None
         try:
-            adapter = self._loader.load(record.spec, progress=self._check)
+            adapter = self._loader.load(record.spec, progress=lambda _done, _total: self._check(record))
             known = record.adapter
             if known is not None and adapter.digest != known.digest:
                 raise AdapterRefusedError(record.spec.name, [_changed(known.digest, adapter.digest)])
+        except _UnwantedError:
+            logger.info("the download of adapter %s is abandoned: nobody waits for it any more", record.spec.name)
+            self._abandon(record)
+            return
         except LoraMixerError as error:
             failure = error
         except Exception as error:
             logger.exception("adapter %s could not be loaded again", record.spec.name)
             failure = LoraMixerError(f"internal error: {type(error).__name__}", code="internal_error")
         with self._state.mutex:
-            self._loading.discard(record)
+            self._reading.discard(record)
+            self.downloading.discard(record)
             if failure is None and adapter is not None:
                 self.loaded[record] = adapter
         seconds = time.monotonic() - start_s
@@ -88,9 +121,19 @@ class Reloads:
         else:
             self._on_failed(record, failure, seconds)
 
-    def _check(self, _done: int, _total: int) -> None:
+    def _abandon(self, record: Record) -> None:
+        """But somebody may have come to want it at this very moment."""
+        with self._state.mutex:
+            if record in self._wanted and not self._is_closed:
+                self._downloaders.submit(self._load, record)
+            else:
+                self.downloading.discard(record)
+
+    def _check(self, record: Record) -> None:
         if self._is_closed:
             raise NotReadyError("the server is shutting down")
+        if record in self.downloading and record not in self._wanted:
+            raise _UnwantedError
 
 
 def _changed(known: str, found: str) -> RefusalReason:

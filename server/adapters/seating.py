@@ -7,7 +7,7 @@ request has its turn once those before it end, and an adapter's requests start i
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, Protocol
 
 from server.adapters.leases import AdapterLease
@@ -76,11 +76,18 @@ class Seating:
         self._release = release
         self.line = WaitingLine(max_waiting)
         """With the mutex."""
-        self._reloads = Reloads(loader, state, on_loaded=self._on_loaded, on_failed=self._on_failed)
+        self._reloads = Reloads(
+            loader, state, on_loaded=self._on_loaded, on_failed=self._on_failed, on_download=serve_soon
+        )
 
     def close(self) -> None:
         """Stop the threads."""
         self._reloads.close()
+
+    def is_downloading(self, names: Collection[str]) -> bool:
+        """Whether one of these is not on this machine any more, and on its way here."""
+        with self._state.mutex:
+            return any(record.spec.name in names for record in self._reloads.downloading)
 
     def acquire(self, model: str, resolution: Resolution, count: int) -> list[AdapterLease]:
         """`count` leases of what the current roster resolved. With the mutex."""
@@ -160,7 +167,7 @@ class Seating:
     def _walk(self) -> "_Turn":
         turn = _Turn(self._state, self._residency)
         for ticket in self.line.tickets:
-            turn.has_granted |= self._serve_ticket(ticket, lambda records: turn.consider(records, self._reloads.loaded))
+            turn.has_granted |= self._serve_ticket(ticket, lambda records: turn.consider(records, self._reloads))
         return turn
 
     def _serve_ticket(self, ticket: Ticket, consider: Callable[[Sequence[Record]], object]) -> bool:
@@ -198,16 +205,19 @@ class _Turn:
         self.exchange: _Exchange | None = None
         state.closed.clear()
 
-    def consider(self, records: Sequence[Record], loaded: Mapping[Record, Adapter]) -> None:
+    def consider(self, records: Sequence[Record], reloads: Reloads) -> None:
         """Room for those of one ticket that are missing. Raises AdapterMemoryError if there never can be."""
+        loaded = reloads.loaded
         missing = [record for record in records if record.slot is None]
         if not missing:
             return
         sizes = [record.memory_bytes for record in records if record.slot is None or not stays(self._state, record)]
         if not self._room.can_hold(sizes):
             raise AdapterMemoryError(self._residency.explain_full(sizes, self._room), retry_after_s=NEVER_RETRY_S)
-        self.urgent = self.urgent or missing
         self.wanted += missing
+        if not reloads.downloading.isdisjoint(missing):
+            return  # nobody waits for room that a slow download will fill
+        self.urgent = self.urgent or missing
         if self._is_blocked or self.exchange is not None:
             return
         self._kept |= {record.slot for record in records if record.slot is not None}

@@ -73,7 +73,10 @@ def check_files(folder: Path, root: Path) -> tuple[frozenset[str], list[RefusalR
         if not path.exists():
             reasons.append(_absent(folder, name))
         elif not path.resolve().is_relative_to(root.resolve()):
-            message = f"{name} is a link that leads out of the adapter's folder"
+            message = (
+                f"{name} is a link that leads out of the adapter's folder; copy the adapter with its links resolved "
+                "(`cp -rL`), or if the folder is of the Hub's cache, name the source org/name@commit"
+            )
             reasons.append(RefusalReason("symlink_escape", message, name))
         elif not path.is_file():
             reasons.append(RefusalReason("not_a_file", f"{name} is not a regular file", name))

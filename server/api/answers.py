@@ -1,5 +1,6 @@
 """What both generation routes do around their own formats: start, stream or wait, and always clean up."""
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -73,7 +74,12 @@ async def respond(request: Request, generation: Generation, answer_format: Answe
         return Response(status_code=CLIENT_LEFT)
     finally:
         generation.close()
-    return json_response({**answer_format.answer(choices), "usage": generation.usage()})
+    if not generation.body.wants_logprobs:
+        return json_response({**answer_format.answer(choices), "usage": generation.usage()})
+    # Of long prompts they are several MB: other requests must not wait until those are written.
+    return await asyncio.to_thread(
+        lambda: json_response({**answer_format.answer(choices), "usage": generation.usage()})
+    )
 
 
 async def _events(generation: Generation, answer_format: AnswerFormat) -> AsyncGenerator[bytes, None]:
@@ -88,7 +94,11 @@ async def _events(generation: Generation, answer_format: AnswerFormat) -> AsyncG
         yield event(opening)
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
-            if (chunk := answer_format.chunk(delta)) is not None:
+            if delta.prompt_logprobs is None:
+                chunk = answer_format.chunk(delta)
+            else:
+                chunk = await asyncio.to_thread(answer_format.chunk, delta)
+            if chunk is not None:
                 yield event(chunk)
     if body.includes_usage:
         yield sse({**answer_format.usage_chunk(), "usage": generation.usage()})

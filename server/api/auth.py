@@ -8,7 +8,7 @@ import hashlib
 import hmac
 import ipaddress
 from collections.abc import Iterable
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from fastapi import Depends, Request
 from starlette.datastructures import Headers
@@ -95,7 +95,7 @@ def _missing_key(what: str) -> AuthenticationError:
 
 def _refuse_foreign_origin(headers: Headers) -> None:
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+    if origin is not None and _parts(origin).netloc.lower() != headers.get("host", "").lower():
         raise PermissionDeniedError("Pages of other origins may not change this server.")
 
 
@@ -105,10 +105,18 @@ def _require_loopback(request: Request) -> None:
         raise PermissionDeniedError(f"Without an admin key, only clients on this machine may change it; {advice}.")
     if any(name in request.headers for name in PROXY_HEADERS):
         raise PermissionDeniedError(f"Without an admin key, requests through a proxy may not change it; {advice}.")
-    if not _is_loopback(urlsplit(f"//{request.headers.get('host', '')}").hostname or ""):
+    if not _is_loopback(_parts(f"//{request.headers.get('host', '')}").hostname or ""):
         raise PermissionDeniedError(
             f"Without an admin key, address it as localhost or 127.0.0.1 to change it; {advice}."
         )
+
+
+def _parts(url: str) -> SplitResult:
+    """Of what is no URL, none."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
 
 
 def _is_loopback(host: str) -> bool:

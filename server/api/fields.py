@@ -114,10 +114,10 @@ Text = Annotated[str, AfterValidator(_refuse_surrogates)]
 
 
 def at_most(max_length: int) -> BeforeValidator:
-    """Refuse a longer list before its entries are looked at, so that an absurd one costs nothing."""
+    """Refuse a longer list or object before its entries are looked at, so that an absurd one costs nothing."""
 
     def check(value: Any) -> Any:
-        if isinstance(value, Sequence) and len(value) > max_length:
+        if isinstance(value, Sequence | Mapping) and len(value) > max_length:
             raise problem(f"must have at most {max_length} entries, got {len(value)}")
         return value
 

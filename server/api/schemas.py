@@ -16,6 +16,8 @@ from server.api.values import AdapterPool, Content, LogitBias, Prompts, StopStri
 INT32 = 2**31 - 1
 MAX_MESSAGES = 2048
 MAX_STOP_TOKEN_IDS = 128
+MAX_METADATA = 16
+"""As OpenAI has it."""
 MIN_REPETITION_PENALTY = 0.01
 """Logits are divided by it: much less, and they leave the range of float32."""
 
@@ -148,7 +150,7 @@ class GenerationBody(StrictBody):
     """Opaque label; not used."""
     safety_identifier: Text | None = None
     """Opaque label; not used."""
-    metadata: dict[str, Text] | None = None
+    metadata: Annotated[dict[str, Text] | None, at_most(MAX_METADATA)] = None
     """Opaque labels; not used."""
     prompt_cache_key: Text | None = None
     """Hint for servers behind a balancer; not used: equal prefixes are found without it, see `cache_salt`."""
@@ -156,6 +158,11 @@ class GenerationBody(StrictBody):
     @property
     def includes_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Of the prompt's or the answer's tokens."""
+        return self.prompt_logprobs is not None
 
     @property
     def has_continuous_usage(self) -> bool:
@@ -202,6 +209,10 @@ class ChatBody(GenerationBody):
     continue_final_message: bool = False
     """Continue the last message, an assistant's, instead of starting an answer."""
 
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs or super().wants_logprobs
+
 
 class CompletionBody(GenerationBody):
     """Body of POST /v1/completions."""
@@ -217,3 +228,7 @@ class CompletionBody(GenerationBody):
     logprobs: Annotated[int, Field(ge=0)] | None = None
     add_special_tokens: bool = True
     """Whether the tokenizer adds its own special tokens (such as a start token) to text prompts."""
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs is not None or super().wants_logprobs

@@ -19,6 +19,8 @@ MAX_ADAPTERS_IN_REQUEST = 4096
 MAX_ADAPTER_WEIGHT = 2.0
 MAX_CONTENT_PARTS = 1024
 MAX_LOGIT_BIASES = 16384
+MAX_PROMPTS = 4096
+"""Entries that are looked at; how many may be computed is checked where that is known."""
 TOKEN_ID_LIMIT = 2**31
 """Beyond any vocabulary; the exact range is checked where the vocabulary is known."""
 
@@ -48,6 +50,8 @@ def _parse_prompts(value: Any) -> list[PromptInput]:
         raise problem("must not be an empty list")
     if type(value[0]) is int:
         return [_token_ids(value, "")]
+    if len(value) > MAX_PROMPTS:
+        raise problem(f"must have at most {MAX_PROMPTS} entries, got {len(value)}")
     return [_parse_prompt(entry, index) for index, entry in enumerate(value)]
 
 

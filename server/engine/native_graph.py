@@ -51,6 +51,7 @@ class NativeGraph:
         self._routers: dict[int, NativeRouter] = {}
         self._snapshot: BankSnapshot | None = None
         self._adapters: Any = None
+        self._slot_order: Any = None
 
     def forward(
         self,
@@ -79,6 +80,7 @@ class NativeGraph:
         logits = self._logits_buffer(len(positions))
         has_gates = any(plan.slots for plan in layout.plans)
         share = torch.zeros(num_tokens, num_slots) if has_gates else None
+        self._refresh_adapters()
         routers, router_index, layers = self._lay_out_routers(layout, collect_layers)
         # Structs hold addresses of these arrays, which must live until the step has run, whatever leaves the cache.
         kept = [self._plan_arrays(plan) for plan in layout.plans]
@@ -99,7 +101,8 @@ class NativeGraph:
             max_blocks=tables.shape[1],
             plans=ctypes.addressof(plans),
             routers=ctypes.addressof(routers),
-            adapters=ctypes.addressof(self._adapter_table()),
+            adapters=ctypes.addressof(self._adapters),
+            slot_order=self._slot_order.ctypes.data,
             logits=logits.data_ptr(),
             share=None if share is None else share.data_ptr(),
             inputs=None if inputs is None else inputs.data_ptr(),
@@ -127,15 +130,17 @@ class NativeGraph:
             self._logits = torch.empty(rows, self._native.vocab_size)
         return self._logits[:rows]
 
-    def _adapter_table(self) -> Any:
-        """Pointers by slot of the current bank; slots without an adapter are null."""
+    def _refresh_adapters(self) -> None:
+        """Pointers by slot of the current bank, null where there is no adapter, and the slots by their content."""
         snapshot = self._routed.bank.snapshot
-        if snapshot is not self._snapshot:
-            table = (ctypes.c_void_p * self._routed.num_slots)()
-            for slot, adapter in snapshot.packed.items():
-                table[slot] = adapter.pointer
-            self._snapshot, self._adapters = snapshot, table
-        return self._adapters
+        if snapshot is self._snapshot:
+            return
+        table = (ctypes.c_void_p * self._routed.num_slots)()
+        for slot, adapter in snapshot.packed.items():
+            table[slot] = adapter.pointer
+        contents = {slot: adapter.content for slot, adapter in snapshot.packed.items()}
+        order = sorted(range(self._routed.num_slots), key=lambda slot: (contents.get(slot, b""), slot))
+        self._snapshot, self._adapters, self._slot_order = snapshot, table, _ints(order)
 
     def _plan_arrays(self, plan: GatePlan) -> "_PlanArrays":
         if plan not in self._plans:

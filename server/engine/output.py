@@ -44,6 +44,13 @@ def event_of(sequence: Sequence, **fields: Any) -> TokenEvent:
     return TokenEvent(sequence_id=sequence.id, num_cached_tokens=sequence.num_cached_tokens, **fields)
 
 
+def may_end(sequence: Sequence, token_id: int) -> bool:
+    """Whether this token ends the sequence wherever one may end it."""
+    params = sequence.params
+    is_eos = token_id in sequence.eos_token_ids and not params.ignore_eos
+    return is_eos or token_id in params.stop_token_ids
+
+
 def _ending(sequence: Sequence, longest: int) -> tuple[FinishReason | None, int | None]:
     """(finish reason, stop reason) of a sequence that has just got a token, or none yet; (None, None): it goes on."""
     params = sequence.params

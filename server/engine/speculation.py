@@ -2,6 +2,7 @@
 
 from server.engine.block_pool import BlockPool
 from server.engine.drafts import Drafter
+from server.engine.output import may_end
 from server.engine.sequence import ScheduledSequence, Sequence, StepOutput
 
 MAX_SPECULATIVE_TOKENS = 16
@@ -58,4 +59,7 @@ class Speculation:
             return []
         drafter = sequence.drafter = sequence.drafter or Drafter()
         drafter.tell(sequence.tokens_between(drafter.num_tokens, sequence.num_tokens))
-        return drafter.draft(most)
+        drafts = drafter.draft(most)
+        # What ends the sequence is said by the step itself, so that nothing behind the end is computed or counted.
+        ends = next((place for place, token in enumerate(drafts) if may_end(sequence, token)), len(drafts))
+        return drafts[:ends]

@@ -151,7 +151,7 @@ class ChatTokenizer:
 
     def _encode(self, text: str, param: str, add_special_tokens: bool = False) -> Any:
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens)
+            return _encoded(self._backend, text, add_special_tokens)
         except (TypeError, UnicodeEncodeError) as error:  # the first is what the Rust side makes of a lone surrogate
             raise _not_unicode(param) from error
 
@@ -163,21 +163,28 @@ class ChatTokenizer:
         if [i for i in whole.ids if i in self.special_ids] == [i for i in encoding.ids if i in self.special_ids]:
             return list(whole.ids)  # what was hidden made no control token after all
         token_ids: list[int] = []
+        found = encoding.ids  # a new list every time
         piece_start = 0  # first token of the current piece between two control tokens
         text_start = 0
-        for index, (token_id, (start, end)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
+        for index, (token_id, (start, end)) in enumerate(zip(found, encoding.offsets, strict=True)):
             if token_id in self.special_ids:
-                token_ids += self._piece(encoding.ids[piece_start:index], rendered[text_start:start], hidden)
+                token_ids += self._piece(found[piece_start:index], rendered[text_start:start], hidden)
                 token_ids.append(token_id)
                 piece_start, text_start = index + 1, end
-        return token_ids + self._piece(encoding.ids[piece_start:], rendered[text_start:], hidden)
+        return token_ids + self._piece(found[piece_start:], rendered[text_start:], hidden)
 
     def _piece(self, token_ids: list[int], text: str, hidden: HiddenText) -> list[int]:
         """Ids of text between two control tokens; where something is hidden in it, that is spelled out literally."""
         revealed = hidden.reveal(text)
         if revealed == text:
             return token_ids
-        return list(self._literal.encode(revealed, add_special_tokens=False).ids)
+        return list(_encoded(self._literal, revealed, False).ids)
+
+
+def _encoded(backend: Any, text: str, add_special_tokens: bool) -> Any:
+    """One text's encoding. As a batch, since for those alone the library lets go of the GIL: a text of some MB takes
+    seconds, in which nothing else would run."""
+    return backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
 
 
 def _with_text_content(message: dict[str, Any]) -> dict[str, Any]:

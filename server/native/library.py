@@ -75,7 +75,7 @@ class Step(Structure):
         *((name, c_int32) for name in ("num_tokens", "num_sequences", "num_plans", "num_routers", "num_slots")),
         *((name, c_int32) for name in ("num_logits", "num_checks", "max_blocks")),
         *((name, c_void_p) for name in ("token_ids", "positions", "plan_of_token", "first_token", "block_tables")),
-        *((name, c_void_p) for name in ("logit_positions", "plans", "routers", "adapters", "logits")),
+        *((name, c_void_p) for name in ("logit_positions", "plans", "routers", "adapters", "slot_order", "logits")),
         *((name, c_void_p) for name in ("greatest", "greatest_id", "check_positions", "finite", "share", "inputs")),
     ]
 

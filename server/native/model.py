@@ -1,6 +1,7 @@
 """A base model packed for the native step, with its K/V cache and packed adapters. Knows no requests and no plans."""
 
 import ctypes
+import hashlib
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
@@ -73,9 +74,12 @@ def bytes_per_block(model: nn.Module, block_size: int) -> int:
 class PackedAdapter:
     """One adapter in the layout of the native step; its memory is freed with the last reference."""
 
-    def __init__(self, owner: "NativeModel", pointer: int, num_bytes: int) -> None:
+    def __init__(self, owner: "NativeModel", pointer: int, num_bytes: int, content: bytes) -> None:
         self.pointer = pointer
         self.num_bytes = num_bytes
+        self.content = content
+        """Digest of what it holds. Updates are added up in the order of these: another order changes last bits, and
+        slots are given anew when an adapter comes back from disk."""
         # The owner stays alive as long as its adapters: freeing needs it.
         weakref.finalize(self, _free_adapter, owner, pointer).atexit = False
 
@@ -151,7 +155,7 @@ class NativeModel:
         count = len(self.projections)
         ranks = (ctypes.c_int32 * count)()
         a, b = (ctypes.c_void_p * count)(), (ctypes.c_void_p * count)()
-        alive, num_bytes = [], 0
+        alive, num_bytes, content = [], 0, hashlib.blake2b(digest_size=16)
         for index, name in enumerate(self.projections):
             lora = weights.get(name)
             if lora is None:
@@ -159,13 +163,16 @@ class NativeModel:
             # Through the compute dtype first, as the torch bank rounds.
             pair = [x.to(self._dtype).float().contiguous() for x in (lora.A, lora.B)]
             alive += pair
+            content.update(name.encode())
+            for x in pair:
+                content.update(x.numpy().tobytes())
             ranks[index] = lora.A.shape[0]
             a[index], b[index] = (x.data_ptr() for x in pair)
             num_bytes += sum(x.numel() for x in pair) * self._dtype.itemsize
         pointer = ctypes.c_void_p()
         self._check(self._library.lm_adapter_new(self._engine, ranks, a, b, pointer))
         assert pointer.value is not None
-        return PackedAdapter(self, pointer.value, num_bytes)
+        return PackedAdapter(self, pointer.value, num_bytes, content.digest())
 
     def make_shortlist(self, router: Router, slots: Sequence[int]) -> int:
         """Prototypes of these slots of a router, for `drop_shortlist` to free. Safe on any thread."""

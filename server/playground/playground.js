@@ -8,6 +8,7 @@ const REFRESH_MS = 5000;
 
 const conversation = [];
 let running = null; // AbortController of the answer being written
+let numCleared = 0;
 
 function showError(error) {
   byId("error").textContent = error ? error.message : "";
@@ -23,8 +24,10 @@ function pool() {
     const weights = rows.map((row) => [row.dataset.name, Number(row.querySelector("[type=number]").value)]);
     return Object.fromEntries(weights.filter(([, weight]) => weight > 0));
   }
-  const chosen = rows.filter((row) => row.querySelector("[type=checkbox]").checked).map((row) => row.dataset.name);
-  return chosen.length === rows.length ? null : chosen;
+  const isChosen = (row) => row.querySelector("[type=checkbox]").checked;
+  // A list leaves the base model out, as everybody else: what the router chooses from of itself is asked for by none.
+  if (rows.every((row) => isChosen(row) === (row.dataset.routed === "true"))) return null;
+  return rows.filter(isChosen).map((row) => row.dataset.name);
 }
 
 function requestBody() {
@@ -62,6 +65,7 @@ async function send() {
   running = new AbortController();
   setBusy(true);
   const answer = new Answer();
+  const conversationNumber = numCleared;
   let usage = null;
   try {
     for await (const event of events("v1/chat/completions", requestBody(), running.signal)) {
@@ -72,8 +76,10 @@ async function send() {
     if (error.name !== "AbortError") showError(error);
   } finally {
     answer.finish(usage);
-    if (answer.text) conversation.push({ role: "assistant", content: answer.text });
-    else conversation.pop(); // The question got no answer: do not ask it again behind the user's back.
+    if (conversationNumber === numCleared) {
+      if (answer.text) conversation.push({ role: "assistant", content: answer.text });
+      else conversation.pop(); // The question got no answer: do not ask it again behind the user's back.
+    }
     running = null;
     setBusy(false);
     refresh();
@@ -124,7 +130,10 @@ function showModels(ids) {
 
 function showPool(ready) {
   const list = byId("pool-list");
-  if ([...list.children].map((row) => row.dataset.name).join("\n") === ready.map((adapter) => adapter.name).join("\n")) return;
+  if ([...list.children].map((row) => row.dataset.name).join("\n") === ready.map((adapter) => adapter.name).join("\n")) {
+    ready.forEach((adapter, index) => showRouted(list.children[index], adapter.routed));
+    return;
+  }
   list.replaceChildren(...ready.map(poolRow));
   showMode();
 }
@@ -132,12 +141,20 @@ function showPool(ready) {
 function poolRow(adapter) {
   const row = element("label", "inline");
   row.dataset.name = adapter.name;
+  row.dataset.routed = adapter.routed;
   row.title = adapter.description ?? "";
   const check = Object.assign(element("input"), { type: "checkbox", checked: adapter.routed });
   const weight = Object.assign(element("input"), { type: "number", min: "0", max: "2", step: "0.1", value: "0" });
   weight.setAttribute("aria-label", `Weight of ${adapter.name}`);
   row.append(element("span", "", adapter.name), check, weight);
   return row;
+}
+
+// A box that shows what the router does of itself goes on to do so.
+function showRouted(row, isRouted) {
+  const check = row.querySelector("[type=checkbox]");
+  if (check.checked === (row.dataset.routed === "true")) check.checked = isRouted;
+  row.dataset.routed = isRouted;
 }
 
 function showMode() {
@@ -190,6 +207,7 @@ byId("stop").addEventListener("click", () => running?.abort());
 byId("clear").addEventListener("click", () => {
   running?.abort();
   conversation.length = 0;
+  numCleared += 1;
   byId("log").replaceChildren();
   byId("token-details").textContent = "";
   showError(null);

@@ -63,6 +63,8 @@ class Packed(Protocol):
 
     pointer: int
     num_bytes: int
+    content: bytes
+    """Digest of what it holds."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,6 +36,8 @@ class Repository:
     """What the list says of a path in place of the truth."""
     lists_sizes: bool = True
     """False: as listings without `blobs=true`, which some mirrors never give."""
+    described: Mapping[str, object] = field(default_factory=dict)
+    """What the description of the repository says besides."""
     moved_to: str | None = None
     """The repository's new name: requests for this one are redirected."""
 
@@ -232,6 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
             "sha": commit,
             "private": repository.token is not None,
             "siblings": siblings,
+            **repository.described,
             "tags": [],
         }
         if repository.security is not None and "securityStatus=" in urlsplit(self.path).query:

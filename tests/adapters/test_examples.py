@@ -13,8 +13,7 @@ from tests.adapters.calibrating import ByteRenderer
 
 def test_prompts_and_chats_are_rendered_as_requests_are() -> None:
     chat = {"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]}
-    plain, named, whole = encode_examples(["ab", {"prompt": "ab"}, chat], ByteRenderer())
-    assert plain == named
+    plain, whole = encode_examples(["ab", {"prompt": "ab"}, chat], ByteRenderer())  # the first two are one
     assert plain.token_ids == (300, 301, 302, 97, 98, 304, 303)
     assert plain.answer_start == len(plain.token_ids)
     assert whole.token_ids == (300, 301, 302, 97, 98, 304, 303, 99, 304)
@@ -40,6 +39,15 @@ def test_long_examples_keep_both_ends_of_the_prompt_and_half_for_the_answer() ->
 def test_too_few_or_too_many_are_refused(count: int) -> None:
     with pytest.raises(InvalidRequestError, match=f"{count} examples; give 2 to 64"):
         encode_examples(["x"] * count, ByteRenderer())
+
+
+def test_what_is_given_twice_counts_once_and_one_is_too_few() -> None:
+    """Two halves of the examples judge each other: equal ones would agree whatever they are."""
+    first, second = encode_examples(["x", "y", {"prompt": "x"}, "y"], ByteRenderer())
+    assert first != second
+    with pytest.raises(InvalidRequestError, match="all 3 examples are the same; give 2 to 64 different ones") as caught:
+        encode_examples(["x", {"prompt": "x"}, "x"], ByteRenderer())
+    assert caught.value.code == "invalid_examples"
 
 
 def test_every_problem_is_told_at_once() -> None:

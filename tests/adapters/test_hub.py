@@ -8,14 +8,17 @@ import re
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import scan_cache_dir
 
 from server.adapters.hub import HubSource
 from server.adapters.hub_cache import sha256_of
+from server.adapters.hub_errors import asked_wait_s, download_error
 from server.adapters.hub_retry import RetryPolicy
 from server.adapters.lockfile import LockEntry
 from server.config import AdapterSpec, load_secrets
@@ -201,6 +204,33 @@ def test_repositories_without_the_two_files_are_refused_by_name(hub: FakeHub, so
     with pytest.raises(AdapterRefusedError) as caught:
         source.fetch(SPEC)
     assert [reason.code for reason in caught.value.reasons] == ["missing_file", "pickle_file"]
+    hub.push("org/name", {f"{folder}/{name}": content for folder in ("a/b", "c") for name, content in FILES.items()})
+    with pytest.raises(AdapterRefusedError, match=r"there is one in a/b, c: name it as subfolder"):
+        source.fetch(AdapterSpec(name="a", source="org/name", revision="main"))
+
+
+def test_nothing_of_a_repositorys_card_gets_in_the_way(hub: FakeHub, source: HubSource) -> None:
+    """The client's own reading of the list trips over keys that it does not know, or knows too well."""
+    hub.push("org/name", FILES)
+    hub.repositories["org/name"].described = {
+        "cardData": {"self": "x", "tags": 7},
+        "transformersInfo": {"auto_model": "x", "brand_new": 1},
+        "gguf": [],
+    }
+    assert source.fetch(SPEC).files
+
+
+def test_a_prune_of_the_cache_spares_what_is_in_use(hub: FakeHub, source: HubSource, tmp_path: Path) -> None:
+    first = hub.push("org/name", FILES)
+    source.fetch(SPEC)
+    hub.push("org/name", {**FILES, "README.md": b"newer"})
+    source.fetch(SPEC)
+    (repository,) = scan_cache_dir(tmp_path / "cache").repos
+    assert {revision.commit_hash: bool(revision.refs) for revision in repository.revisions}[first]
+    assert all(revision.refs for revision in repository.revisions)
+    source.release("org/name", first)
+    (repository,) = scan_cache_dir(tmp_path / "cache").repos
+    assert [revision.commit_hash for revision in repository.revisions if not revision.refs] == [first]
 
 
 def test_more_bytes_than_stated_are_not_written_to_the_end(hub: FakeHub, source: HubSource) -> None:
@@ -291,6 +321,33 @@ def test_a_wait_that_the_hub_asks_for_is_kept_unless_it_is_too_long(hub: FakeHub
     with pytest.raises(AdapterDownloadError, match="limits our rate"):
         source.fetch(AdapterSpec(name="a", source="org/name", revision="main"))
     assert time.monotonic() - start_s < 30
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ('"api";r=0;t=12', 12.0),
+        ('"resolvers"; t=7; r=0', 7.0),
+        ('"api";r=3;t=12', None),
+        ('"api";r=0', None),
+        ("nonsense", None),
+    ],
+)
+def test_the_hubs_rate_limit_header_says_how_long_to_wait(header: str, seconds: float | None) -> None:
+    class Answered(Exception):  # noqa: N818 - stands for the client's
+        response = types.SimpleNamespace(status_code=429, headers={"RateLimit": header})
+
+    assert asked_wait_s(Answered()) == seconds
+    message = download_error(Answered(), SPEC).message
+    assert f"wait {'a few minutes' if seconds is None else f'{seconds:g} s'}" in message
+
+
+def test_a_rate_limit_is_waited_out(hub: FakeHub, source: HubSource) -> None:
+    hub.push("org/name", FILES)
+    hub.fail(Fault("/api/models", status=429, headers={"RateLimit": '"api";r=0;t=1'}))
+    start_s = time.monotonic()
+    source.fetch(SPEC)
+    assert time.monotonic() - start_s >= 1
 
 
 @pytest.mark.parametrize("path", ["/api/models", "/resolve/", "/cdn/"])

@@ -66,6 +66,9 @@ def test_a_registration_over_a_retired_name_wins_until_the_configuration_changes
     assert journal.restored([configured]) == ([], [hot])
     changed = spec("a", "org/newer")
     assert journal.restored([changed]) == ([changed], [])
+    assert journal.restored([]) == ([], []), "what has been dropped does not come back"
+    journal = reopened(journal, tmp_path / "adapters.state")
+    assert journal.restored([]) == ([], [])
     journal.close()
 
 

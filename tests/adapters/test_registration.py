@@ -232,6 +232,15 @@ def test_retiring_and_closing_do_not_wait_for_the_hub(dripping: Callable[..., Ad
     assert time.monotonic() - start_s < 5
 
 
+def test_one_that_is_retired_before_its_load_begins_frees_its_name(dripping: Callable[..., AdapterRegistry]) -> None:
+    registry = dripping([f"slow-{index}" for index in range(NUM_DOWNLOADERS + 1)])
+    last = f"slow-{NUM_DOWNLOADERS}"
+    registry.retire(last)
+    assert registry.wait_retired(last, 0)
+    again = registry.register(AdapterSpec(name=last, source="org/slow"))
+    assert (again.state, again.generation) == (AdapterState.DOWNLOADING, 2)
+
+
 @pytest.mark.parametrize(
     ("name", "other", "is_alike"),
     [

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import shutil
 import threading
 import time
 import types
@@ -30,7 +31,7 @@ from server.errors import (
     RouterArtefactError,
 )
 from server.routing.attach import attach_routing
-from tests.adapters.fake_hub import FakeHub
+from tests.adapters.fake_hub import FakeHub, Fault
 from tests.adapters.folders import copied, edit_config
 from tests.adapters.harness import StepThread, add, local, save_router
 
@@ -325,6 +326,57 @@ def test_a_hub_adapter_comes_back_from_its_cache_with_the_hub_away_and_its_branc
     use(registry, "b")
     assert (registry.get("b").digest, registry.get("b").resident) == (digest, True)
     assert not hub.requests, "nobody asked the Hub"
+    check_empty(registry)
+
+
+def test_downloads_hold_up_no_adapter_that_is_here(
+    make_small: MakeSmall, hub: FakeHub, sources: Path, tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    """The cache has lost as many adapters as there are seats, and the Hub drips."""
+    cache = tmp_path / "cache"
+    source = HubSource(endpoint=hub.endpoint, cache_folder=cache)
+    registry = make_small(2, wait_s=4, hub=source, lockfile=tmp_path / "adapters.lock")
+    for name in "abc":
+        hub.push_folder(f"org/{name}", sources / name)
+        registry.register(AdapterSpec(name=name, source=f"org/{name}", routed=False))
+        registry.wait(name, 30)
+    add(registry, "d", routed=False)
+    for name in "dc":
+        use(registry, name)
+    for name in "ab":
+        shutil.rmtree(cache / f"models--org--{name}")
+        hub.fail(Fault(f"org/{name}", header_drip_s=0.05, times=1))
+    lost = [waiting(registry, pool, name) for name in "ab"]
+    until(lambda: len(registry._seating._reloads.downloading) == 2)
+    for name in "dcdc":
+        use(registry, name)
+    with pytest.raises(AdapterMemoryError, match="lost files of it, which are being downloaded again"):
+        registry.desk.lease("a", wait_s=0.2)
+    for request in lost:
+        with pytest.raises(AdapterMemoryError, match="downloaded again"):
+            request.result(20)
+    until(lambda: not registry._seating._reloads.downloading)
+    check_empty(registry)
+
+
+def test_a_download_that_nobody_waits_for_any_more_is_abandoned(
+    make_small: MakeSmall, hub: FakeHub, sources: Path, tmp_path: Path
+) -> None:
+    source = HubSource(endpoint=hub.endpoint, cache_folder=tmp_path / "cache")
+    registry = make_small(1, hub=source, lockfile=tmp_path / "adapters.lock")
+    hub.push_folder("org/a", sources / "a")
+    registry.register(AdapterSpec(name="a", source="org/a", routed=False))
+    registry.wait("a", 30)
+    add(registry, "b", routed=False)
+    use(registry, "b")
+    shutil.rmtree(tmp_path / "cache" / "models--org--a")
+    hub.fail(Fault("org/a", header_drip_s=0.05, times=99))
+    with pytest.raises(AdapterMemoryError, match="downloaded again; retry later"):
+        registry.desk.lease("a", wait_s=0.3)
+    until(lambda: not registry._seating._reloads.downloading)
+    assert registry.get("a").state is AdapterState.READY
+    hub.faults.clear()
+    use(registry, "a")
     check_empty(registry)
 
 
@@ -829,8 +881,9 @@ def test_room_that_an_earlier_ticket_reserved_is_not_there_before_its_victims_go
     state = types.SimpleNamespace(closed=set(), seated=seated)
     turn = _Turn(state, types.SimpleNamespace(room=lambda: room))  # type: ignore[arg-type]
     unread, read = Waiting(2), Waiting(10)
-    turn.consider([unread], {})  # type: ignore[list-item]
-    turn.consider([read], {read: object()})  # type: ignore[dict-item,list-item]
+    for record, loaded in ((unread, {}), (read, {read: object()})):
+        reloads = types.SimpleNamespace(loaded=loaded, downloading=set())
+        turn.consider([record], reloads)  # type: ignore[arg-type,list-item]
     assert turn.exchange is not None
     leaving = sum(victim.memory_bytes for victim in turn.exchange.victims)
     assert 13 - leaving + read.memory_bytes <= 13

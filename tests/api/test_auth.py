@@ -98,6 +98,8 @@ MUTATIONS = [
         ({"Forwarded": "for=127.0.0.1"}, "through a proxy"),
         ({"Origin": "https://evil.example"}, "other origins"),
         ({"Origin": "null"}, "other origins"),
+        ({"Origin": "http://["}, "other origins"),
+        ({"Host": "["}, "localhost or 127.0.0.1"),
     ],
 )
 def test_every_change_without_an_admin_key_is_for_direct_local_clients(

@@ -108,6 +108,19 @@ def test_an_end_among_right_drafts_ends_there() -> None:
         assert events[0][-1].finish_reason is FinishReason.LENGTH
 
 
+@pytest.mark.parametrize("ignores_eos", [False, True])
+def test_nothing_is_computed_behind_a_token_that_ends_the_sequence(ignores_eos: bool) -> None:
+    """The text has the end in it, and something behind, which a draft would go on with, and statistics would count."""
+    script = [0, 1, 2, 3, 4, 50, 60, 61, 62, 63]
+    engine = build_engine(FakeRunner(lambda sequence: (script * 3)[sequence.num_output_tokens]), speculative_tokens=8)
+    params = SamplingParams(temperature=0.0, max_tokens=25, ignore_eos=ignores_eos)
+    sequence = Sequence(0, script * 3, params, eos_token_ids=frozenset({50}))
+    events, _, drafted, accepted = events_of(engine, sequence)
+    assert tokens_of(events[0]) == (script * 3)[: 25 if ignores_eos else 6]
+    assert drafted > 0
+    assert len(tokens_of(events[0])) == len(events[0]) + accepted, "every draft that was counted as right was used"
+
+
 def test_the_context_limit_holds_with_drafts() -> None:
     engine = build_engine(FakeRunner(parrot), speculative_tokens=8, max_model_len=25)
     events, *_ = events_of(engine, Sequence(0, [0, 1, 2, 3, 4, 5, 6], GREEDY))

@@ -205,6 +205,25 @@ def test_an_id_beyond_the_vocabulary_decodes_to_nothing_and_a_senseless_one_is_r
         tokenizer.decode([-1])
 
 
+def test_texts_are_encoded_where_the_interpreter_is_free_meanwhile(byte_level: PreTrainedTokenizerFast) -> None:
+    """`encode` of the library keeps the GIL, for seconds where a text has some MB; `encode_batch` does not."""
+
+    class WithoutEncode:
+        def __init__(self, backend: Any) -> None:
+            self._backend = backend
+
+        def __getattr__(self, name: str) -> Any:
+            assert name != "encode"
+            return getattr(self._backend, name)
+
+    tokenizer = ChatTokenizer(byte_level)
+    chat: Messages = [{"role": "user", "content": INJECTION}]
+    expected = tokenizer.encode("some text", add_special_tokens=False), tokenizer.render_chat(chat)
+    for name in ("_backend", "_literal"):
+        setattr(tokenizer, name, WithoutEncode(getattr(tokenizer, name)))
+    assert (tokenizer.encode("some text", add_special_tokens=False), tokenizer.render_chat(chat)) == expected
+
+
 def test_half_a_surrogate_pair_in_a_prompt_is_refused(byte_level: PreTrainedTokenizerFast) -> None:
     with pytest.raises(InvalidRequestError, match="surrogate") as caught:
         ChatTokenizer(byte_level).encode("a\ud800", add_special_tokens=False)

@@ -1,6 +1,7 @@
 """The native step, held to the torch graph and to transformers: numbers, gates, and independence of the batch."""
 
 import copy
+import dataclasses
 import gc
 import math
 import weakref
@@ -20,7 +21,7 @@ from server.native.model import NativeModel, why_not
 from server.routing.attach import attach_routing
 from server.routing.policy import BASE_PLAN, GatePlan, Policy, fixed_plan, routed_plan
 from server.routing.prototypes import GateColumn, HotRow
-from server.routing.router import Granularity
+from server.routing.router import ArtefactAdapter, Granularity
 from tests.native import rig
 
 pytestmark = pytest.mark.skipif(not libraries(), reason="no native library was built, or none fits this CPU")
@@ -250,6 +251,34 @@ def test_biases_of_hot_rows_give_the_torch_graphs_gates(granularity: Granularity
     for found, expected in zip(layers[1], layers[0], strict=True):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert layers[1][1][:, 3].mean() > layers[1][0][:, 3].mean() + 0.3, "the bias decides"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_which_slots_adapters_have_changes_no_bit(dtype: torch.dtype) -> None:
+    """An adapter that comes back from disk may have another slot: what it is summed with, and when, stays the same."""
+    model = ready(llama()).to(dtype)
+    places = {"a": 1, "b": 2, "c": 3}, {"a": 3, "b": 1, "c": 2}
+    artefact = rig.random_artefact(attach_routing(copy.deepcopy(model), num_slots=rig.NUM_SLOTS), "layer")
+    adapters = (ArtefactAdapter("base", "base"), *(ArtefactAdapter(name, name) for name in "abc"))
+    rows = {key: values[:4] for key, values in artefact.rows.items()}
+    artefact = dataclasses.replace(artefact, adapters=adapters, rows=rows, top_k=3)
+    for library in libraries():
+        found = []
+        for slots in places:
+            side = rig.native_side(model, library=library)
+            bank, routers = side.routed.bank, side.routed.routers
+            for index, name in enumerate("abc"):
+                weights = rig.random_weights(side.routed, index + 1)
+                bank.publish(bank.with_adapter(slots[name], weights))
+            routers.publish(routers.stage(1, artefact, slots))
+            digests = {slot: name for name, slot in slots.items()}
+            plans = [
+                fixed_plan(Policy.WEIGHTED, {slots["a"]: 0.4, slots["b"]: 0.7, slots["c"]: 0.3}, digests),
+                routed_plan({0: "base", **digests}, dict.fromkeys((0, *digests), "r"), 1, "", 3),
+            ]
+            found.append([rig.prefill(side, PROMPT, [70], plan) for plan in plans])
+        for first, second in zip(*found, strict=True):
+            assert torch.equal(first, second)
 
 
 def test_ties_between_slots_go_to_the_lower_one() -> None:

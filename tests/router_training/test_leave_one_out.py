@@ -1,5 +1,6 @@
 """The leave-one-out experiment from adapters.yaml to the table in a document, on a tiny model."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import torch
 import yaml
 
 from router_training import leave_one_out
-from router_training.data import TrainingDataError
-from server.routing.router import load_artefact
+from router_training.data import TrainingDataError, read_splits
+from router_training.run import load_with_progress
+from server.config import load_config
+from server.routing.router import load_artefact, save_artefact
 from tests.router_training.conftest import chat_line
 from tests.router_training.test_run import QUICK, run
 
@@ -69,6 +72,26 @@ def test_the_server_side_of_a_held_out_adapter_keeps_the_other_columns(trained: 
     assert smaller is not None
     assert torch.equal(smaller.scores, artefact.prompt_gate.scores[:, 1:])
     assert smaller.statistics is None, "they knew the adapter"
+
+
+def test_a_newcomer_stands_beside_a_router_that_was_trained_with_it(trained: Path) -> None:
+    """The router knows `digits` alone; what a router that knows both makes of the same chats is the last column."""
+    roster = load_with_progress(load_config(trained / "adapters.yaml", {}))
+    train = read_splits([trained / "data"], roster.names)["train"]
+    label = roster.label_of_task["letters"]
+    smaller = leave_one_out.HeldOut(roster, load_artefact(trained / "router"), label, train).artefact
+    save_artefact(dataclasses.replace(smaller, top_k=1), trained / "smaller")
+    content = yaml.safe_load((trained / "adapters.yaml").read_text(encoding="utf-8"))
+    (trained / "adapters.yaml").write_text(yaml.safe_dump({**content, "router": "smaller"}), encoding="utf-8")
+    leave_one_out.main(arguments(trained, "--only", "letters", "--retrained", str(trained / "router")))
+    record = json.loads((trained / "out.json").read_text(encoding="utf-8"))
+    case = record["adapters"]["letters"]
+    assert case["trained_row"] is None, "a true newcomer"
+    assert set(case["retrained"]) == {"letters", "digits"}
+    assert case["retrained"]["letters"] != case["without_row"]["letters"]
+    header, _, row = leave_one_out.table(record).splitlines()
+    assert header.split("|")[-3].strip() == "retrained"
+    assert row.split("|")[-3].strip() == f"{case['retrained']['letters'] / case['pinned']:.2f}"
 
 
 def test_too_few_chats_are_named(trained: Path) -> None:

@@ -43,7 +43,7 @@ class LoraStage : public GateStage<T> {
     }
 
     // Add a projection's updates to `out` (rows, ldc), the results of its columns [from, from + columns) for tokens
-    // [begin, begin + num_rows): adapters in the order of their slots.
+    // [begin, begin + num_rows): adapters in the step's order.
     void lora_up(Own& own, int index, int64_t from, int64_t columns, int64_t begin, int64_t num_rows, float* out,
                  int64_t ldc) {
         if (own.updates[index].empty()) return;
@@ -82,9 +82,9 @@ class LoraStage : public GateStage<T> {
         for (int start = 0; start < group.count; start += together) {
             Grouping& grouping = own.groupings[start];
             if (has_projection_router_)
-                grouping.build(gates_[start], step.num_tokens, step.num_slots, step.adapters);
+                grouping.build(gates_[start], step);
             else if (group.first == kQ)  // the layer's other groups reuse it
-                grouping.build(layer_gates_, step.num_tokens, step.num_slots, step.adapters);
+                grouping.build(layer_gates_, step);
             for (size_t g = 0; g < grouping.slots.size(); ++g) {
                 const int32_t first = grouping.first[g], count = grouping.first[g + 1] - first;
                 int32_t projections[3], num_projections = 0;

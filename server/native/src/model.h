@@ -208,6 +208,7 @@ struct Step {
     const Plan* plans;
     const Router* routers;
     const void* const* adapters;    // (E,) Adapter<T>*, null where the slot has no adapter
+    const int32_t* slot_order;      // (E,) all slots, in the order in which their updates are added up
     float* logits;                  // (num_logits, vocab)
     float* greatest;                // (num_logits,) greatest logit; NaN if any is
     int32_t* greatest_id;           // (num_logits,) lowest token that has it

@@ -91,7 +91,7 @@ int32_t top_k_gates(const T* x, int64_t d_in, const Router& router, int gate, co
     float total = 0.0f;
     for (int32_t j = 0; j < kept; ++j) total += weights[j] = std::exp(weights[j] - greatest);
     for (int32_t j = 0; j < kept; ++j) weights[j] /= total;
-    for (int32_t i = 1; i < kept; ++i)  // by slot, so that updates add up in one order
+    for (int32_t i = 1; i < kept; ++i)  // by slot
         for (int32_t j = i; j > 0 && slots[j - 1] > slots[j]; --j) {
             std::swap(slots[j - 1], slots[j]);
             std::swap(weights[j - 1], weights[j]);
@@ -99,23 +99,25 @@ int32_t top_k_gates(const T* x, int64_t d_in, const Router& router, int gate, co
     return kept;
 }
 
-// Tokens by slot: slot s of `slots` owns entries first[i] .. first[i + 1] of `token` and `weight`, tokens ascending.
+// Tokens by slot: slot i of `slots` owns entries first[i] .. first[i + 1] of `token` and `weight`, tokens ascending. Slots
+// stand in the order in which their updates are added up.
 struct Grouping {
     std::vector<int32_t> slots, first, token;
     std::vector<float> weight;
 
-    void build(const GateSet& gates, int64_t tokens, int64_t num_slots, const void* const* adapters) {
-        cursor_.assign(num_slots + 1, 0);
+    void build(const GateSet& gates, const Step& step) {
+        const int64_t tokens = step.num_tokens;
+        cursor_.assign(step.num_slots + 1, 0);
         for (int64_t t = 0; t < tokens; ++t)
             for (int32_t i = 0; i < gates.count[t]; ++i) ++cursor_[gates.slot[t * gates.capacity + i]];
         slots.clear();
         first.clear();
         int32_t total = 0;
-        for (int64_t s = 0; s < num_slots; ++s) {
-            const int32_t count = adapters[s] ? cursor_[s] : 0;
+        for (int32_t i = 0; i < step.num_slots; ++i) {
+            const int32_t s = step.slot_order[i], count = step.adapters[s] ? cursor_[s] : 0;
             cursor_[s] = count ? total : -1;
             if (!count) continue;
-            slots.push_back(static_cast<int32_t>(s));
+            slots.push_back(s);
             first.push_back(total);
             total += count;
         }
