@@ -133,7 +133,9 @@ def build_services(config: ServerConfig, secrets: Secrets) -> Services:
         on_load=metrics.count_load,
         observer=metrics,
         states=parts.backend.states,
-        encode_examples=functools.partial(encode_examples, tokenizer=parts.loaded.tokenizer),
+        encode_examples=functools.partial(
+            encode_examples, tokenizer=parts.loaded.tokenizer, vocab_size=parts.loaded.vocab_size
+        ),
     )
     try:
         _load_adapters(registry, config, [known.name for known in artefact.adapters] if artefact is not None else ())

@@ -14,32 +14,33 @@ import torch
 
 from server.config import ServerSettings
 from server.engine.graph import Graph
-from server.engine.layout import lay_out
 from server.engine.native_graph import NativeGraph
 from server.engine.native_states import NativeStates, num_state_blocks
-from server.engine.sequence import SamplingParams, ScheduledBatch, ScheduledSequence, Sequence
 from server.engine.torch_graph import TorchGraph
-from server.errors import ConfigError
+from server.errors import ConfigError, ModelLoadError
 from server.machine import has_bfloat16, memory_bytes
-from server.model.attention import attach_paged_attention
+from server.model.attention import (
+    attach_paged_attention,
+    refuse_batch_dependent_positions,
+    refuse_hidden_windows,
+)
 from server.model.quantization import Int8Weight
 from server.native.library import num_cores
 from server.native.model import NativeModel, bytes_per_block, release_weights, why_not
 from server.native.routers import NativeRouter
 from server.routing.attach import RoutedModel
 from server.routing.recording import ExampleStates
+from server.self_check import disagreement, own_logits, text_for
 
 logger = logging.getLogger(__name__)
 
-CHECK_PREFILL, CHECK_DECODE = 32, 8
-"""Tokens of the comparison at start: a prefill that fills blocks and tiles, then decoding."""
-CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+NATIVE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Largest difference of a logit, relative to the largest logit of all. In bfloat16 transformers' own graph is that far
 from its float32 one at the first token of the demo model, an attention sink, and five times nearer elsewhere."""
 INT8_TOLERANCE = 0.15
 """The same of int8 weights, in either dtype: the torch graph does not round what they are multiplied with."""
-CHECK_SHARE = 0.15
-"""Positions that may differ by more; the decoded ones alone are a fifth."""
+TORCH_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+"""The same of the torch graph, which differs from the model's own forward pass in its attention alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,7 @@ def build_backend(
             "at once; set it to 0, or server.backend to auto or native",
             param="server.speculative_tokens",
         )
+    refuse_batch_dependent_positions(routed.model)  # type: ignore[arg-type]
     if settings.backend == "torch" and quantized:
         raise ConfigError(
             "base_model.quantization int8 needs the native backend: on torch it would save nothing; set it to null, or "
@@ -100,8 +102,11 @@ def build_backend(
 
 
 def _build_torch(routed: RoutedModel, settings: ServerSettings, model_limit: int) -> Backend:
-    attention = attach_paged_attention(routed.model)  # type: ignore[arg-type]
+    model: Any = routed.model
     dtype, device = routed.bank.dtype, routed.bank.device
+    text = text_for(model.config.get_text_config().vocab_size, model_limit)
+    expected = _own_logits(model, text)
+    attention = attach_paged_attention(model)
     if dtype == torch.bfloat16 and device.type == "cpu" and not has_bfloat16():
         logger.warning(
             "this CPU has no bfloat16 arithmetic: with torch, base_model.dtype float32 is several times as fast"
@@ -112,8 +117,27 @@ def _build_torch(routed: RoutedModel, settings: ServerSettings, model_limit: int
         attention.allocate(num_blocks=num_blocks, block_size=settings.block_size, dtype=dtype, device=device)
     except RuntimeError as error:  # torch's word for no memory
         raise _no_room(settings, error) from error
+    refuse_hidden_windows(model, attention, max_model_len)
     graph = TorchGraph(routed, attention, block_size=settings.block_size, device=device)
+    text = text[:max_model_len]
+    try:
+        difference = disagreement(graph, text, expected[: len(text)], TORCH_TOLERANCE[dtype])
+    except Exception as error:  # every architecture fails in its own way
+        raise ModelLoadError(f"{type(model).__name__} cannot run in steps: {type(error).__name__}: {error}") from error
+    if difference is not None:
+        raise ModelLoadError(
+            f"{type(model).__name__} cannot be served: computed in steps it {difference}. Models whose attention has "
+            "masks or positions of its own, or that keep other state than keys and values, are not supported"
+        )
     return Backend(graph, num_blocks, max_model_len, "torch")
+
+
+def _own_logits(model: Any, text: list[int]) -> torch.Tensor:
+    try:
+        return own_logits(model, text)
+    except Exception as error:
+        message = f"{type(model).__name__} cannot compute a text: {type(error).__name__}: {error}"
+        raise ModelLoadError(message) from error
 
 
 def _build_native(
@@ -136,40 +160,19 @@ def _build_native(
     except MemoryError as error:
         raise _no_room(settings, error) from error
     graph = NativeGraph(native, routed)
-    tolerance = INT8_TOLERANCE if quantized else CHECK_TOLERANCE[routed.bank.dtype]
-    if (difference := _difference(graph, routed, max_model_len, tolerance)) is not None:
+    model: Any = routed.model
+    text = text_for(model.config.vocab_size, max_model_len)
+    tolerance = INT8_TOLERANCE if quantized else NATIVE_TOLERANCE[routed.bank.dtype]
+    if (difference := disagreement(graph, text, own_logits(model, text), tolerance)) is not None:
         logger.error("the native step %s; please report this with your CPU's model", difference)
         return f"the native step {difference}"
-    routed.bank.pack = native.pack_adapter
+    routed.bank.pack, routed.bank.packed_bytes = native.pack_adapter, native.adapter_bytes
     routed.routers.pack = functools.partial(
         NativeRouter, routed=routed, native=native, shortlist_from=settings.shortlist_from
     )
     spare = range(num_blocks, num_blocks + num_state_blocks(settings.block_size))  # never in a pool
     states = NativeStates(native, routed, spare, max_positions=max_model_len)
     return Backend(graph, num_blocks, max_model_len, "native", states)
-
-
-def _difference(graph: NativeGraph, routed: RoutedModel, max_model_len: int, tolerance: float) -> str | None:
-    """How the native step disagrees with transformers on a fixed text; None if it does not."""
-    model: Any = routed.model
-    num_tokens = min(CHECK_PREFILL + CHECK_DECODE, max_model_len)
-    tokens = [7 * index % model.config.vocab_size for index in range(num_tokens)]
-    with torch.inference_mode():
-        expected = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].float()  # (num_tokens, V)
-    sequence = Sequence(id=0, prompt_token_ids=tokens, params=SamplingParams())
-    sequence.block_table = list(range(1, 2 + num_tokens))
-    found = []
-    prefill = max(1, num_tokens - CHECK_DECODE)
-    for count in [prefill] + [1] * (num_tokens - prefill):
-        layout = lay_out(ScheduledBatch((ScheduledSequence(sequence, count),)))
-        found.append(graph.forward(layout, range(count), collect_layers=False).logits.clone())
-        sequence.num_computed_tokens += count
-    difference = (torch.cat(found) - expected).abs().amax(-1) / expected.abs().max()  # (num_tokens,)
-    # Not a number counts as different.
-    share = 1 - float((difference <= tolerance).float().mean())
-    if share <= CHECK_SHARE:
-        return None
-    return f"disagrees with transformers' graph at {share:.0%} of the positions of a test prompt"
 
 
 def _num_blocks(settings: ServerSettings, block_bytes: int, device: torch.device) -> int:

@@ -49,9 +49,11 @@ EncodeExamples = Callable[[Sequence[Any]], tuple[Example, ...]]
 """Raw examples to encoded ones. Raises InvalidRequestError naming every problem."""
 
 
-def encode_examples(raw: Sequence[Any], tokenizer: ChatRenderer) -> tuple[Example, ...]:
+def encode_examples(
+    raw: Sequence[Any], tokenizer: ChatRenderer, *, vocab_size: int | None = None
+) -> tuple[Example, ...]:
     """2 to 64 examples, each a prompt, `{"prompt": text}` or `{"messages": [...]}`, rendered as a request would be.
-    What is given twice counts once.
+    What is given twice counts once. Tokens from `vocab_size` on are none of the model's, if it is given.
 
     Raises InvalidRequestError(param="examples") that names every problem by its index.
     """
@@ -69,7 +71,12 @@ def encode_examples(raw: Sequence[Any], tokenizer: ChatRenderer) -> tuple[Exampl
     if problems:
         raise InvalidRequestError("; ".join(problems[:10]), param="examples", code="invalid_examples")
     template = tokenizer.render_chat([{"role": "user", "content": ""}])
-    examples = tuple(dict.fromkeys(_encode(chat, source, tokenizer, template) for chat, source in chats))
+    encoded = [_encode(chat, source, tokenizer, template) for chat, source in chats]
+    for index, example in enumerate(encoded):
+        if vocab_size is not None and max(example.token_ids) >= vocab_size:
+            message = f"has token {max(example.token_ids)} of the tokenizer, and the model knows ids below {vocab_size}"
+            raise InvalidRequestError(f"examples[{index}] {message}", param="examples", code="invalid_examples")
+    examples = tuple(dict.fromkeys(encoded))
     if len(examples) < MIN_EXAMPLES:
         message = f"all {len(raw)} examples are the same; give {MIN_EXAMPLES} to {MAX_EXAMPLES} different ones"
         raise InvalidRequestError(message, param="examples", code="invalid_examples")

@@ -70,9 +70,7 @@ class Residency:
         Raises CancelledLoadError, and AdapterConflictError when it could never be in the bank.
         """
         state = self._state
-        size = (
-            sum(part.numel() for pair in adapter.weights.values() for part in pair) * self._routed.bank.dtype.itemsize
-        )
+        size = self._routed.bank.bytes_of(adapter.weights)
         with state.mutex:
             if record.cancelled.is_set():
                 raise CancelledLoadError

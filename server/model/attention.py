@@ -79,6 +79,8 @@ class PagedAttention:
     def __init__(self) -> None:
         self.shapes: dict[int, LayerShape] = {}
         """Per attention layer, found by the probing pass of `attach_paged_attention`."""
+        self.windows: set[int] = set()
+        """Sliding windows that layers named in that pass."""
         self.cache: KvCache | None = None
         self._batch: AttentionBatch | None = None
 
@@ -105,6 +107,8 @@ class PagedAttention:
     ) -> Tensor:
         """query (1, H, T, D), key and value (1, H_kv, T, D) of the packed tokens -> output (1, T, H, D)."""
         if self._batch is None or self.cache is None:
+            if window is not None:
+                self.windows.add(window)
             return self._probe(layer, query, key, value, scale)
         batch, cache = self._batch, self.cache
         cache.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1), batch.slots)
@@ -134,9 +138,9 @@ def attach_paged_attention(model: PreTrainedModel) -> PagedAttention:
     """Make `model` compute attention over a block cache; finds each layer's shapes with one two-token pass.
 
     Raises ModelLoadError for architectures this cannot serve: layers without attention, attention that bypasses the
-    attention interface or needs terms that are not computed here, position encodings that depend on the batch.
+    attention interface or needs terms that are not computed here.
     """
-    _refuse_batch_dependent_positions(model)
+    _refuse_convolutions(model)
     attention = PagedAttention()
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention_forward)
     for module in model.modules():
@@ -146,8 +150,9 @@ def attach_paged_attention(model: PreTrainedModel) -> PagedAttention:
         model.set_attn_implementation(IMPLEMENTATION)
         with torch.inference_mode():
             model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=model.device), use_cache=False)
-    except (ValueError, AttributeError) as error:
-        raise ModelLoadError(f"{type(model).__name__} cannot run on the block cache: {error}") from error
+    except Exception as error:  # every architecture fails in its own way
+        reason = str(error) if isinstance(error, ValueError | AttributeError) else f"{type(error).__name__}: {error}"
+        raise ModelLoadError(f"{type(model).__name__} cannot run on the block cache: {reason}") from error
     num_layers = model.config.get_text_config().num_hidden_layers
     if len(attention.shapes) != num_layers:
         raise ModelLoadError(
@@ -206,13 +211,39 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: floa
     return attended.reshape(num_sequences, num_heads, -1)
 
 
-def _refuse_batch_dependent_positions(model: PreTrainedModel) -> None:
+def refuse_batch_dependent_positions(model: PreTrainedModel) -> None:
+    """Raises ModelLoadError for position encodings of which a request's depend on its batch mates or its length."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     kinds = {rope.get("rope_type")} | {value.get("rope_type") for value in rope.values() if isinstance(value, dict)}
     if batch_dependent := kinds & {"dynamic", "longrope"}:
         raise ModelLoadError(
             f"rope_type {', '.join(sorted(map(str, batch_dependent)))} rescales positions by the longest sequence of a "
             "batch, so a request's tokens would depend on its batch mates; it is not supported"
+        )
+
+
+def refuse_hidden_windows(model: PreTrainedModel, attention: PagedAttention, max_model_len: int) -> None:
+    """Raises ModelLoadError where the config has an attention window that layers keep in masks of their own, which
+    packed batches do not have, and sequences may outgrow it."""
+    config: Any = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    windows = {"attention_chunk_size": getattr(config, "attention_chunk_size", None)}
+    if getattr(config, "use_sliding_window", True) and (kinds is None or "sliding_attention" in kinds):
+        windows["sliding_window"] = getattr(config, "sliding_window", None)
+    for name, window in windows.items():
+        if isinstance(window, int) and window < max_model_len and window not in attention.windows:
+            raise ModelLoadError(
+                f"{type(model).__name__} has {name} {window}, which its layers do not pass to their attention; such "
+                f"windows are not supported beyond their length: set server.max_model_len to at most {window}"
+            )
+
+
+def _refuse_convolutions(model: PreTrainedModel) -> None:
+    """State-space and convolution layers may stand beside attention: what they remember is not in the cache."""
+    if found := next((name for name, module in model.named_modules() if isinstance(module, nn.Conv1d)), None):
+        raise ModelLoadError(
+            f"{type(model).__name__} convolves over tokens ({found}), so it keeps other state than keys and values; "
+            "state-space and convolution layers are not supported"
         )
 
 

@@ -13,6 +13,7 @@ from setuptools.modified import newer_group
 
 SOURCES = Path("server/native/src")
 RECIPE = "pyproject.toml"
+OTHER_COMPILERS = ("g++", "clang++", "c++")
 
 
 class BuildLibraries(build_ext):  # type: ignore[misc]  # setuptools has no stubs
@@ -24,6 +25,15 @@ class BuildLibraries(build_ext):  # type: ignore[misc]  # setuptools has no stub
         self.parallel = True
         for library in self.extensions or ():
             library.depends = [RECIPE, *sorted(str(path) for path in SOURCES.glob("*.h"))]
+
+    def build_extensions(self) -> None:
+        """With another compiler where the one that Python was built with is not installed."""
+        for name in ("compiler_cxx", "compiler_so_cxx", "linker_so_cxx"):
+            command = getattr(self.compiler, name, None)
+            if command and shutil.which(command[0]) is None:
+                found = next((other for other in OTHER_COMPILERS if shutil.which(other)), command[0])
+                setattr(self.compiler, name, [found, *command[1:]])
+        super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
         """Compile one library, or take the source tree's, where an earlier editable installation has put it."""

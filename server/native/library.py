@@ -5,11 +5,14 @@ compiler has none, and the server then runs on torch alone.
 """
 
 import ctypes
+import logging
 import os
 import sysconfig
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 INTERFACE_VERSION = 4
 """What `lm_interface_version` of a matching build returns."""
@@ -89,7 +92,11 @@ def libraries() -> tuple[ctypes.CDLL, ...]:
     for name, needed in VARIANTS:
         path = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
         if needed <= features and path.is_file():
-            library = ctypes.CDLL(str(path))
+            try:
+                library = ctypes.CDLL(str(path))
+            except OSError as error:
+                logger.warning("%s cannot be loaded (%s); install the project anew to compile it again", path, error)
+                continue
             # A stale build is left alone: its structs would be misread.
             if library.lm_interface_version() == INTERFACE_VERSION and library.lm_is_usable():
                 found.append(_declare(library))
@@ -129,6 +136,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "lm_set_rotary": (c_char_p, [engine, c_void_p, c_void_p]),
         "lm_set_cache": (c_char_p, [engine, c_void_p, c_int64]),
         "lm_adapter_new": (c_char_p, [engine, c_void_p, c_void_p, c_void_p, POINTER(c_void_p)]),
+        "lm_adapter_bytes": (c_int64, [engine, c_void_p]),
         "lm_adapter_free": (None, [engine, c_void_p]),
         "lm_shortlist_new": (c_char_p, [engine, POINTER(Router), c_void_p, c_int32, POINTER(c_void_p)]),
         "lm_shortlist_free": (None, [engine, c_void_p]),

@@ -155,7 +155,7 @@ class NativeModel:
         count = len(self.projections)
         ranks = (ctypes.c_int32 * count)()
         a, b = (ctypes.c_void_p * count)(), (ctypes.c_void_p * count)()
-        alive, num_bytes, content = [], 0, hashlib.blake2b(digest_size=16)
+        alive, content = [], hashlib.blake2b(digest_size=16)
         for index, name in enumerate(self.projections):
             lora = weights.get(name)
             if lora is None:
@@ -168,11 +168,15 @@ class NativeModel:
                 content.update(x.numpy().tobytes())
             ranks[index] = lora.A.shape[0]
             a[index], b[index] = (x.data_ptr() for x in pair)
-            num_bytes += sum(x.numel() for x in pair) * self._dtype.itemsize
         pointer = ctypes.c_void_p()
         self._check(self._library.lm_adapter_new(self._engine, ranks, a, b, pointer))
         assert pointer.value is not None
-        return PackedAdapter(self, pointer.value, num_bytes, content.digest())
+        return PackedAdapter(self, pointer.value, self.adapter_bytes(weights), content.digest())
+
+    def adapter_bytes(self, weights: Mapping[str, LoraWeights]) -> int:
+        """Memory of the adapter that `pack_adapter` makes of these, in bytes: narrow matrices are padded."""
+        ranks = [weights[name].A.shape[0] if name in weights else 0 for name in self.projections]
+        return int(self._library.lm_adapter_bytes(self._engine, (ctypes.c_int32 * len(ranks))(*ranks)))
 
     def make_shortlist(self, router: Router, slots: Sequence[int]) -> int:
         """Prototypes of these slots of a router, for `drop_shortlist` to free. Safe on any thread."""

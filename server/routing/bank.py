@@ -96,6 +96,15 @@ class LoraBank:
         self.pack: Callable[[Mapping[str, LoraWeights]], Packed] | None = None
         """Set before the first adapter comes: adapters are packed one by one for a native step, not concatenated."""
 
+        self.packed_bytes: Callable[[Mapping[str, LoraWeights]], int] | None = None
+        """Set with `pack`: memory of what it makes."""
+
+    def bytes_of(self, weights: Mapping[str, LoraWeights]) -> int:
+        """Memory of an adapter in the bank."""
+        if self.packed_bytes is not None:
+            return self.packed_bytes(weights)
+        return sum(part.numel() for pair in weights.values() for part in (pair.A, pair.B)) * self.dtype.itemsize
+
     def with_adapter(
         self, slot: int, weights: Mapping[str, LoraWeights], *, onto: BankSnapshot | None = None
     ) -> BankSnapshot:

@@ -91,3 +91,10 @@ def test_a_link_counts_inside_the_folder_that_is_named_only(tmp_path: Path) -> N
     link.unlink()
     link.symlink_to(elsewhere / "x")
     assert read_examples(link.parent, cache) is None
+
+
+def test_tokens_that_the_model_does_not_know_are_refused_by_index() -> None:
+    """Some tokenizers have more tokens, a padding token mostly, than the model has embeddings."""
+    with pytest.raises(InvalidRequestError, match=r"examples\[0\] has token 304 of the tokenizer, .* ids below 304"):
+        encode_examples(["x", "y"], ByteRenderer(), vocab_size=304)
+    assert encode_examples(["x", "y"], ByteRenderer(), vocab_size=305)

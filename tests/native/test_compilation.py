@@ -52,6 +52,21 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @needs_compiler
 @pytest.mark.usefixtures("project")
+def test_another_compiler_steps_in_for_one_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python names the compiler that it was built with, which need not be on this machine."""
+    real = shutil.which("c++")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "clang++").write_text(f'#!/bin/sh\nexec {real} "$@"\n', encoding="utf-8")
+    (tmp_path / "bin" / "clang++").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("server.native.compilation.OTHER_COMPILERS", ("nothing++", "clang++"))
+    monkeypatch.setenv("CXX", "gone++")
+    build({"part": 2})
+    assert ctypes.CDLL(str(library("part").absolute())).number() == 42
+
+
+@needs_compiler
+@pytest.mark.usefixtures("project")
 def test_libraries_of_one_source_are_built_at_once_and_each_with_its_flags() -> None:
     names = {f"part{offset}": offset for offset in range(4)}
     build(names)

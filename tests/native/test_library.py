@@ -5,6 +5,8 @@ import shutil
 import sysconfig
 from pathlib import Path
 
+import pytest
+
 from server.native import library
 from server.native.library import INTERFACE_VERSION, VARIANTS, cpu_features, libraries, num_cores
 
@@ -25,3 +27,16 @@ def _interface_of(name: str) -> int | None:
 
 def test_cores_are_counted_once() -> None:
     assert 1 <= num_cores() <= 1024
+
+
+def test_a_damaged_library_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted copies happen; the next best library, or torch, serves."""
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    for name, _ in VARIANTS:
+        (tmp_path / f"{name}{suffix}").write_bytes(b"")
+    intact = libraries()
+    if intact:
+        last = next(path for path in map(Path, (found._name for found in intact[-1:])))
+        shutil.copy(last, tmp_path / last.name)
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    assert len(libraries.__wrapped__()) == len(intact[-1:])

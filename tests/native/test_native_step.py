@@ -373,3 +373,32 @@ def test_plans_of_a_step_outlive_their_place_in_the_cache(monkeypatch: pytest.Mo
     together = rig.step(side, rows).logits
     for index, expected in enumerate(alone):
         torch.testing.assert_close(together[20 * index + 19], expected)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 16, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_memory_of_an_adapter_counts_its_padding(dtype: torch.dtype, rank: int) -> None:
+    """Narrow matrices are padded to whole panels: a budget of unpadded bytes would be overdrawn several times over."""
+    side = rig.native_side(ready(llama()).to(dtype))
+    native: Any = getattr(side.graph, "_native")  # noqa: B009 - not part of the protocol
+    slot = next(slot for slot, other in rig.RANKS.items() if other == rank)
+    weights = rig.random_weights(side.routed, slot)
+    counted = native.adapter_bytes(weights)
+    values = sum(part.numel() for pair in weights.values() for part in (pair.A, pair.B))
+    # At least 16 rows of A, 32 columns of B; at most what rounding all of them up twice makes of it.
+    assert (
+        values * dtype.itemsize
+        <= counted
+        <= sum(
+            (-(-rank // 16) * 16 * (info.d_in + 32) + (info.d_out + 32) * (rank + 32)) * dtype.itemsize
+            for info in side.routed.projections.values()
+        )
+    )
+    side.routed.bank.packed_bytes = native.adapter_bytes
+    assert side.routed.bank.bytes_of(weights) == counted == native.pack_adapter(weights).num_bytes
+
+
+def test_a_token_beyond_the_vocabulary_is_an_error_and_not_somebody_elses_memory() -> None:
+    side = rig.native_side(ready(llama()))
+    with pytest.raises(ValueError, match="token 320 is beyond the vocabulary"):
+        rig.prefill(side, [5, 320, 7], [3])

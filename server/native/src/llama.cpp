@@ -16,6 +16,7 @@ class Engine {
     virtual void set_rotary(const float* cosine, const float* sine) = 0;
     virtual void set_cache(void* data, int64_t num_blocks) = 0;
     virtual void* make_adapter(const int32_t* ranks, const float* const* a, const float* const* b) = 0;
+    virtual int64_t adapter_bytes(const int32_t* ranks) const = 0;
     virtual void drop_adapter(void* adapter) = 0;
     virtual void* make_shortlist(const Router& router, const int32_t* slots, int32_t num_slots) = 0;
     virtual void drop_shortlist(void* shortlist) = 0;
@@ -74,13 +75,21 @@ class TypedEngine : public Engine {
             const int projection = static_cast<int>(i % kNumProjections);
             const int64_t d_in = shape.d_in(projection), d_out = shape.d_out(projection);
             LoraPair<T>& pair = adapter->pairs[i];
-            pair.rank = ranks[i];
-            pair.a.allocate(pair.rank, d_in, kVec, kDepthUnit);
+            pair.allocate(ranks[i], d_in, d_out);
             pair.a.fill(0, pair.rank, a[i], d_in);
-            pair.b.allocate(d_out, pair.rank, kPanel, Lane<T>::KP, kRankUnit<T>);
             pair.b.fill(0, d_out, b[i], pair.rank);
         }
         return adapter.release();
+    }
+
+    int64_t adapter_bytes(const int32_t* ranks) const override {
+        const Shape& shape = model_.shape;
+        int64_t values = 0;
+        for (int64_t i = 0; i < int64_t{shape.layers} * kNumProjections; ++i) {
+            const int projection = static_cast<int>(i % kNumProjections);
+            if (ranks[i]) values += LoraPair<T>().measure(ranks[i], shape.d_in(projection), shape.d_out(projection));
+        }
+        return values * sizeof(T);
     }
 
     void drop_adapter(void* adapter) override { delete static_cast<Adapter<T>*>(adapter); }
@@ -177,6 +186,9 @@ LM_EXPORT const char* lm_adapter_new(lm::Engine* engine, const int32_t* ranks, c
                                      const float* const* b, void** out) {
     return lm::guarded([&] { *out = engine->make_adapter(ranks, a, b); });
 }
+
+// Memory that an adapter of these ranks takes, in bytes: matrices are padded to whole panels.
+LM_EXPORT int64_t lm_adapter_bytes(lm::Engine* engine, const int32_t* ranks) { return engine->adapter_bytes(ranks); }
 
 LM_EXPORT void lm_adapter_free(lm::Engine* engine, void* adapter) { engine->drop_adapter(adapter); }
 

@@ -73,6 +73,17 @@ struct LoraPair {
     Packed<T> a;  // (rank, d_in), panels of 16
     Packed<T> b;  // (d_out, rank), followed by zeros: the matrix unit reads on to a multiple of kRankUnit
     int64_t width() const { return round_up(rank, kRankUnit<T>); }  // of a row of rank space, padded with zeros
+
+    // Values of both matrices.
+    int64_t measure(int64_t r, int64_t d_in, int64_t d_out) {
+        rank = r;
+        return a.measure(rank, d_in, kVec, kDepthUnit) + b.measure(d_out, rank, kPanel, Lane<T>::KP, kRankUnit<T>);
+    }
+    void allocate(int64_t r, int64_t d_in, int64_t d_out) {
+        rank = r;
+        a.allocate(rank, d_in, kVec, kDepthUnit);
+        b.allocate(d_out, rank, kPanel, Lane<T>::KP, kRankUnit<T>);
+    }
 };
 
 template <class T>
