@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from router_training.flags import add_config, config_from
+from server.config import ServerConfig
 from server.errors import ConfigError
 
 INVENTION_FLAGS = ("seed", "temperature", "top_p", "max_question_tokens", "exclude")
@@ -38,12 +39,19 @@ def add_answer(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(action=_answer)
 
 
+def base_alone(config: ServerConfig) -> ServerConfig:
+    """The same base model, which answers by itself: there may be no adapters yet."""
+    return config.model_copy(update={"adapters": ()})
+
+
 def _answer(options: argparse.Namespace) -> int:
     from router_training.invention import InventionSettings, invent_questions, read_questions
     from router_training.progress import Progress
     from router_training.run import load_with_progress
     from router_training.self_answers import answer_prompts, read_prompts, write_chats
 
+    if options.out.is_dir():
+        raise ConfigError(f"--out {options.out} is a folder; name a file in it")
     if options.max_new_tokens < 1:
         raise ConfigError("--max-new-tokens must be at least 1")
     given: dict[str, Any] = {name: value for name, value in vars(options).items() if name in INVENTION_FLAGS}
@@ -52,11 +60,11 @@ def _answer(options: argparse.Namespace) -> int:
             listed = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise ConfigError(f"without --invent there is no use for {listed}")
         prompts = read_prompts(options.prompts)
-        roster = load_with_progress(config_from(options))
+        roster = load_with_progress(base_alone(config_from(options)), least=0)
     else:
         excluded = read_questions(given.pop("exclude", []))
         settings = InventionSettings(options.invent, **given)
-        roster = load_with_progress(config_from(options))
+        roster = load_with_progress(base_alone(config_from(options)), least=0)
         with Progress("questions", total=settings.count, unit="question") as progress:
             prompts = invent_questions(roster, settings, excluded=excluded, on_round=progress.advance)
     with Progress("answers", total=len(prompts), unit="chat") as progress:

@@ -34,14 +34,17 @@ class RouterParameters:
         granularity: Granularity,
         num_adapters: int,
         *,
+        hidden_size: int,
         null_expert: bool = False,
         device: torch.device | None = None,
     ) -> "RouterParameters":
-        """All-zero rows (uniform gates) for `projections`, those that at least one adapter targets."""
+        """All-zero rows (uniform gates) for `projections`, those that at least one adapter targets. A layer's gate
+        reads the input of its attention, of `hidden_size`, whichever of its projections these are."""
         num_choices = num_adapters + null_expert
         rows: dict[str, Tensor] = {}
         for info in sorted(projections, key=lambda info: (info.layer, info.name)):
-            rows.setdefault(gate_key(granularity, info), torch.zeros(num_choices, info.d_in, device=device))
+            width = hidden_size if granularity == "layer" else info.d_in
+            rows.setdefault(gate_key(granularity, info), torch.zeros(num_choices, width, device=device))
         return cls(rows, granularity, null_expert=null_expert)
 
     @property

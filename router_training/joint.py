@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from router_training.checkpoint import Checkpoint, claimed
+from router_training.checkpoint import CHECKPOINT_NAME, Checkpoint, claimed
 from router_training.checks import check_held_out, check_layers, check_lengths
 from router_training.data import Chat, read_splits, task_folders
 from router_training.encoding import TokenSequence, encode_chats
@@ -39,6 +39,8 @@ from router_training.settings import check_choices
 from router_training.step_log import StepLog
 from router_training.trainable import Preservation, TrainableAdapters, fresh_adapters, loaded_adapters
 from router_training.trainer import SoftAdapters, StepMetrics, Trainer
+from server.adapters.peft_config import CONFIG_NAME as PEFT_CONFIG_NAME
+from server.adapters.sources import local_folder
 from server.adapters.weights import AdapterLimits, load_adapter
 from server.atomic_file import write_atomically
 from server.config import ServerConfig, parse_config
@@ -212,10 +214,10 @@ def _tasks(config: ServerConfig, data: Sequence[Path], settings: JointConfig) ->
 
 def _served_config(config: ServerConfig, tasks: Sequence[str], out: Path) -> dict[str, Any]:
     """The adapters.yaml of the results. Raises ConfigError for names that cannot be served, and where `out` holds an
-    adapter that the run begins with or an adapters.yaml that no joint run has written."""
+    adapter that the run begins with, or adapters or an adapters.yaml that no joint run has written."""
     base = config.base_model.model_dump(mode="json")
-    if (config.root / base["source"]).exists():
-        base["source"] = str((config.root / base["source"]).resolve())
+    if (source := config.root / Path(base["source"]).expanduser()).exists():
+        base["source"] = str(source.resolve())
     content = {
         "base_model": base,
         "router": ".",
@@ -225,12 +227,16 @@ def _served_config(config: ServerConfig, tasks: Sequence[str], out: Path) -> dic
     if limits := config.server.model_dump(include=ADAPTER_LIMITS, exclude_defaults=True):
         content["server"] = limits
     parse_config(content, root=out.resolve(), origin="tasks")
-    begun = {(config.root / spec.source).resolve() for spec in config.adapters}
+    begun = {local_folder(spec, config.root) for spec in config.adapters}
     if overwritten := [name for name in tasks if (out / ADAPTERS_FOLDER / name).resolve() in begun]:
         raise ConfigError(f"{out} holds adapters of the config: {', '.join(overwritten)}; take another --out")
     present = out / CONFIG_NAME
     if present.exists() and not present.read_bytes().startswith(WRITTEN_BY.encode()):
         raise ConfigError(f"{present} is not of a joint run and would be overwritten; take another --out")
+    written = [name for name in tasks if (out / ADAPTERS_FOLDER / name / PEFT_CONFIG_NAME).exists()]
+    if written and not present.exists() and not (out / CHECKPOINT_NAME).exists():
+        message = f"{out / ADAPTERS_FOLDER} holds adapters that no joint run has written: {', '.join(written)}"
+        raise ConfigError(f"{message}; take another --out")
     return content
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from router_training.forward import check_output_head, prepare_for_training
 from router_training.settings import BASE_NAME
 from server.adapters.router_swap import check_fit
+from server.adapters.sources import local_folder
 from server.adapters.weights import Adapter, AdapterLimits, load_adapter
 from server.config import AdapterSpec, ServerConfig, cache_folder
 from server.errors import ConfigError, LoraMixerError, RouterArtefactError
@@ -98,13 +99,13 @@ def check_artefact(artefact: RouterArtefact, roster: Roster) -> None:
         )
 
 
-def load_roster(config: ServerConfig, *, on_adapter: Callable[[str], None] = lambda _: None) -> Roster:
-    """Load base model and all routed adapters of `config` on CPU and attach them.
+def load_roster(config: ServerConfig, *, least: int = 2, on_adapter: Callable[[str], None] = lambda _: None) -> Roster:
+    """Load base model and all routed adapters of `config`, `least` at least, on CPU and attach them.
 
     Raises ModelLoadError, or ConfigError with every adapter that cannot be used and why.
     """
     specs = [spec for spec in config.adapters if spec.routed]
-    if len(specs) < 2:
+    if len(specs) < least:
         raise ConfigError("router training needs at least two adapters with `routed: true`")
     loaded, routed = load_routed_base(config, len(specs))
     adapters, problems = [], []
@@ -140,9 +141,10 @@ def attach_adapters(loaded: LoadedModel, routed: RoutedModel, adapters: Sequence
 
 
 def _load(spec: AdapterSpec, config: ServerConfig, routed: RoutedModel) -> Adapter:
-    folder = config.root / spec.source / (spec.subfolder or "")
-    if not folder.is_dir():
-        raise ConfigError(f"adapter {spec.name!r}: {folder} is not a local folder; training reads local adapters only")
+    folder = local_folder(spec, config.root)
+    if folder is None or not folder.is_dir():
+        where = spec.source if folder is None else folder
+        raise ConfigError(f"adapter {spec.name!r}: {where} is not a local folder; training reads local adapters only")
     limits = AdapterLimits(config.server.max_adapter_rank, config.server.max_adapter_bytes)
     return load_adapter(
         folder,

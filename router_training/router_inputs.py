@@ -29,12 +29,17 @@ class CachedInputs:
 
 
 class RecordingBatch:
-    """A routing batch that keeps the inputs of every gate at chosen positions and leaves the gates to another one."""
+    """A routing batch that keeps the inputs of every gate at chosen positions and leaves the gates to another one.
+
+    There are gates where adapters act. A layer's reads the input of the first projection called in it, whether or not
+    an adapter targets that one.
+    """
 
     def __init__(
         self,
         inner: RoutingBatch | None,
         bank: BankSnapshot,
+        gates: frozenset[str],
         granularity: Granularity,
         positions: Tensor,
         from_layer: int = 0,
@@ -42,6 +47,7 @@ class RecordingBatch:
         self.bank = bank
         self.inputs: dict[str, Tensor] = {}
         self._inner = inner
+        self._gates = gates
         self._granularity: Granularity = granularity
         self._positions = positions
         self._from_layer = from_layer
@@ -49,7 +55,7 @@ class RecordingBatch:
     def gates(self, info: ProjectionInfo, tokens: Tensor) -> Tensor | None:
         """See `RoutingBatch`."""
         key = gate_key(self._granularity, info)
-        if key not in self.inputs and info.layer >= self._from_layer and info.name in self.bank.projections:
+        if key in self._gates and key not in self.inputs and info.layer >= self._from_layer:
             self.inputs[key] = tokens[self._positions].clone()
         return None if self._inner is None else self._inner.gates(info, tokens)
 
@@ -70,12 +76,14 @@ def cache_inputs(
     the layers from `from_layer` on."""
     parts: dict[str, list[Tensor]] = {}
     labels, is_answer = [], []
+    bank = routed.bank.snapshot
+    gates = frozenset(gate_key(granularity, routed.projections[name]) for name in bank.projections)
     for group in batches_by_length(sequences, MAX_BATCH_TOKENS):
         members = [sequences[index] for index in group]
         batch = collate(members)
         positions = chosen_positions(members, batch, max_prompt_tokens, max_answer_tokens)
         inner = gate_batch(routed, batch, plan_of_label)
-        recording = RecordingBatch(inner, routed.bank.snapshot, granularity, positions, from_layer)
+        recording = RecordingBatch(inner, bank, gates, granularity, positions, from_layer)
         last_hidden_states(routed, batch, recording)
         for key, value in recording.inputs.items():
             parts.setdefault(key, []).append(value)

@@ -121,6 +121,7 @@ def evaluate_folder(
         ask_anew(chats, options.phrasings)  # What is wrong with them is said before the model is loaded.
     roster = load_with_progress(config)
     check_artefact(artefact, roster)
+    check_held_out(roster, chats)
     return Suite(roster, artefact, options).run(chats, splits.get("train", {}))
 
 
@@ -129,11 +130,11 @@ def first_rows(chats: Mapping[str, Sequence[Chat]], count: int) -> dict[str, Seq
     return {task: rows[:count] if count else rows for task, rows in chats.items()}
 
 
-def load_with_progress(config: ServerConfig) -> Roster:
+def load_with_progress(config: ServerConfig, *, least: int = 2) -> Roster:
     """`load_roster` with a progress display."""
     total = sum(spec.routed for spec in config.adapters)
     with Progress("adapters", total=total, unit="adapter") as progress:
-        return load_roster(config, on_adapter=lambda name: progress.advance(1, name))
+        return load_roster(config, least=least, on_adapter=lambda name: progress.advance(1, name))
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from server.errors import ConfigError
 from server.routing.policy import BASE_ALIAS
-from server.routing.router import Granularity
+from server.routing.router import MAX_TEMPERATURE, MIN_TEMPERATURE, Granularity
 
 WarmStart = Literal["none", "ridge", "softmax"]
 BASE_NAME = BASE_ALIAS
@@ -42,7 +42,7 @@ class TrainingConfig(BaseModel):
     """`layer`: one gate per decoder layer; `projection`: one per projection, as the paper counts parameters."""
     top_k: Annotated[int, Field(ge=1)] = 2
     """Adapters kept per token when serving, and in the straight-through steps."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)] = 1.0
     """Divides gate logits, in training as in serving."""
     gate_mode: GateMode = "convex"
     """`convex`: the kept gates sum to 1."""

@@ -125,7 +125,7 @@ class Trainer:
             on_step(self.step())
         if not all(rows.isfinite().all() for rows in self.router.detached().values()):
             raise TrainingDivergedError(
-                "the last step left gate rows that are no numbers; start again with a lower --lr"
+                "gate rows are no numbers at the end of training; start again with a lower --lr"
             )
 
     def step(self) -> StepMetrics:

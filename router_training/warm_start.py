@@ -34,7 +34,13 @@ def warm_start(
     num_adapters, null_expert = len(roster.adapters), config.null_expert
     if config.warm_start == "none":
         projections = [info for info in roster.gated_projections() if info.layer >= config.routed_from_layer]
-        return RouterParameters.zeros(projections, config.granularity, num_adapters, null_expert=null_expert)
+        return RouterParameters.zeros(
+            projections,
+            config.granularity,
+            num_adapters,
+            hidden_size=roster.routed.hidden_size,
+            null_expert=null_expert,
+        )
     parts: list[CachedInputs] = []
     plans = roster.uniform_plans()
     rows: dict[str, Tensor] = {}

@@ -31,6 +31,8 @@ PROMPT_STATISTICS = "prompt_gate/statistics/"
 JSON_NAME = "router.json"
 TENSORS_NAME = "router.safetensors"
 Granularity = Literal["layer", "projection"]
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4
+"""Of gate logits. Far beyond, they leave float32, or all gates are equal."""
 
 
 def gate_key(granularity: Granularity, info: ProjectionInfo) -> str:
@@ -158,7 +160,9 @@ def load_artefact(folder: Path) -> RouterArtefact:
 
 
 def _parse(record: dict[str, Any], tensors: dict[str, Tensor]) -> RouterArtefact:
-    base = record["base_model"]
+    base, training = record["base_model"], record.get("training", {})
+    if not isinstance(training, dict):
+        raise TypeError("training is no object")
     return RouterArtefact(
         base_model=str(base["name"]),
         hidden_size=int(base["hidden_size"]),
@@ -176,7 +180,7 @@ def _parse(record: dict[str, Any], tensors: dict[str, Tensor]) -> RouterArtefact
             key.removeprefix("background/"): value for key, value in tensors.items() if key.startswith("background/")
         },
         prompt_gate=_prompt_gate(record.get("prompt_gate"), tensors),
-        training=record.get("training", {}),
+        training=training,
     )
 
 
@@ -199,8 +203,10 @@ def _check(artefact: RouterArtefact, folder: Path) -> None:
         problems.append("it lists no adapters")
     if not 1 <= artefact.top_k <= max(1, len(artefact.adapters)):
         problems.append(f"top_k {artefact.top_k} is outside 1..{len(artefact.adapters)}")
-    if not 0 < artefact.temperature < float("inf"):
-        problems.append(f"temperature {artefact.temperature} is not a positive number")
+    if not MIN_TEMPERATURE <= artefact.temperature <= MAX_TEMPERATURE:
+        problems.append(
+            f"temperature {artefact.temperature} is not a number from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}"
+        )
     digests = [adapter.digest for adapter in artefact.adapters]
     problems += [
         f"adapter digest {digest} is listed twice" for digest in sorted({d for d in digests if digests.count(d) > 1})

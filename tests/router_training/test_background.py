@@ -26,7 +26,9 @@ Sequences = Callable[..., list[TokenSequence]]
 @pytest.fixture
 def artefact(roster: Roster) -> RouterArtefact:
     config = TrainingConfig()
-    parameters = RouterParameters.zeros(roster.gated_projections(), config.granularity, len(roster.adapters))
+    parameters = RouterParameters.zeros(
+        roster.gated_projections(), config.granularity, len(roster.adapters), hidden_size=roster.routed.hidden_size
+    )
     generator = torch.Generator().manual_seed(0)
     rows = {key: torch.randn(row.shape, generator=generator) for key, row in parameters.detached().items()}
     return build_artefact(rows, roster, config)

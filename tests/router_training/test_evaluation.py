@@ -40,7 +40,7 @@ def test_a_router_that_always_picks_the_first_adapter_equals_that_adapter(
     roster: Roster, make_sequences: Sequences
 ) -> None:
     sequences = make_sequences(9)
-    router = RouterParameters.zeros(roster.gated_projections(), "layer", 3)
+    router = RouterParameters.zeros(roster.gated_projections(), "layer", 3, hidden_size=roster.routed.hidden_size)
     # All logits are 0, ties go to the lower slot, and one kept gate weighs exactly 1.
     artefact = build_artefact(router.detached(), roster, TrainingConfig(top_k=1))
     routed = evaluate_policy(roster.routed, sequences, roster.tasks, roster.routed_plans(artefact))

@@ -23,7 +23,7 @@ Sequences = Callable[..., list[TokenSequence]]
 def random_plans(
     roster: Roster, granularity: Granularity = "layer", without_layer: int | None = None
 ) -> list[GatePlan]:
-    router = RouterParameters.zeros(roster.gated_projections(), granularity, 3)
+    router = RouterParameters.zeros(roster.gated_projections(), granularity, 3, hidden_size=roster.routed.hidden_size)
     generator = torch.Generator().manual_seed(0)
     rows = {
         key: torch.randn(row.shape, generator=generator)

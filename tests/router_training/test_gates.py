@@ -19,7 +19,9 @@ Sequences = Callable[..., list[TokenSequence]]
 
 
 def random_router(roster: Roster, granularity: Granularity) -> RouterParameters:
-    router = RouterParameters.zeros(roster.gated_projections(), granularity, len(roster.adapters))
+    router = RouterParameters.zeros(
+        roster.gated_projections(), granularity, len(roster.adapters), hidden_size=roster.routed.hidden_size
+    )
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for row in router.parameters:
@@ -29,8 +31,8 @@ def random_router(roster: Roster, granularity: Granularity) -> RouterParameters:
 
 def test_layer_granularity_has_one_gate_per_layer_and_projection_one_per_targeted_projection(roster: Roster) -> None:
     projections = roster.gated_projections()
-    by_layer = RouterParameters.zeros(projections, "layer", 3)
-    by_projection = RouterParameters.zeros(projections, "projection", 3)
+    by_layer = RouterParameters.zeros(projections, "layer", 3, hidden_size=roster.routed.hidden_size)
+    by_projection = RouterParameters.zeros(projections, "projection", 3, hidden_size=roster.routed.hidden_size)
     assert sorted(by_layer.rows) == ["layer.0", "layer.1", "layer.2"]
     assert by_layer.num_parameters == 3 * 3 * 64
     leaves = {key.rpartition(".")[2] for key in by_projection.rows}
@@ -56,7 +58,7 @@ def test_straight_through_forward_is_the_servers_own_routed_forward(
 
 
 def test_dense_gates_with_zero_rows_are_the_uniform_mixture(roster: Roster, make_sequences: Sequences) -> None:
-    router = RouterParameters.zeros(roster.gated_projections(), "layer", 3)
+    router = RouterParameters.zeros(roster.gated_projections(), "layer", 3, hidden_size=roster.routed.hidden_size)
     batch = collate(make_sequences(6))
     snapshot = roster.routed.bank.snapshot
     with torch.no_grad():
@@ -79,7 +81,7 @@ def test_a_batch_keeps_the_logits_of_every_gate_in_order(roster: Roster, make_se
 
 
 def test_detached_rows_share_memory_with_the_parameters(roster: Roster) -> None:
-    router = RouterParameters.zeros(roster.gated_projections(), "layer", 3)
+    router = RouterParameters.zeros(roster.gated_projections(), "layer", 3, hidden_size=roster.routed.hidden_size)
     rows = router.detached()
     with torch.no_grad():
         router.rows["layer.1"].fill_(2.0)

@@ -179,6 +179,24 @@ def test_the_users_own_config_is_never_overwritten(project: Path, capsys: pytest
     assert (project / "adapters.yaml").read_text(encoding="utf-8") == before
 
 
+def test_adapters_in_a_subfolder_of_the_results_are_not_overwritten(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("letters", "digits"):
+        shutil.copytree(project / name, project / "out/adapters" / name)
+    config = yaml.safe_load((project / "adapters.yaml").read_text(encoding="utf-8"))
+    config["adapters"] = [{"name": name, "source": "out/adapters", "subfolder": name} for name in ("letters", "digits")]
+    (project / "adapters.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    before = (project / "out/adapters/letters/adapter_model.safetensors").read_bytes()
+    assert run(project, *EXISTING, "--start", "existing") == 1
+    assert "holds adapters of the config: " in capsys.readouterr().err
+    config["adapters"] = [{"name": name, "source": name} for name in ("letters", "digits")]
+    (project / "adapters.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    assert run(project, *QUICK) == 1
+    assert "holds adapters that no joint run has written" in capsys.readouterr().err
+    assert (project / "out/adapters/letters/adapter_model.safetensors").read_bytes() == before
+
+
 def test_a_run_may_follow_another_in_its_folder(project: Path) -> None:
     for _ in range(2):
         assert run(project, *QUICK, "--steps", "0") == 0

@@ -251,7 +251,7 @@ def test_the_trainers_gates_are_the_servers_spans(roster: Roster, make_sequences
     batch = collate(sequences)
     longest = batch.token_ids.shape[1]
     fixed, decides = PromptReader(gate, roster, top_k=3).fixed_gates(sequences, longest)
-    router = RouterParameters.zeros(roster.gated_projections(), "layer", 3)
+    router = RouterParameters.zeros(roster.gated_projections(), "layer", 3, hidden_size=roster.routed.hidden_size)
     config = TrainingConfig(top_k=3)
     plans = roster.routed_plans(build_artefact(router.detached(), roster, config, prompt_gate=gate))
     expected = torch.zeros(len(sequences), longest, roster.routed.num_slots)
@@ -284,7 +284,7 @@ def test_the_trainers_gates_are_the_servers_spans(roster: Roster, make_sequences
 
 def served_gates(roster: Roster, gate: PromptGate, sequence: TokenSequence, *, top_k: int) -> torch.Tensor:
     """Gates (T, E) of one sequence as the server has them, means over layers, under a router that knows nothing."""
-    router = RouterParameters.zeros(roster.gated_projections(), "layer", 3)
+    router = RouterParameters.zeros(roster.gated_projections(), "layer", 3, hidden_size=roster.routed.hidden_size)
     artefact = build_artefact(router.detached(), roster, TrainingConfig(top_k=top_k), prompt_gate=gate)
     gates = gate_batch(roster.routed, batch := collate([sequence]), roster.routed_plans(artefact))
     assert gates is not None
@@ -329,7 +329,7 @@ def test_where_the_gate_decides_the_router_learns_nothing(roster: Roster, make_s
     fixed = torch.zeros(num_tokens, roster.routed.num_slots)
     fixed[:, 2] = 1.0
     snapshot = roster.routed.bank.snapshot
-    router = RouterParameters.zeros(roster.gated_projections(), "layer", 3)
+    router = RouterParameters.zeros(roster.gated_projections(), "layer", 3, hidden_size=roster.routed.hidden_size)
 
     def loss(decides: torch.Tensor) -> torch.Tensor:
         training = TrainingBatch(snapshot, router, "dense", top_k=2, temperature=1.0, fixed=(fixed, decides))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from router_training.__main__ import main
 from router_training.data import TrainingDataError, read_splits
@@ -27,6 +28,19 @@ def test_answers_are_the_base_models_greedy_ones_and_can_be_trained_on(project: 
         whole = loaded.model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, pad_token_id=0)  # type: ignore[operator]
         answer = loaded.tokenizer.decode(whole[0, len(prompt) :].tolist()).strip()
         assert chat.messages[1]["content"] == whole_sentences(answer)
+
+
+def test_the_base_model_answers_where_there_are_no_adapters_yet(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = yaml.safe_load((project / "adapters.yaml").read_text(encoding="utf-8"))
+    (project / "adapters.yaml").write_text(yaml.safe_dump({**config, "adapters": []}), encoding="utf-8")
+    (project / "prompts.txt").write_text("what is rain?\n", encoding="utf-8")
+    command = ["answer", "--config", str(project / "adapters.yaml"), "--prompts", str(project / "prompts.txt")]
+    assert main([*command, "--max-new-tokens", "2", "--out", str(project)]) == 1
+    assert "is a folder; name a file in it" in capsys.readouterr().err
+    assert main([*command, "--max-new-tokens", "2", "--out", str(project / "answers.jsonl")]) == 0
+    assert (project / "answers.jsonl").read_text(encoding="utf-8").count("\n") == 1
 
 
 def test_an_answer_cut_short_ends_with_a_whole_sentence() -> None:

@@ -29,7 +29,9 @@ def soft_trainer(
     **settings: Any,
 ) -> tuple[Trainer, TrainableAdapters]:
     config = TrainingConfig.model_validate({"steps": 6, "batch_size": 6, "learning_rate": 0.05, **settings})
-    router = RouterParameters.zeros(roster.gated_projections(), "layer", len(roster.adapters))
+    router = RouterParameters.zeros(
+        roster.gated_projections(), "layer", len(roster.adapters), hidden_size=roster.routed.hidden_size
+    )
     adapters = loaded_adapters(roster.adapters)
     soft = SoftAdapters(adapters, 0.01, Preservation(adapters.state(), constrained, beta))
     return Trainer(roster.routed, router, sequences, config, soft=soft), adapters

@@ -44,7 +44,11 @@ def make_trainer(
         }
     )
     router = RouterParameters.zeros(
-        roster.gated_projections(), granularity, len(roster.adapters), null_expert=config.null_expert
+        roster.gated_projections(),
+        granularity,
+        len(roster.adapters),
+        hidden_size=roster.routed.hidden_size,
+        null_expert=config.null_expert,
     )
     return Trainer(roster.routed, router, sequences, config, prior=prior, task_losses=task_losses, teacher=teacher)
 
@@ -110,7 +114,7 @@ def test_prompt_positions_get_gradient_from_the_answer_through_attention(
     roster: Roster, make_sequences: Sequences
 ) -> None:
     batch = collate(make_sequences(1))
-    router = RouterParameters.zeros(roster.gated_projections(), "layer", 3)
+    router = RouterParameters.zeros(roster.gated_projections(), "layer", 3, hidden_size=roster.routed.hidden_size)
     training = TrainingBatch(roster.routed.bank.snapshot, router, "dense", top_k=2, temperature=1.0)
     loss = answer_losses(roster.routed, batch, training).sum()
     (gradient,) = torch.autograd.grad(loss, training.logits["layer.0"])

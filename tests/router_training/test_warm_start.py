@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from router_training.encoding import TokenSequence
+from router_training.gates import RouterParameters
 from router_training.roster import FIRST_SLOT, Roster
 from router_training.router_inputs import cache_inputs, concatenate
 from router_training.settings import TrainingConfig
 from router_training.warm_start import fit_ridge, fit_softmax, warm_start
+from server.routing.bank import BankSnapshot, LoraWeights
 from server.routing.router import Granularity
 
 Sequences = Callable[..., list[TokenSequence]]
@@ -92,6 +94,37 @@ def test_cached_inputs_are_what_the_projections_receive(
     assert torch.equal(cached.inputs[key], seen[source][0][: len(sequences[0]) - 1])
     assert cached.is_answer.tolist().count(True) == sequences[0].num_answer_tokens
     assert set(cached.labels.tolist()) == {sequences[0].label}
+
+
+@pytest.mark.parametrize("target", ["gate_proj", "down_proj"])
+def test_a_layers_gate_reads_the_attention_input_whatever_the_adapters_target(
+    roster: Roster, make_sequences: Sequences, target: str
+) -> None:
+    """As the server's does. Adapters on the MLP alone, in layer 1 alone, and inputs of another width, `down_proj`'s."""
+    bank = roster.routed.bank
+    bank.publish(BankSnapshot())
+    generator = torch.Generator().manual_seed(0)
+    name = f"model.layers.1.mlp.{target}"
+    info = roster.routed.projections[name]
+    for slot in range(FIRST_SLOT, FIRST_SLOT + len(roster.adapters)):
+        pair = torch.randn(2, info.d_in, generator=generator), torch.randn(info.d_out, 2, generator=generator)
+        bank.publish(bank.with_adapter(slot, {name: LoraWeights(*pair)}))
+    seen: list[Tensor] = []
+    roster.routed.model.get_submodule("model.layers.1.self_attn.q_proj").register_forward_pre_hook(
+        lambda _, arguments: seen.append(arguments[0].flatten(0, 1))
+    )
+    sequences = make_sequences(1)
+    plans = roster.own_adapter_plans()
+    cached = cache_inputs(roster.routed, sequences, plans, "layer", max_prompt_tokens=100, max_answer_tokens=100)
+    assert set(cached.inputs) == {"layer.1"}, "no gate where no adapter acts"
+    assert torch.equal(cached.inputs["layer.1"], seen[0][: len(sequences[0]) - 1])
+    projections = [info]
+    zeros = RouterParameters.zeros(projections, "layer", 3, hidden_size=roster.routed.hidden_size)
+    assert {key: tuple(rows.shape) for key, rows in zeros.detached().items()} == {
+        "layer.1": (3, roster.routed.hidden_size)
+    }
+    by_projection = RouterParameters.zeros(projections, "projection", 3, hidden_size=roster.routed.hidden_size)
+    assert by_projection.detached()[name].shape == (3, info.d_in)
 
 
 def test_caching_takes_the_last_prompt_token_and_few_others(roster: Roster, make_sequences: Sequences) -> None:

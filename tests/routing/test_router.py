@@ -168,6 +168,16 @@ def test_a_json_that_is_no_router_record_is_refused(tmp_path: Path, text: str) -
         load_artefact(tmp_path)
 
 
+@pytest.mark.parametrize("training", [[1, 2], "x", 3])
+def test_a_training_record_that_is_no_object_is_refused(tmp_path: Path, training: object) -> None:
+    """The server shows it to whoever asks for the router: found out then, the swap would have happened."""
+    save_artefact(make_artefact(), tmp_path)
+    path = tmp_path / "router.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "training": training}))
+    with pytest.raises(RouterArtefactError, match="training is no object"):
+        load_artefact(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -175,6 +185,7 @@ def test_a_json_that_is_no_router_record_is_refused(tmp_path: Path, text: str) -
         ({"gate_mode": "unit"}, "gate_mode 'unit'"),
         ({"top_k": 4}, r"top_k 4 is outside 1\.\.3"),
         ({"temperature": 0.0}, "temperature"),
+        ({"temperature": 1e-310}, "temperature 1e-310 is not a number from 0.0001 to 10000"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:
