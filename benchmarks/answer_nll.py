@@ -82,10 +82,11 @@ async def measure(chats: Mapping[str, Sequence[list[dict[str, str]]]], flags: Se
     ):
         served = [model["id"] for model in (await request(client, "GET", "/v1/models"))["data"]]
         base = next(name for name in served if "/" in name)
+        behind = await tokens_behind_the_end(client, base)
 
         async def add(task: str, messages: list[dict[str, str]], policy: str, model: str) -> None:
             async with slots:
-                found = await answer_logprobs(client, model, messages)
+                found = await answer_logprobs(client, model, messages, behind)
             totals[task, policy].nats -= sum(found)
             totals[task, policy].tokens += len(found)
 
@@ -101,13 +102,30 @@ async def measure(chats: Mapping[str, Sequence[list[dict[str, str]]]], flags: Se
     return totals
 
 
-async def answer_logprobs(client: httpx.AsyncClient, model: str, messages: Sequence[Mapping[str, str]]) -> list[float]:
-    """Log probabilities of the tokens of the last message, what ends it included."""
+async def tokens_behind_the_end(client: httpx.AsyncClient, model: str) -> int:
+    """How many tokens the chat template puts behind the one that ends an answer, which nobody is asked for."""
+    first, second = [
+        await tokenized(
+            client,
+            model,
+            [{"role": "user", "content": "x"}, {"role": "assistant", "content": content}],
+            is_asked=False,
+        )
+        for content in ("yes", "7")
+    ]
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(reversed(first), reversed(second), strict=False))
+    return max(0, sum(1 for _ in same) - 1)
+
+
+async def answer_logprobs(
+    client: httpx.AsyncClient, model: str, messages: Sequence[Mapping[str, str]], behind: int
+) -> list[float]:
+    """Log probabilities of the tokens of the last message and of the one that ends it; `behind` more follow."""
     prompt = await tokenized(client, model, messages[:-1], is_asked=True)
     whole = await tokenized(client, model, messages, is_asked=False)
     body = {"model": model, "prompt": whole, "max_tokens": 1, "prompt_logprobs": 0}
     found = (await request(client, "POST", "/v1/completions", body))["choices"][0]["prompt_logprobs"]
-    return [found[place][str(whole[place])]["logprob"] for place in range(len(prompt), len(whole))]
+    return [found[place][str(whole[place])]["logprob"] for place in range(len(prompt), len(whole) - behind)]
 
 
 async def tokenized(

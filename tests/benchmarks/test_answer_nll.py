@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from benchmarks import answer_nll
-from benchmarks.answer_nll import Total, answer_logprobs, read_chats, table
+from benchmarks.answer_nll import Total, answer_logprobs, read_chats, table, tokens_behind_the_end
 from tests.router_training.conftest import chat_line
 
 
@@ -26,15 +26,19 @@ async def test_the_tokens_behind_the_prompt_are_the_answers() -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         body = httpx.Response(200, content=request.content).json()
         if request.url.path == "/tokenize":
-            tokens = [5, 6, 7] if body["add_generation_prompt"] else [5, 6, 7, 8, 9]
+            if not body["add_generation_prompt"] and body["messages"][-1]["content"] != "b":
+                return httpx.Response(200, json={"tokens": [5, len(body["messages"][-1]["content"]), 2, 9]})
+            tokens = [5, 6, 7] if body["add_generation_prompt"] else [5, 6, 7, 8, 2, 9]
             return httpx.Response(200, json={"tokens": tokens})
-        assert body["prompt"] == [5, 6, 7, 8, 9]
-        found = [None, *({str(token): {"logprob": -float(token)}} for token in (6, 7, 8, 9))]
+        assert body["prompt"] == [5, 6, 7, 8, 2, 9]
+        found = [None, *({str(token): {"logprob": -float(token)}} for token in (6, 7, 8, 2, 9))]
         return httpx.Response(200, json={"choices": [{"prompt_logprobs": found}]})
 
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://x") as client:
-        assert await answer_logprobs(client, "auto", messages) == [-8.0, -9.0]
+        behind = await tokens_behind_the_end(client, "auto")
+        assert behind == 1, "2 ends an answer, 9 is the template's"
+        assert await answer_logprobs(client, "auto", messages, behind) == [-8.0, -2.0]
 
 
 async def test_a_refusal_ends_the_measurement_with_its_reason() -> None:
