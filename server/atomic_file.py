@@ -48,8 +48,11 @@ def _temporary(path: Path, content: bytes, mode: int, stack: contextlib.ExitStac
     stack.callback(temporary.unlink, missing_ok=True)
     file = stack.enter_context(os.fdopen(descriptor, "wb"))
     fcntl.flock(file, fcntl.LOCK_EX)  # Tells `remove_leftovers` that somebody is writing; ends with the process.
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
+    try:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:  # a full disk does not say whose
+        raise OSError(error.errno, error.strerror, str(path)) from error
     os.chmod(temporary, mode)
     return temporary

@@ -81,7 +81,11 @@ class Reloads:
             threads.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, record: Record) -> None:
-        if self._loader.is_at_hand(record.spec):
+        try:
+            is_at_hand = self._loader.is_at_hand(record.spec)
+        except Exception:  # a cache that cannot be read, say: what is wrong is for `load` to tell
+            is_at_hand = True
+        if is_at_hand:
             self._load(record)
             return
         with self._state.mutex:

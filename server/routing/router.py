@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from server.atomic_file import replace_together
+from server.atomic_file import remove_leftovers, replace_together
 from server.errors import RouterArtefactError
 from server.routing.bank import ProjectionInfo
 from server.routing.prompt_gate import PromptGate
@@ -105,6 +105,8 @@ def save_artefact(artefact: RouterArtefact, folder: Path) -> None:
     What was there stays until both are on disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for name in (TENSORS_NAME, JSON_NAME):
+        remove_leftovers(folder / name)
     tensors = {f"gate/{key}": rows.float() for key, rows in artefact.rows.items()}
     tensors |= {f"background/{key}": value for key, value in artefact.background.items()}
     if artefact.prompt_gate is not None:

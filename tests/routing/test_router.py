@@ -61,6 +61,22 @@ def test_whoever_may_read_the_record_may_read_the_rows(tmp_path: Path) -> None:
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
+def test_what_a_kill_left_half_written_goes_and_a_full_disk_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "router.jsonk2j3.tmp").write_text("half", encoding="utf-8")
+    save_artefact(make_artefact(), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["router.json", "router.safetensors"]
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*router\.safetensors'"):
+        save_artefact(make_artefact(temperature=2.0), tmp_path)
+    assert load_artefact(tmp_path).temperature == make_artefact().temperature
+
+
 def make_prompt_gate(num_choices: int = 3) -> PromptGate:
     scores = torch.randn(12, num_choices, generator=torch.Generator().manual_seed(2)).half()
     settings = PromptGateSettings(switch=0.01, switch_at_lines=0.1, max_question_tokens=5)
