@@ -39,8 +39,9 @@ NATIVE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 from its float32 one at the first token of the demo model, an attention sink, and five times nearer elsewhere."""
 INT8_TOLERANCE = 0.15
 """The same of int8 weights, in either dtype: the torch graph does not round what they are multiplied with."""
-TORCH_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
-"""The same of the torch graph, which differs from the model's own forward pass in its attention alone."""
+TORCH_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""The same of the torch graph, which differs from the model's own forward pass in its attention alone; where a model
+chooses experts, rounding may choose others."""
 
 
 @dataclass(frozen=True, eq=False)
