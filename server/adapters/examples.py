@@ -73,7 +73,7 @@ def encode_examples(
     template = tokenizer.render_chat([{"role": "user", "content": ""}])
     encoded = [_encode(chat, source, tokenizer, template) for chat, source in chats]
     for index, example in enumerate(encoded):
-        if vocab_size is not None and max(example.token_ids) >= vocab_size:
+        if vocab_size is not None and max(example.token_ids, default=-1) >= vocab_size:
             message = f"has token {max(example.token_ids)} of the tokenizer, and the model knows ids below {vocab_size}"
             raise InvalidRequestError(f"examples[{index}] {message}", param="examples", code="invalid_examples")
     examples = tuple(dict.fromkeys(encoded))

@@ -14,7 +14,14 @@ from typing import Self
 from server.adapters.download_meter import Progress as Progress
 from server.adapters.download_meter import ignore_progress as ignore_progress
 from server.adapters.examples import EXAMPLES_NAME
-from server.adapters.hub_cache import cached_source, has_files, repository_folder, resolved_source, unmark
+from server.adapters.hub_cache import (
+    cached_source,
+    has_files,
+    mark_in_use,
+    repository_folder,
+    resolved_source,
+    unmark,
+)
 from server.adapters.hub_errors import download_error
 from server.adapters.hub_fetch import DOWNLOAD_ERRORS, OPTIONAL_TIMEOUT_S, FetchSettings, fetch_files
 from server.adapters.hub_listing import require_allowed
@@ -102,6 +109,8 @@ class HubSource:
         settings, cached = self._settings, None
         if re.fullmatch(COMMIT_PATTERN, revision):
             cached = cached_source(spec.source, wanted, revision, locked, settings.cache_folder)
+            if cached is not None:
+                mark_in_use(repository_folder(spec.source, settings.cache_folder), revision)
             if cached is not None and cached.examples_problem is None:
                 progress(1, 1)
                 return cached

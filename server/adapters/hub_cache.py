@@ -27,6 +27,8 @@ def repository_folder(repository: str, cache_folder: Path | None) -> Path:
 def mark_in_use(folder: Path, commit: str) -> None:
     """Keep `hf cache prune` from a commit, which takes those that no ref names for left over."""
     mark = _mark(folder, commit)
+    if mark.exists():
+        return
     with contextlib.suppress(OSError):  # then it is downloaded again after a prune
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.write_text(commit, encoding="ascii")

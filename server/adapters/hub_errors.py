@@ -110,9 +110,10 @@ def asked_wait_s(error: BaseException) -> float | None:
             continue
         if (text := str(headers.get("Retry-After") or "").strip()).isdecimal():
             return float(text)
-        limits = dict(re.findall(r";\s*([rt])=(\d{1,6})(?![\w.])", str(headers.get("RateLimit") or "")))
-        if limits.get("r") == "0" and "t" in limits:
-            return float(limits["t"])
+        policies = str(headers.get("RateLimit") or "").split(",")
+        limits = [dict(re.findall(r";\s*([rt])=(\d{1,6})(?![\w.])", policy)) for policy in policies]
+        if waits := [float(limit["t"]) for limit in limits if limit.get("r") == "0" and "t" in limit]:
+            return max(waits)
     return None
 
 

@@ -160,5 +160,7 @@ def _elsewhere(path: str, listed: Mapping[str, Any]) -> str:
     folders = sorted(str(PurePosixPath(other).parent) for other in listed if PurePosixPath(other).name == name)
     if not folders:
         return ""
+    if "." in folders:
+        return "; there is one at its root: leave subfolder out"
     shown = ", ".join(printable(folder[:100]) for folder in folders[:MAX_LISTED_FILES])
     return f"; there is one in {shown}{' and others' * (len(folders) > MAX_LISTED_FILES)}: name it as subfolder"

@@ -44,6 +44,10 @@ class AdapterLoader:
         """Whether `load` finds the files on this machine, unless damaged: in a folder, or locked and cached."""
         return not self.may_download(spec) or self.hub.has(spec, self.lockfile.get(LockKey.of(spec)))
 
+    def fetch(self, spec: AdapterSpec, *, progress: Progress) -> None:
+        """Have a Hub source's files in the cache. Raises as `load`, but reads nothing of them."""
+        self.hub.fetch(spec, locked=self.lockfile.get(LockKey.of(spec)), progress=progress)
+
     def load(
         self,
         spec: AdapterSpec,

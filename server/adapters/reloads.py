@@ -1,7 +1,7 @@
 """Weights of warm adapters on their way from disk to the bank: read and checked anew on threads of their own.
 
-What the Hub's cache has lost meanwhile is downloaded again, on other threads and as long as somebody wants it. Knows no
-bank, no slots and no requests: whoever wants an adapter finds it in `loaded` some time later.
+What the Hub's cache has lost meanwhile is downloaded into it first, on other threads and as long as somebody wants it.
+Knows no bank, no slots and no requests: whoever wants an adapter finds it in `loaded` some time later.
 """
 
 import logging
@@ -42,7 +42,7 @@ class Reloads:
         on_download: Callable[[], object],
     ) -> None:
         """The first two hear of every end, with the seconds it took, the last one when something turns out to be
-        missing on this machine; all on a thread of this class.
+        missing on this machine, and when it has come; all on a thread of this class.
         """
         self._loader = loader
         self._state = state
@@ -56,6 +56,8 @@ class Reloads:
         """With the mutex."""
         self.downloading: set[Record] = set()
         """What is not on this machine, as it has turned out. With the mutex."""
+        self._downloaded: set[Record] = set()
+        """What has come since, and is not read yet."""
         self._reading: set[Record] = set()
         self._wanted: Collection[Record] = ()
 
@@ -85,16 +87,39 @@ class Reloads:
             is_at_hand = self._loader.is_at_hand(record.spec)
         except Exception:  # a cache that cannot be read, say: what is wrong is for `load` to tell
             is_at_hand = True
-        if is_at_hand:
-            self._load(record)
-            return
         with self._state.mutex:
-            self._reading.discard(record)
-            if self._is_closed:
-                return
-            self.downloading.add(record)
-            self._downloaders.submit(self._load, record)
-        self._on_download()
+            is_to_come = not is_at_hand and record not in self._downloaded
+            if is_to_come:
+                self._reading.discard(record)
+                if self._is_closed:
+                    return
+                self.downloading.add(record)
+                self._downloaders.submit(self._download, record)
+        if is_to_come:
+            self._on_download()
+        else:
+            self._load(record)
+
+    def _download(self, record: Record) -> None:
+        """Only into the cache: who is read ahead, and so in memory, `want` decides."""
+        start_s = time.monotonic()
+        failure: LoraMixerError | None = None
+        try:
+            self._loader.fetch(record.spec, progress=lambda _done, _total: self._check(record))
+        except _UnwantedError:
+            logger.info("the download of adapter %s is abandoned: nobody waits for it any more", record.spec.name)
+            self._abandon(record)
+            return
+        except Exception as error:
+            failure = _known(error, record)
+        with self._state.mutex:
+            self.downloading.discard(record)
+            if failure is None:
+                self._downloaded.add(record)
+        if failure is None:
+            self._on_download()
+        else:
+            self._on_failed(record, failure, time.monotonic() - start_s)
 
     def _load(self, record: Record) -> None:
         start_s = time.monotonic()
@@ -105,18 +130,11 @@ class Reloads:
             known = record.adapter
             if known is not None and adapter.digest != known.digest:
                 raise AdapterRefusedError(record.spec.name, [_changed(known.digest, adapter.digest)])
-        except _UnwantedError:
-            logger.info("the download of adapter %s is abandoned: nobody waits for it any more", record.spec.name)
-            self._abandon(record)
-            return
-        except LoraMixerError as error:
-            failure = error
         except Exception as error:
-            logger.exception("adapter %s could not be loaded again", record.spec.name)
-            failure = LoraMixerError(f"internal error: {type(error).__name__}", code="internal_error")
+            failure = _known(error, record)
         with self._state.mutex:
             self._reading.discard(record)
-            self.downloading.discard(record)
+            self._downloaded.discard(record)
             if failure is None and adapter is not None:
                 self.loaded[record] = adapter
         seconds = time.monotonic() - start_s
@@ -129,7 +147,7 @@ class Reloads:
         """But somebody may have come to want it at this very moment."""
         with self._state.mutex:
             if record in self._wanted and not self._is_closed:
-                self._downloaders.submit(self._load, record)
+                self._downloaders.submit(self._download, record)
             else:
                 self.downloading.discard(record)
 
@@ -138,6 +156,14 @@ class Reloads:
             raise NotReadyError("the server is shutting down")
         if record in self.downloading and record not in self._wanted:
             raise _UnwantedError
+
+
+def _known(error: Exception, record: Record) -> LoraMixerError:
+    """The error to report; what is none of ours is logged."""
+    if isinstance(error, LoraMixerError):
+        return error
+    logger.error("adapter %s could not be loaded again", record.spec.name, exc_info=error)
+    return LoraMixerError(f"internal error: {type(error).__name__}", code="internal_error")
 
 
 def _changed(known: str, found: str) -> RefusalReason:

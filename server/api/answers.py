@@ -1,6 +1,6 @@
 """What both generation routes do around their own formats: start, stream or wait, and always clean up."""
 
-import asyncio
+import functools
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -13,12 +13,16 @@ from starlette.responses import Response
 from server.api.choice import ChoiceDelta
 from server.api.errors import CLIENT_LEFT, json_response, request_id_of
 from server.api.generation import Generation, Leases, Prompt, collect, submit
-from server.api.prompts import limits_of, read_questions
+from server.api.prompts import limits_of, on_tokenizer_threads, read_questions
 from server.api.sampling import check_body
 from server.api.schemas import GenerationBody
 from server.api.services import Services
 from server.api.streaming import DONE, EventStream, sse, until_disconnect
 from server.errors import NotReadyError
+
+MAX_SCORED_ON_LOOP = 256
+"""Tokens with log probabilities that are written on the event loop; those of a long prompt are several MB, and other
+requests must not wait for them."""
 
 
 class AnswerFormat(Protocol):
@@ -74,12 +78,18 @@ async def respond(request: Request, generation: Generation, answer_format: Answe
         return Response(status_code=CLIENT_LEFT)
     finally:
         generation.close()
-    if not generation.body.wants_logprobs:
+
+    def written() -> Response:
         return json_response({**answer_format.answer(choices), "usage": generation.usage()})
-    # Of long prompts they are several MB: other requests must not wait until those are written.
-    return await asyncio.to_thread(
-        lambda: json_response({**answer_format.answer(choices), "usage": generation.usage()})
-    )
+
+    if sum(map(_num_scored, choices)) <= MAX_SCORED_ON_LOOP:
+        return written()
+    return await on_tokenizer_threads(generation.services, written)
+
+
+def _num_scored(delta: ChoiceDelta) -> int:
+    """Tokens whose log probabilities are to be written."""
+    return len(delta.logprobs) + len(delta.prompt_logprobs or ())
 
 
 async def _events(generation: Generation, answer_format: AnswerFormat) -> AsyncGenerator[bytes, None]:
@@ -94,10 +104,10 @@ async def _events(generation: Generation, answer_format: AnswerFormat) -> AsyncG
         yield event(opening)
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
-            if delta.prompt_logprobs is None:
+            if _num_scored(delta) <= MAX_SCORED_ON_LOOP:
                 chunk = answer_format.chunk(delta)
             else:
-                chunk = await asyncio.to_thread(answer_format.chunk, delta)
+                chunk = await on_tokenizer_threads(generation.services, functools.partial(answer_format.chunk, delta))
             if chunk is not None:
                 yield event(chunk)
     if body.includes_usage:

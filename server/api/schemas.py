@@ -160,11 +160,6 @@ class GenerationBody(StrictBody):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
-    def wants_logprobs(self) -> bool:
-        """Of the prompt's or the answer's tokens."""
-        return self.prompt_logprobs is not None
-
-    @property
     def has_continuous_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
@@ -209,10 +204,6 @@ class ChatBody(GenerationBody):
     continue_final_message: bool = False
     """Continue the last message, an assistant's, instead of starting an answer."""
 
-    @property
-    def wants_logprobs(self) -> bool:
-        return self.logprobs or super().wants_logprobs
-
 
 class CompletionBody(GenerationBody):
     """Body of POST /v1/completions."""
@@ -228,7 +219,3 @@ class CompletionBody(GenerationBody):
     logprobs: Annotated[int, Field(ge=0)] | None = None
     add_special_tokens: bool = True
     """Whether the tokenizer adds its own special tokens (such as a start token) to text prompts."""
-
-    @property
-    def wants_logprobs(self) -> bool:
-        return self.logprobs is not None or super().wants_logprobs

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -207,6 +208,9 @@ def test_repositories_without_the_two_files_are_refused_by_name(hub: FakeHub, so
     hub.push("org/name", {f"{folder}/{name}": content for folder in ("a/b", "c") for name, content in FILES.items()})
     with pytest.raises(AdapterRefusedError, match=r"there is one in a/b, c: name it as subfolder"):
         source.fetch(AdapterSpec(name="a", source="org/name", revision="main"))
+    hub.push("org/name", FILES)
+    with pytest.raises(AdapterRefusedError, match="there is one at its root: leave subfolder out"):
+        source.fetch(AdapterSpec(name="a", source="org/name", subfolder="b"))
 
 
 def test_nothing_of_a_repositorys_card_gets_in_the_way(hub: FakeHub, source: HubSource) -> None:
@@ -223,10 +227,15 @@ def test_nothing_of_a_repositorys_card_gets_in_the_way(hub: FakeHub, source: Hub
 def test_a_prune_of_the_cache_spares_what_is_in_use(hub: FakeHub, source: HubSource, tmp_path: Path) -> None:
     first = hub.push("org/name", FILES)
     source.fetch(SPEC)
-    hub.push("org/name", {**FILES, "README.md": b"newer"})
+    second = hub.push("org/name", {**FILES, "README.md": b"newer"})
     source.fetch(SPEC)
     (repository,) = scan_cache_dir(tmp_path / "cache").repos
     assert {revision.commit_hash: bool(revision.refs) for revision in repository.revisions}[first]
+    assert all(revision.refs for revision in repository.revisions)
+    shutil.rmtree(tmp_path / "cache/models--org--name/refs")  # as an older server left it
+    for commit in (first, second):
+        source.fetch(AdapterSpec(name="a", source="org/name", revision=commit))
+    (repository,) = scan_cache_dir(tmp_path / "cache").repos
     assert all(revision.refs for revision in repository.revisions)
     source.release("org/name", first)
     (repository,) = scan_cache_dir(tmp_path / "cache").repos
@@ -329,6 +338,7 @@ def test_a_wait_that_the_hub_asks_for_is_kept_unless_it_is_too_long(hub: FakeHub
         ('"api";r=0;t=12', 12.0),
         ('"resolvers"; t=7; r=0', 7.0),
         ('"api";r=3;t=12', None),
+        ('"api";r=0;t=55, "pages";r=90;t=200', 55.0),
         ('"api";r=0', None),
         ("nonsense", None),
     ],

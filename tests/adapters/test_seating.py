@@ -380,6 +380,39 @@ def test_a_download_that_nobody_waits_for_any_more_is_abandoned(
     check_empty(registry)
 
 
+def test_downloads_are_read_no_further_ahead_than_others(
+    make_small: MakeSmall, hub: FakeHub, sources: Path, tmp_path: Path, pool: ThreadPoolExecutor
+) -> None:
+    """A cache that has lost all: what has come stays on disk until there may be room for it."""
+    source = HubSource(endpoint=hub.endpoint, cache_folder=tmp_path / "cache")
+    registry = make_small(1, hub=source, lockfile=tmp_path / "adapters.lock")
+    add(registry, "a", routed=False)
+    names = [f"hub-{index}" for index in range(MAX_AHEAD + 4)]
+    for name in names:
+        hub.push_folder(f"org/{name}", sources / "b")
+        registry.register(AdapterSpec(name=name, source=f"org/{name}", routed=False))
+        registry.wait(name, 30)
+    running = registry.lease("a")
+    shutil.rmtree(tmp_path / "cache")
+    requests = [waiting(registry, pool, name) for name in names]
+    reloads, most = registry._seating._reloads, 0
+
+    def all_have_come() -> bool:
+        nonlocal most
+        most = max(most, len(reloads.loaded))
+        return all(reloads._loader.is_at_hand(registry._state.records[name].spec) for name in names)
+
+    until(all_have_come)
+    until(lambda: len(reloads.loaded) == MAX_AHEAD and not reloads.downloading)
+    settle(registry)
+    assert max(most, len(reloads.loaded)) == MAX_AHEAD
+    running.release()
+    for request in requests:
+        request.result(20).release()
+    check_empty(registry)
+    assert not reloads._downloaded
+
+
 # Fairness
 
 

@@ -94,6 +94,13 @@ def test_a_newcomer_stands_beside_a_router_that_was_trained_with_it(trained: Pat
     assert row.split("|")[-3].strip() == f"{case['retrained']['letters'] / case['pinned']:.2f}"
 
 
+@pytest.mark.parametrize("name", ["leave_one_out", "leave_one_out_prompt_gate", "leave_one_out_of_training"])
+def test_the_document_shows_what_was_recorded(name: str) -> None:
+    root = Path(__file__).parents[2]
+    record = json.loads((root / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
+    assert leave_one_out.table(record) in (root / "docs/hot-routing.md").read_text(encoding="utf-8")
+
+
 def test_too_few_chats_are_named(trained: Path) -> None:
     path = trained / "data/letters/train.jsonl"
     path.write_text("".join(chat_line("letters", index) for index in range(30)), encoding="utf-8")
