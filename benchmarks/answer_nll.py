@@ -80,8 +80,8 @@ async def measure(chats: Mapping[str, Sequence[list[dict[str, str]]]], flags: Se
         serving(flags) as server,
         httpx.AsyncClient(base_url=server.url, timeout=TIMEOUT_S, trust_env=False) as client,
     ):
-        served = [model["id"] for model in (await request(client, "GET", "/v1/models"))["data"]]
-        base = next(name for name in served if "/" in name)
+        models = {model["id"]: model for model in (await request(client, "GET", "/v1/models"))["data"]}
+        served, base = list(models), models["auto"]["parent"]
         behind = await tokens_behind_the_end(client, base)
 
         async def add(task: str, messages: list[dict[str, str]], policy: str, model: str) -> None:

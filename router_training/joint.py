@@ -43,7 +43,7 @@ from server.adapters.peft_config import CONFIG_NAME as PEFT_CONFIG_NAME
 from server.adapters.sources import local_folder
 from server.adapters.weights import AdapterLimits, load_adapter
 from server.atomic_file import write_atomically
-from server.config import ServerConfig, parse_config
+from server.config import ServerConfig, load_config, parse_config
 from server.errors import ConfigError
 from server.model.loader import LoadedModel
 from server.routing.attach import RoutedModel
@@ -233,9 +233,11 @@ def _served_config(config: ServerConfig, tasks: Sequence[str], out: Path) -> dic
     present = out / CONFIG_NAME
     if present.exists() and not present.read_bytes().startswith(WRITTEN_BY.encode()):
         raise ConfigError(f"{present} is not of a joint run and would be overwritten; take another --out")
-    written = [name for name in tasks if (out / ADAPTERS_FOLDER / name / PEFT_CONFIG_NAME).exists()]
-    if written and not present.exists() and not (out / CHECKPOINT_NAME).exists():
-        message = f"{out / ADAPTERS_FOLDER} holds adapters that no joint run has written: {', '.join(written)}"
+    listed = {spec.name for spec in load_config(present).adapters} if present.exists() else set()
+    there = [name for name in tasks if (out / ADAPTERS_FOLDER / name / PEFT_CONFIG_NAME).exists()]
+    # An unfinished run has written some without a list; a checkpoint of another run is refused where it is read.
+    if (foreign := [name for name in there if name not in listed]) and not (out / CHECKPOINT_NAME).exists():
+        message = f"{out / ADAPTERS_FOLDER} holds adapters that no joint run has written: {', '.join(foreign)}"
         raise ConfigError(f"{message}; take another --out")
     return content
 

@@ -127,6 +127,7 @@ def load_roster(config: ServerConfig, *, least: int = 2, on_adapter: Callable[[s
 def load_routed_base(config: ServerConfig, num_adapters: int) -> tuple[LoadedModel, RoutedModel]:
     """The frozen base model on CPU with an empty bank for `num_adapters`. Raises ModelLoadError."""
     loaded = load_base_model(config.base_model, device="cpu", cache_folder=cache_folder(), root=config.root)
+    loaded.quantized.clear()  # training computes with what they stand for
     check_output_head(loaded.model)
     prepare_for_training(loaded.model)
     return loaded, attach_routing(loaded.model, num_slots=num_adapters + FIRST_SLOT)

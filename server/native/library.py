@@ -7,6 +7,7 @@ compiler has none, and the server then runs on torch alone.
 import ctypes
 import logging
 import os
+import struct
 import sysconfig
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
@@ -93,14 +94,30 @@ def libraries() -> tuple[ctypes.CDLL, ...]:
         path = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
         if needed <= features and path.is_file():
             try:
+                if not _is_whole(path):
+                    raise OSError("it is cut off")
                 library = ctypes.CDLL(str(path))
             except OSError as error:
-                logger.warning("%s cannot be loaded (%s); install the project anew to compile it again", path, error)
+                logger.warning("%s cannot be loaded (%s); delete it and install the project anew", path, error)
                 continue
             # A stale build is left alone: its structs would be misread.
             if library.lm_interface_version() == INTERFACE_VERSION and library.lm_is_usable():
                 found.append(_declare(library))
     return tuple(found)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an ELF file has its last part, the table of its sections: loading one that was cut off, or that a full
+    disk has filled with zeros, ends the process. Raises OSError."""
+    with path.open("rb") as file:
+        head = file.read(64)
+        if head[:5] != b"\x7fELF\x02" or len(head) < 64:
+            return False
+        (start,) = struct.unpack_from("<Q", head, 0x28)
+        size, count = struct.unpack_from("<HH", head, 0x3A)
+        file.seek(start)
+        table = file.read(size * count)
+    return len(table) == size * count and any(table)
 
 
 def num_cores() -> int:

@@ -143,8 +143,11 @@ class NativeModel:
         self._check(library.lm_set_cache(self._engine, self._cache.data_ptr(), num_blocks))
 
     def run(self, step: Step) -> None:
-        """Compute one step; see `lm::Step`. Not thread-safe."""
-        self._check(self._library.lm_run(self._engine, step))
+        """Compute one step; see `lm::Step`. Not thread-safe. Raises MemoryError, after which the next step may run."""
+        if (error := self._library.lm_run(self._engine, step)) is not None:
+            if b"bad_alloc" in error:
+                raise MemoryError(f"no memory for a step of {step.num_tokens} tokens")
+            raise RuntimeError(f"the native step failed: {error.decode()}")
 
     def clear(self, blocks: list[int]) -> None:
         """Zero the given cache blocks in every layer."""

@@ -29,11 +29,19 @@ def test_cores_are_counted_once() -> None:
     assert 1 <= num_cores() <= 1024
 
 
-def test_a_damaged_library_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupted copies happen; the next best library, or torch, serves."""
+@pytest.mark.parametrize("kept", [0, 64, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("fills", [False, True], ids=["cut off", "zeros behind"])
+def test_a_damaged_library_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: float, fills: bool
+) -> None:
+    """Interrupted copies happen, and full disks; loading one would end the process. The next best library, or torch,
+    serves."""
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     for name, _ in VARIANTS:
-        (tmp_path / f"{name}{suffix}").write_bytes(b"")
+        path = Path(library.__file__).parent / f"{name}{suffix}"
+        content = path.read_bytes() if path.is_file() else bytes(1000)
+        part = content[: int(kept * len(content)) if kept < 1 else int(kept)]
+        (tmp_path / f"{name}{suffix}").write_bytes(part.ljust(len(content) if fills else 0, b"\0"))
     intact = libraries()
     if intact:
         last = next(path for path in map(Path, (found._name for found in intact[-1:])))

@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from router_training.__main__ import main
+from router_training.joint import WRITTEN_BY
 from router_training.joint_settings import JointConfig
 from router_training.report import evaluation_table
 from router_training.roster import check_artefact, load_roster
@@ -194,6 +195,11 @@ def test_adapters_in_a_subfolder_of_the_results_are_not_overwritten(
     (project / "adapters.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     assert run(project, *QUICK) == 1
     assert "holds adapters that no joint run has written" in capsys.readouterr().err
+    config = {**config, "adapters": [{"name": "digits", "source": "adapters/digits"}]}
+    text = f"{WRITTEN_BY}\n{yaml.safe_dump(config)}"
+    (project / "out/adapters.yaml").write_text(text, encoding="utf-8")
+    assert run(project, *QUICK) == 1
+    assert "that no joint run has written: letters; take" in capsys.readouterr().err
     assert (project / "out/adapters/letters/adapter_model.safetensors").read_bytes() == before
 
 

@@ -72,7 +72,7 @@ class Int8Rows {
         for (int64_t k = 0, group = row * depth_ / kGroup; k < depth; k += kGroup, ++group) {
             const Vec low = load16(x + k), high = load16(x + k + kVec);
             const float greatest = greatest_of(maximum(absolute(low), absolute(high)));
-            const Vec inverse = all(greatest > 0.0f ? 127.0f / greatest : 0.0f);
+            const Vec inverse = all(greatest > kNothing ? 127.0f / greatest : 0.0f);
             const Vec whole_low = rounded(low * inverse), whole_high = rounded(high * inverse);
             store_bytes(values_.get() + row * depth_ + k, whole_low);
             store_bytes(values_.get() + row * depth_ + k + kVec, whole_high);
@@ -87,6 +87,7 @@ class Int8Rows {
     const int32_t* offsets(int64_t row) const { return offsets_.get() + row * depth_ / kGroup; }
 
   private:
+    static constexpr float kNothing = 1e-30f;  // whose inverse would leave float32
     int64_t depth_ = 0;
     Buffer<int8_t> values_;
     Buffer<float> scales_;     // of groups
