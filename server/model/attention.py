@@ -138,8 +138,9 @@ def attach_paged_attention(model: PreTrainedModel) -> PagedAttention:
     """Make `model` compute attention over a block cache; finds each layer's shapes with one two-token pass.
 
     Raises ModelLoadError for architectures this cannot serve: layers without attention, attention that bypasses the
-    attention interface or needs terms that are not computed here.
+    attention interface or needs terms that are not computed here, position encodings that depend on the batch.
     """
+    refuse_batch_dependent_positions(model)
     _refuse_convolutions(model)
     attention = PagedAttention()
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _attention_forward)
