@@ -69,7 +69,7 @@ async def test_bytes_that_trickle_in_do_not_extend_the_time() -> None:
                 break
             writer.write(bytes([byte]))
             await asyncio.sleep(TIMEOUT_S / 10)
-        assert await closed < 2 * TIMEOUT_S + 1
+        assert await closed < 5
         writer.close()
 
 
