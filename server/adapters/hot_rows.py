@@ -56,6 +56,8 @@ class HotRows:
         self._hold = hold
         self._additions = threading.Lock()
         """Held while examples are added to an adapter's, written and counted. Taken before the state's mutex."""
+        self._readmitting: set[Record] = set()
+        """To be let into the routed pool again once they pass. On the thread alone."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-calibrator")
 
     def encode(self, raw: Sequence[Any]) -> tuple[Example, ...]:
@@ -148,7 +150,17 @@ class HotRows:
             self._finish(record)
 
     def _run(self, record: Record, readmits: bool) -> None:
-        """Its adapter is held until the router has the row: from then on it stays."""
+        """Its adapter is held until the router has the row: from then on it stays. Of several that wait, the last one
+        counts: it has the examples of all."""
+        if readmits:
+            self._readmitting.add(record)
+        with self._state.mutex:
+            is_overtaken = record.num_calibrations > 1
+        if is_overtaken:
+            self._finish(record)
+            return
+        readmits = record in self._readmitting
+        self._readmitting.discard(record)
         with contextlib.ExitStack() as holds:
             before = record.calibration
             calibration, problem = self._judge(record, holds)

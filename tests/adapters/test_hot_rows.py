@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from server.adapters.calibration import Calibrator
 from server.adapters.examples import encode_examples
 from server.adapters.hub import HubSource
 from server.adapters.hub_retry import RetryPolicy
@@ -248,6 +249,32 @@ def test_calibrating_anew_leaves_running_requests_their_row(start: Start, routed
     assert new.id != running.plan.router_generation
     assert routed.routers.generations[old.id] is old, "the running request's generation stands as it was"
     running.release()
+
+
+def test_of_calibrations_that_wait_the_last_one_counts(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the examples of all; one thread makes the rows of all adapters, and must not make one over and over."""
+    registry = start()
+    add(registry, "c", OWN[:2])
+    may_go, counts = threading.Event(), []
+    calibrate = Calibrator.calibrate
+
+    def slow(self: Calibrator, slot: int, examples: Any, *rest: Any) -> Any:
+        counts.append(len(examples))
+        may_go.wait(20)
+        return calibrate(self, slot, examples, *rest)
+
+    monkeypatch.setattr(Calibrator, "calibrate", slow)
+    registry.calibrate("c", OWN[1:3])
+    while not counts:
+        time.sleep(0.002)
+    for stop in (4, 5, 6):
+        registry.calibrate("c", OWN[stop - 2 : stop])
+    assert not registry.get("c").is_settled
+    may_go.set()
+    info = registry.wait("c", 60)
+    assert counts == [3, 6]
+    assert info.to_dict()["calibration"]["num_examples"] == 6
+    assert info.routed
 
 
 def test_registering_again_adds_the_examples_that_are_new(start: Start) -> None:
