@@ -76,7 +76,6 @@ def build_backend(
             "at once; set it to 0, or server.backend to auto or native",
             param="server.speculative_tokens",
         )
-    refuse_batch_dependent_positions(routed.model)  # type: ignore[arg-type]
     if settings.backend == "torch" and quantized:
         raise ConfigError(
             "base_model.quantization int8 needs the native backend: on torch it would save nothing; set it to null, or "
@@ -106,7 +105,7 @@ def _build_torch(routed: RoutedModel, settings: ServerSettings, model_limit: int
     model: Any = routed.model
     dtype, device = routed.bank.dtype, routed.bank.device
     text = text_for(model.config.get_text_config().vocab_size, model_limit)
-    expected = _own_logits(model, text)
+    expected = own_logits(model, text)
     attention = attach_paged_attention(model)
     if dtype == torch.bfloat16 and device.type == "cpu" and not has_bfloat16():
         logger.warning(
@@ -133,20 +132,13 @@ def _build_torch(routed: RoutedModel, settings: ServerSettings, model_limit: int
     return Backend(graph, num_blocks, max_model_len, "torch")
 
 
-def _own_logits(model: Any, text: list[int]) -> torch.Tensor:
-    try:
-        return own_logits(model, text)
-    except Exception as error:
-        message = f"{type(model).__name__} cannot compute a text: {type(error).__name__}: {error}"
-        raise ModelLoadError(message) from error
-
-
 def _build_native(
     routed: RoutedModel, settings: ServerSettings, model_limit: int, quantized: Mapping[str, Int8Weight]
 ) -> Backend | str:
     """The native backend, or why there is none."""
     if (reason := why_not(routed.model, block_size=settings.block_size)) is not None:
         return reason
+    refuse_batch_dependent_positions(routed.model)  # type: ignore[arg-type]  # the torch graph does it itself
     num_blocks = _num_blocks(settings, bytes_per_block(routed.model, settings.block_size), routed.bank.device)
     max_model_len = _max_model_len(settings, model_limit, num_blocks)
     try:

@@ -14,6 +14,7 @@ from torch import Tensor
 from server.engine.graph import Graph
 from server.engine.layout import lay_out
 from server.engine.sequence import SamplingParams, ScheduledBatch, ScheduledSequence, Sequence
+from server.errors import ModelLoadError
 
 CHUNKS = (17, 15, *itertools.repeat(1, 8))
 """Tokens computed in turn: two chunks that fill blocks and tiles, the second in the middle of one, then decoding."""
@@ -27,10 +28,14 @@ def text_for(vocab_size: int, max_model_len: int) -> list[int]:
 
 
 def own_logits(model: Any, token_ids: List[int]) -> Tensor:
-    """Logits (T, V) float32 of the model by its own forward pass, in one go and without a cache."""
-    with torch.inference_mode():
-        tokens = torch.tensor([token_ids], device=model.device)
-        logits: Tensor = model(input_ids=tokens, use_cache=False).logits[0].float()
+    """Logits (T, V) float32 of the model by its own forward pass, in one go, without a cache. Raises ModelLoadError."""
+    try:
+        with torch.inference_mode():
+            tokens = torch.tensor([token_ids], device=model.device)
+            logits: Tensor = model(input_ids=tokens, use_cache=False).logits[0].float()
+    except Exception as error:  # every architecture fails in its own way
+        message = f"{type(model).__name__} cannot compute a text: {type(error).__name__}: {error}"
+        raise ModelLoadError(message) from error
     return logits
 
 

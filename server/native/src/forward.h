@@ -2,6 +2,9 @@
 // meet at barriers between phases; inside a phase they take panels or rows from a shared counter.
 #pragma once
 
+#include <stdexcept>
+#include <string>
+
 #include "attention_stage.h"
 
 namespace lm {
@@ -12,6 +15,9 @@ class Forward : public AttentionStage<T> {
     using AttentionStage<T>::AttentionStage;
 
     void run(const Step& step) {
+        for (int32_t t = 0; t < step.num_tokens; ++t)
+            if (step.token_ids[t] < 0 || step.token_ids[t] >= shape_.vocab)
+                throw std::out_of_range("token " + std::to_string(step.token_ids[t]) + " is beyond the vocabulary");
         this->begin(step);
         team_.run([this](int id) { work(id); });
     }

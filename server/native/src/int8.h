@@ -76,9 +76,9 @@ class Int8Rows {
             const Vec whole_low = rounded(low * inverse), whole_high = rounded(high * inverse);
             store_bytes(values_.get() + row * depth_ + k, whole_low);
             store_bytes(values_.get() + row * depth_ + k + kVec, whole_high);
-            const bool is_odd = bits_of(is_not_finite(low) | is_not_finite(high)) != 0;
-            scales_.get()[group] = is_odd ? NAN : greatest / 127.0f;
-            offsets_.get()[group] = is_odd ? 0 : -Byte::kOffset * static_cast<int32_t>(sum_of(whole_low + whole_high));
+            const bool is_broken = bits_of(is_not_finite(low) | is_not_finite(high)) != 0;
+            scales_.get()[group] = is_broken ? NAN : greatest / 127.0f;
+            offsets_.get()[group] = is_broken ? 0 : -Byte::kOffset * static_cast<int32_t>(sum_of(whole_low + whole_high));
         }
     }
 
