@@ -6,12 +6,14 @@ See `routing.background` and `routing.prompt_statistics`.
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from router_training.data import Chat, data_digest, read_splits
 from router_training.encoding import TokenSequence, encode_chats
+from router_training.prompt_fit import normalised
 from router_training.roster import BASE_TASK, Roster, check_artefact
 from router_training.router_inputs import CachedInputs, cache_inputs
 from server.config import ServerConfig
@@ -74,7 +76,9 @@ def with_questions(artefact: RouterArtefact, roster: Roster, sequences: Sequence
     ]
     if not questions:
         raise RouterArtefactError("the chats hold no question as the artefact's prompt gate knows them")
-    statistics = summarise_questions(questions, *gate.scores.shape)
+    model: Any = roster.loaded.model
+    embeddings = normalised(model.get_input_embeddings().weight)
+    statistics = summarise_questions(questions, embeddings, gate.scores.shape[1])
     return dataclasses.replace(artefact, prompt_gate=dataclasses.replace(gate, statistics=statistics))
 
 

@@ -106,7 +106,7 @@ def fit_prompt_gate(
         scores = F.linear(features, rows.mean(dim=0)) * SHRINK
         scores -= scores.mean(dim=1, keepdim=True)  # a constant per token changes nothing and would cost bits
     ends = answer_ends(frame, draws[0], first_slot=first_slot, num_choices=len(names))
-    return PromptGate(scores.half(), frame, settings, _statistics(questions[0], *scores.shape), ends)
+    return PromptGate(scores.half(), frame, settings, _statistics(questions[0], features, len(names)), ends)
 
 
 def num_steps(num_questions: int) -> int:
@@ -223,10 +223,10 @@ def guide_of(
     return PromptReader(gate, roster, top_k=top_k, unguided=unguided).fixed_gates
 
 
-def _statistics(questions: Sequence[Question], vocabulary: int, num_choices: int) -> QuestionStatistics | None:
+def _statistics(questions: Sequence[Question], features: Tensor, num_choices: int) -> QuestionStatistics | None:
     """Of the questions that belong to one choice from end to end."""
     whole = [(tokens.tolist(), int(own[0])) for tokens, own in questions if (own == own[0]).all()]
-    return summarise_questions(whole, vocabulary, num_choices) if whole else None
+    return summarise_questions(whole, features, num_choices) if whole else None
 
 
 def _questions(frame: ChatFrame, sequences: Sequence[TokenSequence], first_slot: int) -> list[Question]:

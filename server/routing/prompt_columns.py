@@ -1,7 +1,8 @@
 """Prompt-gate columns for adapters that the gate was not trained with, in closed form, and the canary that judges them.
 
-From the question tokens of an adapter's examples and the gate's statistics alone: no embeddings, which a server may
-have freed, and no other newcomer, so that registrations commute and no trained column changes. V: vocabulary.
+From the question tokens of an adapter's examples and the gate's statistics alone: what is needed of the embeddings,
+which a server may have freed, is in those. No other newcomer enters, so that registrations commute and no trained
+column changes. V: vocabulary.
 """
 
 import math
@@ -15,14 +16,13 @@ from torch import Tensor
 from server.routing.policy import BASE_ALIAS
 from server.routing.prompt_gate import PromptGate
 from server.routing.prompt_statistics import QuestionStatistics
+from server.routing.token_features import tilted
 
 GAIN = 0.5
 """Weight of a token's log ratio. Tokens of a question are not independent, so whole ones would be too sure."""
 PRIOR_TOKENS = 1500.0
-"""Tokens of ordinary questions that the examples' own are mixed with."""
-UNIFORM_SHARE = 0.4
-"""Share of an ordinary question that may be any token. Much, so that the words of a few hundred training questions do
-not pass for all words that others use. The best of what was tried, as the two above: see docs/hot-routing.md."""
+"""Tokens of questions like the examples' that their own are mixed with. The best of what was tried, as the one above:
+see docs/hot-routing.md."""
 MAX_LOG_RATIO = 6.0
 """Nats; no single token may say more, before the gain."""
 MIN_EXAMPLES = 2
@@ -117,15 +117,18 @@ def column_from_questions(
     """(V,) float16: the newcomer's score beside the gate's own.
 
     If s_c were log P(token | c) up to a constant per token, log mean exp of them would be that of an ordinary question,
-    and a newcomer's score that plus log P(token | newcomer) / P(token | ordinary): so it is, with the ratio damped. A
-    token that says nothing gets what the trained choices have between them. Ids beyond the table are left out.
+    and a newcomer's score that plus log P(token | newcomer) / P(token | ordinary): so it is, with the ratio damped.
+    P(token | newcomer) is the examples' counts, mixed with tokens that are like theirs (`token_features.tilted`), or
+    where statistics have no features with ordinary ones. A token that says nothing gets what the trained choices have
+    between them. Ids beyond the table are left out.
     """
     vocabulary, num_choices = gate.scores.shape
     tokens = torch.tensor([token for question in questions for token in question], dtype=torch.int64)
     tokens = tokens[(tokens >= 0) & (tokens < vocabulary)]
     counts = torch.bincount(tokens, minlength=vocabulary).double()
-    ordinary = (1 - UNIFORM_SHARE) * statistics.frequency.double() + UNIFORM_SHARE / vocabulary
-    own = (counts + PRIOR_TOKENS * ordinary) / (len(tokens) + PRIOR_TOKENS)
+    ordinary = statistics.ordinary
+    likely = ordinary if statistics.features is None else tilted(ordinary, statistics.features, counts)
+    own = (counts + PRIOR_TOKENS * likely) / (len(tokens) + PRIOR_TOKENS)
     ratio = (own / ordinary).log().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     between = torch.logsumexp(gate.scores.double(), dim=1) - math.log(num_choices)
     return (between + GAIN * ratio).half()

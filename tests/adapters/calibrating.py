@@ -64,4 +64,6 @@ def ordinary_prompt_gate(num_choices: int = 2) -> PromptGate:
     scores = torch.zeros(305, num_choices, dtype=torch.float16)
     scores[ord("q"), 0] = 4.0
     questions = [(list(text.encode()), index % num_choices) for index, text in enumerate(ORDINARY)]
-    return PromptGate(scores, ChatFrame((302,), 304), statistics=summarise_questions(questions, 305, num_choices))
+    return PromptGate(
+        scores, ChatFrame((302,), 304), statistics=summarise_questions(questions, torch.eye(305), num_choices)
+    )

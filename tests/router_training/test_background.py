@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from router_training.background import with_background, with_questions
 from router_training.encoding import TokenSequence
 from router_training.gates import RouterParameters
 from router_training.leave_one_out import without_row
+from router_training.prompt_fit import normalised
 from router_training.roster import FIRST_SLOT, Roster
 from router_training.router_inputs import cache_inputs
 from router_training.settings import TrainingConfig
@@ -19,6 +21,7 @@ from server.routing.background import from_tensors
 from server.routing.chat_frame import ChatFrame
 from server.routing.prompt_gate import PromptGate
 from server.routing.router import RouterArtefact
+from server.routing.token_features import token_features
 
 Sequences = Callable[..., list[TokenSequence]]
 
@@ -84,6 +87,10 @@ def test_questions_follow_the_artefact_and_leave_scores_alone(
     assert found.statistics is not None
     expected = {(s.token_ids[2:-1], s.label - FIRST_SLOT - 1) for s in sequences if s.label != FIRST_SLOT}
     assert {(tuple(tokens), choice) for tokens, choice in found.statistics.questions} == expected
+    model: Any = roster.loaded.model
+    features = token_features(normalised(model.get_input_embeddings().weight), found.statistics.ordinary)
+    assert found.statistics.features is not None
+    assert torch.equal(found.statistics.features, features)
 
 
 def test_chats_without_questions_are_refused_and_a_router_without_a_gate_stays(

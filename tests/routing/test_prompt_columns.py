@@ -5,6 +5,7 @@ import random
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,11 +16,17 @@ from server.routing.prompt_columns import column_from_questions, judge_column, m
 from server.routing.prompt_course import prompt_course
 from server.routing.prompt_gate import PromptGate
 from server.routing.prompt_statistics import QuestionStatistics, summarise_questions
+from server.routing.token_features import tilted
 
 V = 40_000
 """Ids of most tokens stand for nothing, as in a real vocabulary."""
+EMBEDDINGS = torch.randn(V, 8, generator=torch.Generator().manual_seed(0))
+for _kind, _first in enumerate(range(0, 450, 50)):
+    EMBEDDINGS[_first : _first + 50, _kind % 8] += 6.0
+"""The words of a task are alike."""
 NAMES = ("one", "two", "three")
 FRAME = ChatFrame((396, 397), 398)
+Floats = npt.NDArray[np.float64]
 
 
 def questions(first: int, count: int, *, seed: int = 0, length: int = 12) -> list[list[int]]:
@@ -37,7 +44,7 @@ def trained(*, taught: int = 3) -> PromptGate:
         scores[50 * choice : 50 * choice + 50, choice] = 3.0
     scores -= scores.mean(dim=1, keepdim=True)
     known = [(question, choice) for choice in range(3) for question in questions(50 * choice, 40)]
-    return PromptGate(scores.half(), FRAME, statistics=summarise_questions(known, V, 3))
+    return PromptGate(scores.half(), FRAME, statistics=summarise_questions(known, EMBEDDINGS, 3))
 
 
 def statistics_of(gate: PromptGate) -> QuestionStatistics:
@@ -54,14 +61,35 @@ def rendered(own: list[list[int]]) -> list[list[int]]:
 
 
 def test_the_column_is_the_log_mean_of_the_trained_ones_and_a_damped_log_ratio() -> None:
-    """In float64 with numpy, but for the final rounding to float16."""
+    """In float64 with numpy, but for the final rounding to float16; with what is like the examples, and without."""
     gate, own = trained(), [[200] * 12 + [7, V - 1], [200, 310]]
-    scores, frequency = gate.scores.double().numpy(), statistics_of(gate).frequency.double().numpy()
-    ordinary = 0.6 * frequency + 0.4 / V
-    ratio = np.log((np.bincount([*own[0], *own[1]], minlength=V) + 1500 * ordinary) / (16 + 1500) / ordinary)
+    statistics, scores = statistics_of(gate), gate.scores.double().numpy()
+    assert statistics.features is not None
+    ordinary = 0.6 * statistics.frequency.double().numpy() + 0.4 / V
+    counts = np.bincount([*own[0], *own[1]], minlength=V).astype(np.float64)
+    likely = tilted(torch.tensor(ordinary), statistics.features, torch.tensor(counts)).numpy()
+    for prior, found in (
+        (likely, column(gate, own)),
+        (ordinary, column_from_questions(own, gate, replace(statistics, features=None))),
+    ):
+        _check_column(scores, counts, prior, ordinary, found)
+
+
+def _check_column(scores: Floats, counts: Floats, prior: Floats, ordinary: Floats, found: Tensor) -> None:
+    ratio = np.log((counts + 1500 * prior) / (16 + 1500) / ordinary)
     expected = np.log(np.exp(scores).mean(axis=1)) + 0.5 * np.minimum(ratio, 6)
     assert ratio.max() > 6, "the limit has something to do"
-    np.testing.assert_allclose(column(gate, own).double().numpy(), expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(found.double().numpy(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_other_words_of_the_same_kind_are_the_newcomers_too() -> None:
+    """Its examples had 10 of its 50 words: the embeddings say that the others are alike."""
+    gate = trained()
+    seen = [[200 + (index + position) % 10 for position in range(12)] for index in range(8)]
+    unseen = [[220 + (index + position) % 30 for position in range(12)] for index in range(8)]
+    assert shares(gate, column(gate, seen), unseen)[3] > 0.9
+    without = column_from_questions(seen, gate, replace(statistics_of(gate), features=None))
+    assert shares(gate, without, unseen)[3] == 0
 
 
 def test_a_constant_per_token_in_the_trained_scores_changes_no_decision() -> None:

@@ -94,7 +94,7 @@ def test_a_prompt_gate_is_saved_and_loaded_exactly(tmp_path: Path) -> None:
 
 
 def with_statistics(**changes: Any) -> RouterArtefact:
-    statistics = replace(summarise_questions([([1, 2, 2], 0), ([5], 2)], 12, 3), **changes)
+    statistics = replace(summarise_questions([([1, 2, 2], 0), ([5], 2)], torch.eye(12), 3), **changes)
     return make_artefact(prompt_gate=replace(make_prompt_gate(), statistics=statistics))
 
 
@@ -107,7 +107,9 @@ def test_statistics_of_questions_are_saved_and_loaded_exactly_and_change_no_gate
     assert loaded.statistics is not None
     assert artefact.prompt_gate.statistics is not None
     assert loaded.statistics.questions == artefact.prompt_gate.statistics.questions
-    assert torch.equal(loaded.statistics.frequency, artefact.prompt_gate.statistics.frequency)
+    saved = artefact.prompt_gate.statistics.tensors()
+    assert saved.keys() == loaded.statistics.tensors().keys() >= {"frequency", "features"}
+    assert all(torch.equal(value, saved[name]) for name, value in loaded.statistics.tensors().items())
     without = make_artefact(prompt_gate=make_prompt_gate())
     assert (artefact.settings, artefact.row_digests()) == (without.settings, without.row_digests())
 
