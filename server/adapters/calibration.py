@@ -17,6 +17,7 @@ from server.adapters.publisher import RunBetweenSteps
 from server.adapters.torch_states import TorchStates
 from server.routing.attach import RoutedModel
 from server.routing.background import Background, from_tensors
+from server.routing.heirs import inherited_row, judge_heir, judge_heirs_column
 from server.routing.policy import BASE_PLAN, GatePlan, Policy
 from server.routing.prompt_columns import PromptVerdict, make_column
 from server.routing.prototypes import (
@@ -56,7 +57,7 @@ class Calibration:
     row: HotRow
     report: CanaryReport
     method: str
-    """`examples` or `weights`."""
+    """`examples`, `weights`, or `inherited` where the row is a trained one of an earlier version."""
     num_examples: int
     artefact: RouterArtefact
     """What it was fitted against; under another artefact it means nothing."""
@@ -95,14 +96,21 @@ class Calibrator:
         artefact: RouterArtefact,
         trained_slots: Mapping[str, int],
         poll: PollCancelled = lambda: None,
+        *,
+        predecessor: int | None = None,
     ) -> Calibration:
         """The row of the adapter that stands in bank slot `slot`.
 
         `trained_slots` are the slots of the artefact's own adapters by digest: no other hot row takes part, so the
-        result does not depend on who else is registered. Raises RouterArtefactError when the artefact has no
-        statistics, what `ExampleStates` raises, and what `poll` raises.
+        result does not depend on who else is registered. `predecessor` is the place in the artefact of an earlier
+        version of the adapter, whose row it gets if the examples fit it, and else one of its own. Raises
+        RouterArtefactError when the artefact has no statistics, what `ExampleStates` raises, and what `poll` raises.
         """
         background = from_tensors(artefact.background, artefact.rows)
+        if examples and predecessor is not None:
+            heir = self._inherit(slot, examples, artefact, background, trained_slots, poll, predecessor)
+            if not heir.problems:
+                return heir
         if examples:
             row, own = self._from_examples(slot, examples, artefact, background, trained_slots, poll)
         else:
@@ -123,6 +131,26 @@ class Calibrator:
         )
         return Calibration(row, report, "examples" if examples else "weights", len(examples), artefact, prompt)
 
+    def _inherit(
+        self,
+        slot: int,
+        examples: Sequence[Example],
+        artefact: RouterArtefact,
+        background: Background,
+        trained_slots: Mapping[str, int],
+        poll: PollCancelled,
+        predecessor: int,
+    ) -> Calibration:
+        row = inherited_row(artefact, predecessor)
+        inputs = _joined(self._states_of(examples, artefact, trained_slots, {slot: row}, poll))
+        report = judge_heir(row, artefact, background, predecessor, inputs)
+        prompt = None
+        if artefact.prompt_gate is not None and self._reads_prompts:
+            names = [adapter.name for adapter in artefact.adapters]
+            prompts = [example.token_ids for example in examples]
+            prompt = judge_heirs_column(artefact.prompt_gate, predecessor, prompts, names)
+        return Calibration(row, report, "inherited", len(examples), artefact, prompt)
+
     def _from_examples(
         self,
         slot: int,
@@ -136,13 +164,9 @@ class Calibrator:
         halves: list[list[dict[str, Tensor]]] = [[], []]
         row: HotRow | None = None
         for _ in range(ROUNDS):
-            routers, plan = self._routing(artefact, trained_slots, {} if row is None else {slot: row})
-            for index, example in enumerate(examples):
-                poll()
-                read = functools.partial(
-                    self._states.inputs, example.token_ids, chosen_positions(example), plan, routers, artefact
-                )
-                halves[index % 2].append(self._between_steps(read))
+            states = self._states_of(examples, artefact, trained_slots, {} if row is None else {slot: row}, poll)
+            halves[0] += states[0::2]
+            halves[1] += states[1::2]
             row = _fit(halves[0] + halves[1], artefact, background)
         assert row is not None
         rates = [
@@ -162,6 +186,25 @@ class Calibrator:
             else:
                 columns[key] = GateColumn(torch.zeros(rows.shape[1]), NEVER)
         return HotRow(columns)
+
+    def _states_of(
+        self,
+        examples: Sequence[Example],
+        artefact: RouterArtefact,
+        trained_slots: Mapping[str, int],
+        hot: Mapping[int, HotRow],
+        poll: PollCancelled,
+    ) -> list[dict[str, Tensor]]:
+        """What the gates read of each example's chosen tokens under the trained rows and these."""
+        routers, plan = self._routing(artefact, trained_slots, hot)
+        found = []
+        for example in examples:
+            poll()
+            read = functools.partial(
+                self._states.inputs, example.token_ids, chosen_positions(example), plan, routers, artefact
+            )
+            found.append(self._between_steps(read))
+        return found
 
     def _routing(
         self, artefact: RouterArtefact, trained_slots: Mapping[str, int], hot: Mapping[int, HotRow]

@@ -20,6 +20,7 @@ from server.adapters.residency import CancelledLoadError
 from server.adapters.roster import routed_slots
 from server.adapters.state import RegistryState
 from server.errors import AdapterConflictError, InvalidRequestError, LoraMixerError, NotReadyError
+from server.routing.heirs import predecessor_of
 from server.routing.router import RouterArtefact
 
 logger = logging.getLogger(__name__)
@@ -219,13 +220,17 @@ class HotRows:
         holds.callback(lease.release)
         with state.mutex:
             slot, trained = record.slot, _trained_slots(state, router.artefact)
+            digests = {known.adapter.digest for known in state.records.values() if known.adapter is not None}
         if slot is None or slot not in lease.plan.slots:  # another generation has the name now
             raise CancelledLoadError
-        calibration = self._calibrator.calibrate(slot, examples, router.artefact, trained, poll)
+        predecessor = predecessor_of(router.artefact, record.spec.name, digests)
+        calibration = self._calibrator.calibrate(
+            slot, examples, router.artefact, trained, poll, predecessor=predecessor
+        )
         logger.info(
             "adapter %s calibrated from %s: %s",
             record.spec.name,
-            f"{calibration.num_examples} examples" if calibration.num_examples else "its weights",
+            f"{calibration.num_examples} examples ({calibration.method})" if examples else "its weights",
             "; ".join(calibration.problems) or "passed",
         )
         return calibration

@@ -151,14 +151,19 @@ class CanaryReport:
         return self.old_hit_rate_before - self.old_hit_rate_after
 
     @property
+    def own_problems(self) -> tuple[str, ...]:
+        """Those of `problems` that its own examples have."""
+        if self.own_win_rate is None or self.own_win_rate >= MIN_OWN_WIN_RATE:
+            return ()
+        return (
+            f"its gate row wins {100 * self.own_win_rate:.0f} % of its own examples' tokens, "
+            f"below {100 * MIN_OWN_WIN_RATE:.0f} %",
+        )
+
+    @property
     def problems(self) -> tuple[str, ...]:
         """Why it may not be routed, with numbers; empty when it may."""
-        found = []
-        if self.own_win_rate is not None and self.own_win_rate < MIN_OWN_WIN_RATE:
-            found.append(
-                f"its gate row wins {100 * self.own_win_rate:.0f} % of its own examples' tokens, "
-                f"below {100 * MIN_OWN_WIN_RATE:.0f} %"
-            )
+        found = [*self.own_problems]
         if self.hit_rate_drop > MAX_HIT_RATE_DROP:
             found.append(
                 f"it would lower the other adapters' top-k hit rate by {100 * self.hit_rate_drop:.1f} points, from "

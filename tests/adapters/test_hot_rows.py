@@ -33,7 +33,8 @@ from server.errors import (
 from server.native.library import libraries
 from server.routing.attach import RoutedModel, attach_routing
 from server.routing.prompt_gate import PromptGate
-from server.routing.router import load_artefact, save_artefact
+from server.routing.prototypes import HotRow
+from server.routing.router import RouterArtefact, load_artefact, save_artefact
 from tests.adapters.calibrating import (
     ORDINARY,
     OWN,
@@ -258,10 +259,10 @@ def test_of_calibrations_that_wait_the_last_one_counts(start: Start, monkeypatch
     may_go, counts = threading.Event(), []
     calibrate = Calibrator.calibrate
 
-    def slow(self: Calibrator, slot: int, examples: Any, *rest: Any) -> Any:
+    def slow(self: Calibrator, slot: int, examples: Any, *rest: Any, **more: Any) -> Any:
         counts.append(len(examples))
         may_go.wait(20)
-        return calibrate(self, slot, examples, *rest)
+        return calibrate(self, slot, examples, *rest, **more)
 
     monkeypatch.setattr(Calibrator, "calibrate", slow)
     registry.calibrate("c", OWN[1:3])
@@ -301,6 +302,56 @@ def test_a_next_generation_is_calibrated_anew_and_takes_the_traffic_over(start: 
     assert slot in registry.lease("auto").plan.allowed_slots
     assert slot not in running.plan.allowed_slots, "a running request keeps the generation that it began with"
     running.release()
+
+
+def row_of(routed: RoutedModel, artefact: RouterArtefact, slot: int) -> HotRow:
+    """What the adapter in a slot would get from `OWN`."""
+    examples = encode_examples(OWN, ByteRenderer())
+    return Calibrator(routed, run_inline).calibrate(slot, examples, artefact, {}).row
+
+
+def test_a_next_version_of_a_trained_adapter_inherits_its_row(
+    start: Start, routed: RoutedModel, tmp_path: Path
+) -> None:
+    """Where the examples are its predecessor's task; the row is the trained one, and back again it is its own."""
+    registry = start()
+    artefact = load_artefact(tmp_path / "router")
+    taught = row_of(routed, artefact, slot_of(registry, "b"))  # as if `b` had been trained for what the examples are
+    rows = {key: torch.stack([values[0], taught.columns[key].row]) for key, values in artefact.rows.items()}
+    save_artefact(dataclasses.replace(artefact, rows=rows), tmp_path / "router")
+    registry.swap_router(tmp_path / "router")
+    old = registry.get("b")
+    registry.register(AdapterSpec(name="b", source="./d"), OWN, expected=[old.etag])
+    info = registry.wait("b", 60)
+    assert info.routed, info.reason
+    facts = info.to_dict()["calibration"]
+    assert (facts["state"], facts["method"], facts["num_examples"]) == ("passed", "inherited", 6)
+    row = registry.roster.adapters["b"].calibration
+    assert row is not None
+    for key, values in rows.items():
+        assert torch.equal(row.row.columns[key].row, values[1])
+        assert row.row.columns[key].bias == 0
+    registry.register(AdapterSpec(name="b", source="./b"), [], expected=[info.etag])
+    again = registry.wait("b", 60)
+    assert (again.digest, again.routed, again.calibration) == (old.digest, True, None)
+
+
+def test_a_next_version_for_another_task_gets_a_row_of_its_own(start: Start) -> None:
+    registry = start()
+    registry.register(AdapterSpec(name="b", source="./d"), OWN, expected=[registry.get("b").etag])
+    info = registry.wait("b", 60)
+    assert info.to_dict()["calibration"]["method"] == "examples"
+    assert info.routed, info.reason
+
+
+def test_a_trained_row_is_not_inherited_while_its_adapter_is_registered(start: Start) -> None:
+    """Under another name, as here: it needs its row itself."""
+    registry = start()
+    registry.retire("b")
+    registry.wait_retired("b", 60)
+    add(registry, "other", source="./b")
+    info = add(registry, "b", OWN, source="./d")
+    assert info.to_dict()["calibration"]["method"] == "examples"
 
 
 def test_a_restart_keeps_the_wish_to_be_routed_and_makes_rows_from_examples_on_disk(
