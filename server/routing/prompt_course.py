@@ -9,7 +9,7 @@ from torch import Tensor
 
 from server.routing.plan_course import ENDLESS, NO_COURSE, NO_TURNS, AnswerTurns, PlanCourse, PlanSpan, Turn
 from server.routing.policy import BASE_PLAN, BASE_SLOT, GatePlan, Policy, fixed_plan, without
-from server.routing.prompt_gate import FAINT_NEWCOMER_SHARE, Mixture, PromptGate
+from server.routing.prompt_gate import MAX_NEWCOMER_FIRST, Mixture, PromptGate
 
 
 def prompt_course(
@@ -67,7 +67,7 @@ def prompt_course(
         draft.owners += plans
         tasks = [choice for choice, _ in groupby(one for one in reading.choices if one not in (None, base_column))]
         begins = reading.first
-        if reading.newcomer_share > FAINT_NEWCOMER_SHARE and len(reading.absent) < len(new_columns):
+        if reading.newcomer_first > MAX_NEWCOMER_FIRST and len(reading.absent) < len(new_columns):
             begins = _alone(tasks[0]) if tasks and tasks[0] in new_columns else None
         turns = NO_TURNS
         if begins is not None and gate.frame.is_answered(token_ids, stop):

@@ -46,8 +46,10 @@ NEWCOMER_ANSWERS = 0.9
 rougher in answers than the gate is in questions."""
 MAX_NEWCOMER_SHARE = 0.1
 """Mean posterior of all newcomers up to which a question that no choice is sure of is none of theirs."""
-FAINT_NEWCOMER_SHARE = 0.01
-"""The same for a question that trained choices have for certain, up to which they may begin its answer."""
+MAX_NEWCOMER_FIRST = 0.02
+"""Probability that the first adapter with a part of a question is a newcomer, up to which a trained one may begin the
+answer to a question that is its own for certain. A newcomer's answer that another begins costs tens of nats, one that
+the router begins costs a trained adapter less than one (docs/hot-routing.md)."""
 
 MIN_NEWCOMER_PART = 0.05
 """Mean posterior of a newcomer below which it has no part in the answer to a question that is most likely nobody's. Its
@@ -90,8 +92,8 @@ class Reading:
     first: Mixture | None
     """The same of whoever's answer comes first, that of the first adapter with a part of the question; None where
     nothing is given for sure."""
-    newcomer_share: float
-    """Mean posterior of all newcomers together, whoever the question is given to."""
+    newcomer_first: float
+    """Probability that the first adapter with a part of the question is a newcomer, whoever it is given to."""
     answers: int | None
     """The newcomer that gets the answer too; None where the router decides."""
     absent: tuple[int, ...] = ()
@@ -172,7 +174,8 @@ class PromptGate:
         is_nobodys = base is not None and int(first.argmax()) == base
         parts = posterior.mean(axis=0)
         absent = tuple(new for new in newcomers if is_nobodys and parts[new] < MIN_NEWCOMER_PART)
-        return Reading(choices, mixtures, begins, newcomer_share, answers, absent)
+        newcomer_first = float(first[list(newcomers)].sum())
+        return Reading(choices, mixtures, begins, newcomer_first, answers, absent)
 
     def _needed(self, num_choices: int, base: int | None) -> Floats:
         """(num_choices,): posterior from which a token is given to each: of two, a half is a toss-up."""

@@ -20,6 +20,8 @@ DIGESTS = {1: "d1", 2: "d2", 3: "d3"}
 ONE, TWO, THREE = (fixed_plan(Policy.PINNED, {slot: 1.0}, DIGESTS) for slot in DIGESTS)
 A, B, C = 10, 20, 30
 """Tokens that speak for slots 1, 2 and 3."""
+DOUBTFUL = 11
+"""Speaks for slot 1, and nearly as much for slot 3."""
 OWN = routed_plan({0: "base", **DIGESTS}, {slot: f"row {slot}" for slot in range(4)}, 1, "settings", 2)
 
 
@@ -68,7 +70,8 @@ def test_the_line_ends_that_begin_a_turn_are_its_own_stretch() -> None:
 
 def make_gate() -> PromptGate:
     scores = torch.zeros(80, 4, dtype=torch.float16)
-    scores[A, 1] = scores[B, 2] = scores[C, 3] = scores[0, 0] = 4.0
+    scores[A, 1] = scores[B, 2] = scores[C, 3] = scores[0, 0] = scores[DOUBTFUL, 1] = 4.0
+    scores[DOUBTFUL, 3] = 3.5
     return PromptGate(scores, FRAME, PromptGateSettings())
 
 
@@ -103,9 +106,12 @@ def test_behind_an_answer_of_which_nothing_is_known_nobody_has_a_turn() -> None:
 
 
 def test_where_the_first_task_may_be_a_newcomers_nobody_has_a_turn() -> None:
-    """As its header then is the router's."""
-    assert read(question(A, B, C), newcomers=frozenset({3})).turns == NO_TURNS
-    assert read(question(C, A), newcomers=frozenset({3})).turns.waiting == (Turn(1, ONE),)
+    """As its header then is the router's. A newcomer behind a task that is another's for certain has its turn."""
+    new = frozenset({3})
+    assert read(question(DOUBTFUL, B), newcomers=new).turns == NO_TURNS
+    assert read(question(DOUBTFUL, B)).turns.waiting == (Turn(1, TWO),)
+    assert read(question(A, B, C), newcomers=new).turns == read(question(A, B, C)).turns
+    assert read(question(C, A), newcomers=new).turns.waiting == (Turn(1, ONE),)
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -201,8 +201,8 @@ def test_where_a_question_may_be_a_newcomers_a_trained_choice_does_not_begin_the
         spans = prompt_spans(gate, plan, columns, DIGESTS, prompt([A] * 2), newcomers=frozenset({2}))
         return next(span.plan.slots for span in spans if span.stop >= 8) if spans[-1].stop > 7 else ()
 
-    assert header_of(0.0) == (1,)
-    assert header_of(2.0) == (), "the newcomer has some hundredths of the posterior"
+    assert header_of(0.0) == header_of(2.0) == (1,), "of the latter the newcomer has less than two hundredths"
+    assert header_of(2.5) == (), "and here nearly five"
 
 
 def test_a_newcomer_has_no_part_in_the_answer_to_what_is_hardly_its_own() -> None:
