@@ -21,8 +21,10 @@ from server.routing.token_features import tilted
 GAIN = 0.5
 """Weight of a token's log ratio. Tokens of a question are not independent, so whole ones would be too sure."""
 PRIOR_TOKENS = 1500.0
-"""Tokens of questions like the examples' that their own are mixed with. The best of what was tried, as the one above:
-see docs/hot-routing.md."""
+"""Tokens of questions like the examples' that their own are mixed with."""
+ALIKE_SHARE = 0.5
+"""Share of these that is like the examples'; the rest is ordinary, so that no word says much against a newcomer whose
+examples merely lack its like. The best of what was tried, as the two above: see docs/hot-routing.md."""
 MAX_LOG_RATIO = 6.0
 """Nats; no single token may say more, before the gain."""
 MIN_EXAMPLES = 2
@@ -118,8 +120,8 @@ def column_from_questions(
 
     If s_c were log P(token | c) up to a constant per token, log mean exp of them would be that of an ordinary question,
     and a newcomer's score that plus log P(token | newcomer) / P(token | ordinary): so it is, with the ratio damped.
-    P(token | newcomer) is the examples' counts, mixed with tokens that are like theirs (`token_features.tilted`), or
-    where statistics have no features with ordinary ones. A token that says nothing gets what the trained choices have
+    P(token | newcomer) is the examples' counts, mixed with ordinary tokens and with ones that are like theirs
+    (`token_features.tilted`), if the statistics have features. A token that says nothing gets what the trained choices have
     between them. Ids beyond the table are left out.
     """
     vocabulary, num_choices = gate.scores.shape
@@ -127,7 +129,10 @@ def column_from_questions(
     tokens = tokens[(tokens >= 0) & (tokens < vocabulary)]
     counts = torch.bincount(tokens, minlength=vocabulary).double()
     ordinary = statistics.ordinary
-    likely = ordinary if statistics.features is None else tilted(ordinary, statistics.features, counts)
+    likely = ordinary
+    if statistics.features is not None:
+        alike = tilted(ordinary, statistics.features, counts)
+        likely = (1 - ALIKE_SHARE) * ordinary + ALIKE_SHARE * alike
     own = (counts + PRIOR_TOKENS * likely) / (len(tokens) + PRIOR_TOKENS)
     ratio = (own / ordinary).log().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     between = torch.logsumexp(gate.scores.double(), dim=1) - math.log(num_choices)
