@@ -22,9 +22,10 @@ GAIN = 0.5
 """Weight of a token's log ratio. Tokens of a question are not independent, so whole ones would be too sure."""
 PRIOR_TOKENS = 1500.0
 """Tokens of questions like the examples' that their own are mixed with."""
-ALIKE_SHARE = 0.5
-"""Share of these that is like the examples'; the rest is ordinary, so that no word says much against a newcomer whose
-examples merely lack its like. The best of what was tried, as the two above: see docs/hot-routing.md."""
+ALIKE_SHARE = 0.25
+"""Share of these that is like the examples'; the rest is ordinary, so that words that are merely like a newcomer's do
+not outweigh what trained choices know, and none says much against it. The best of what was tried, as the two above: see
+docs/hot-routing.md."""
 MAX_LOG_RATIO = 6.0
 """Nats; no single token may say more, before the gain."""
 MIN_EXAMPLES = 2
@@ -121,8 +122,8 @@ def column_from_questions(
     If s_c were log P(token | c) up to a constant per token, log mean exp of them would be that of an ordinary question,
     and a newcomer's score that plus log P(token | newcomer) / P(token | ordinary): so it is, with the ratio damped.
     P(token | newcomer) is the examples' counts, mixed with ordinary tokens and with ones that are like theirs
-    (`token_features.tilted`), if the statistics have features. A token that says nothing gets what the trained choices have
-    between them. Ids beyond the table are left out.
+    (`token_features.tilted`), if the statistics have features. A token that says nothing gets what the trained choices
+    have between them. Ids beyond the table are left out.
     """
     vocabulary, num_choices = gate.scores.shape
     tokens = torch.tensor([token for question in questions for token in question], dtype=torch.int64)
