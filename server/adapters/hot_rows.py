@@ -1,21 +1,22 @@
 """Gate rows of adapters that the router was not trained with: when they are made, kept, renewed and shown.
 
-One thread of its own calibrates, one adapter at a time, so that neither downloads nor requests wait for it.
+One thread of its own calibrates, one adapter at a time, so that neither downloads nor requests wait for it. Routers
+are swapped on it too: no calibration is ever for a router that goes meanwhile.
 `Calibrator` does the maths, `Residency` publishes.
 """
 
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any
 
 from server.adapters.calibration import Calibration, Calibrator
 from server.adapters.example_store import ExampleStore
 from server.adapters.examples import MAX_EXAMPLES, EncodeExamples, Example
 from server.adapters.leases import AdapterLease
-from server.adapters.records import AdapterState, Record
+from server.adapters.records import AdapterState, Record, RowVerdict
 from server.adapters.residency import CancelledLoadError
 from server.adapters.roster import routed_slots
 from server.adapters.state import RegistryState
@@ -131,12 +132,46 @@ class HotRows:
         self._store.forget(record.spec.name, below=record.generation)  # a next generation brings examples of its own
         self._submit(record)  # the record has counted this one from its beginning, so that `wait` waits for it
 
-    def renew(self) -> None:
-        """Make every row anew, for another router."""
+    def swap(self, artefact: RouterArtefact, install: Callable[[Mapping[Record, RowVerdict]], object]) -> None:
+        """Make rows for an artefact, then have `install` make it the router together with them, so that no request
+        misses an adapter that is routed now. All others are calibrated afterwards. Blocks.
+
+        Raises what `install` raises; NotReadyError when the registry is closed before that.
+        """
+        try:
+            swapping = self._thread.submit(self._swap, artefact, install)
+        except RuntimeError as error:
+            raise NotReadyError("the server is shutting down") from error
+        try:
+            swapping.result()
+        except CancelledError as error:
+            raise NotReadyError("the server is shutting down") from error
+
+    def _swap(self, artefact: RouterArtefact, install: Callable[[Mapping[Record, RowVerdict]], object]) -> None:
+        """Meanwhile the router before it serves with its rows. Who is retired then just goes; examples that come then
+        wait for a calibration of their own behind this."""
+        verdicts: dict[Record, RowVerdict] = {}
+        with contextlib.ExitStack() as holds:
+            while (record := self._routed_one(verdicts)) is not None:
+                verdicts[record] = self._judge(record, artefact, holds)
+            install(verdicts)
+        self._renew(verdicts)
+
+    def _routed_one(self, judged: Collection[Record]) -> Record | None:
+        """Another adapter with a row in the present router; of equal ones another may have taken it over."""
         with self._state.mutex:
-            records = [record for record in self._state.records.values() if record.state is AdapterState.READY]
+            slots = frozenset() if self._state.router is None else self._state.router.slots
+            ready = (record for record in self._state.records.values() if record.state is AdapterState.READY)
+            return next((record for record in ready if record.slot in slots and record not in judged), None)
+
+    def _renew(self, done: Collection[Record]) -> None:
+        """Calibrate all but these anew, for another router."""
+        with self._state.mutex:
+            ready = (record for record in self._state.records.values() if record.state is AdapterState.READY)
+            records = [record for record in ready if record not in done]
             for record in records:
                 record.num_calibrations += 1
+            self._state.commit(self._state.router, *records)  # they say so
         for record in records:
             self._submit(record)
 
@@ -157,6 +192,7 @@ class HotRows:
             self._readmitting.add(record)
         with self._state.mutex:
             is_overtaken = record.num_calibrations > 1
+            router = self._state.router
         if is_overtaken:
             self._finish(record)
             return
@@ -164,7 +200,7 @@ class HotRows:
         self._readmitting.discard(record)
         with contextlib.ExitStack() as holds:
             before = record.calibration
-            calibration, problem = self._judge(record, holds)
+            calibration, problem = self._judge(record, None if router is None else router.artefact, holds)
             with self._state.mutex:
                 record.calibration, record.calibration_problem = calibration, problem
             try:
@@ -176,11 +212,11 @@ class HotRows:
                 logger.exception("the gate row of adapter %s could not be published", record.spec.name)
             self._finish(record)
 
-    def _judge(self, record: Record, holds: contextlib.ExitStack) -> tuple[Calibration | None, str | None]:
-        """A row and its verdict, or why there is none."""
+    def _judge(self, record: Record, artefact: RouterArtefact | None, holds: contextlib.ExitStack) -> RowVerdict:
+        """A row for this router, or why there is none."""
         problem: str | None = None
         try:
-            return self._calibrate(record, holds), None
+            return RowVerdict(self._calibrate(record, artefact, holds))
         except CancelledLoadError:
             pass
         except NotReadyError:
@@ -190,19 +226,21 @@ class HotRows:
         except Exception as error:
             logger.exception("adapter %s could not be calibrated", record.spec.name)
             problem = f"its gate row could not be made ({type(error).__name__})"
-        return None, problem
+        return RowVerdict(problem=problem)
 
     def _finish(self, record: Record) -> None:
         with self._state.mutex:
             record.num_calibrations -= 1
             self._state.commit(self._state.router, record)
 
-    def _calibrate(self, record: Record, holds: contextlib.ExitStack) -> Calibration | None:
+    def _calibrate(
+        self, record: Record, artefact: RouterArtefact | None, holds: contextlib.ExitStack
+    ) -> Calibration | None:
         """None when nobody asked for a row, there is no router, or the router knows the adapter."""
         state = self._state
         with state.mutex:
-            router, adapter = state.router, record.adapter
-        if router is None or adapter is None or adapter.digest in router.artefact.digests:
+            adapter = record.adapter
+        if artefact is None or adapter is None or adapter.digest in artefact.digests:
             return None
         with self._additions:
             if not (examples := self._known(record)) and (raw := adapter.examples.read()) is not None:
@@ -219,14 +257,12 @@ class HotRows:
         lease = self._hold([record.spec.name])
         holds.callback(lease.release)
         with state.mutex:
-            slot, trained = record.slot, _trained_slots(state, router.artefact)
+            slot, trained = record.slot, _trained_slots(state, artefact)
             digests = {known.adapter.digest for known in state.records.values() if known.adapter is not None}
         if slot is None or slot not in lease.plan.slots:  # another generation has the name now
             raise CancelledLoadError
-        predecessor = predecessor_of(router.artefact, record.spec.name, digests)
-        calibration = self._calibrator.calibrate(
-            slot, examples, router.artefact, trained, poll, predecessor=predecessor
-        )
+        predecessor = predecessor_of(artefact, record.spec.name, digests)
+        calibration = self._calibrator.calibrate(slot, examples, artefact, trained, poll, predecessor=predecessor)
         logger.info(
             "adapter %s calibrated from %s: %s",
             record.spec.name,

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from server.adapters.calibration import Calibration
 from server.adapters.examples import Example
@@ -101,6 +101,14 @@ class AdapterInfo:
         replacement = None if self.replacement is None else self.replacement.to_dict()
         fields = {**asdict(self), "state": self.state.value, "targets": list(self.targets)}
         return {**fields, "replacement": replacement, "etag": self.etag}
+
+
+class RowVerdict(NamedTuple):
+    """What a calibration came to."""
+
+    calibration: Calibration | None = None
+    problem: str | None = None
+    """Why there is no row, if one was asked for."""
 
 
 @dataclass(eq=False)

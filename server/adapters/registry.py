@@ -26,7 +26,7 @@ from server.adapters.records import AdapterInfo, AdapterState, Record
 from server.adapters.registration import Registrations
 from server.adapters.residency import Residency
 from server.adapters.roster import Roster
-from server.adapters.router_swap import load_checked_artefact, router_facts
+from server.adapters.router_swap import check_digests, load_checked_artefact, router_facts
 from server.adapters.seating import NobodyCounts, ResidencyObserver, Seating
 from server.adapters.share_guard import ShareGuard
 from server.adapters.state import RegistryState
@@ -273,10 +273,11 @@ class AdapterRegistry:
     def swap_router(self, folder: Path) -> dict[str, Any]:
         """Load an artefact and make it the router of new requests; running ones keep theirs. Blocks until it serves.
 
-        Its adapters are brought into memory first. Raises RouterArtefactError when they do not fit there, or when it is
-        damaged or made for another base, other projections or other weights.
+        Its adapters are brought into memory first, and routed newcomers get rows for it. Raises RouterArtefactError
+        when they do not fit there, or it is damaged or made for another base, other projections or other weights.
         """
         artefact = load_checked_artefact(folder, self._routed, self._base_model_name)
+        check_digests(artefact, self.roster.adapters.values())  # before it takes long; what comes meanwhile, at the end
         with contextlib.ExitStack() as holds:
             if wanted := wanted_by(self._state, artefact):
                 try:
@@ -284,9 +285,9 @@ class AdapterRegistry:
                 except AdapterMemoryError as error:
                     message = f"the router's adapters do not fit into memory: {error.message}"
                     raise RouterArtefactError(message, code=error.code) from error
-            self._publisher.run(lambda: self._residency.install_router(artefact, folder))
+            install = functools.partial(self._residency.install_router, artefact, folder)
+            self._hot_rows.swap(artefact, lambda verdicts: self._publisher.run(lambda: install(verdicts)))
         self._tidy_soon()
-        self._hot_rows.renew()
         return self.router_info()
 
     def _forget_source(self, record: Record) -> None:

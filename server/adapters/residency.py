@@ -4,12 +4,12 @@ Rows are published before the roster that names them, and removed when no lease 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from server.adapters.occupancy import has_row, room_of
 from server.adapters.publisher import Publisher
-from server.adapters.records import AdapterState, Record
+from server.adapters.records import AdapterState, Record, RowVerdict
 from server.adapters.room import Room
 from server.adapters.roster import ResidentAdapter, hot_rows, routed_slots
 from server.adapters.router_swap import check_digests
@@ -177,19 +177,27 @@ class Residency:
         for record in garbage.records:
             self._on_removed(record)
 
-    def install_router(self, artefact: RouterArtefact, folder: Path) -> None:
-        """Make an artefact the router of new requests; running ones keep theirs. Raises RouterArtefactError."""
+    def install_router(self, artefact: RouterArtefact, folder: Path, verdicts: Mapping[Record, RowVerdict]) -> None:
+        """Make an artefact the router of new requests, with the rows that `verdicts` hold for it; running ones keep
+        theirs. Raises RouterArtefactError.
+        """
         state = self._state
         with state.mutex:
-            residents = state.residents()
+            rows = {record.slot: verdict.calibration for record, verdict in verdicts.items()}
+            residents = [
+                dataclasses.replace(adapter, calibration=rows.get(adapter.slot)) for adapter in state.residents()
+            ]
         check_digests(artefact, state.roster.adapters.values())
         self._num_routers += 1
-        router = self._routed.routers.stage(self._num_routers, artefact, routed_slots(residents))
+        hot = hot_rows(residents, artefact)
+        router = self._routed.routers.stage(self._num_routers, artefact, routed_slots(residents), hot)
 
         def commit() -> None:
             with state.mutex:
                 state.router_folder = str(folder)
-                state.commit(router)
+                for record, verdict in verdicts.items():
+                    record.calibration, record.calibration_problem = verdict
+                state.commit(router, *verdicts)
 
         self._publisher.publish(router=router, commit=commit)
 
