@@ -27,7 +27,7 @@ help:
 	@echo "make bench-scaling, bench-serving, bench-flame, bench-report: see benchmarks/README.md"
 
 serve: $(VENV)/.serving
-	@exec $(BIN)/lora-mixer serve --config $(CONFIG) $(if $(PORT),--port $(PORT)) $(ARGS)
+	@exec $(BIN)/lora-mixer serve --config "$(CONFIG)" $(if $(PORT),--port $(PORT)) $(ARGS)
 
 test: $(VENV)/.testing
 	@exec $(BIN)/python -m pytest $(ARGS)
@@ -58,9 +58,9 @@ routing-study: $(VENV)/.testing
 	@test -d "$(DATA)" || { echo "The study needs the chats that the demo's adapters were made for:" \
 		"make routing-study DATA=FOLDER, with one folder per adapter (gsm8k, mbpp, ...) that holds train.jsonl and" \
 		"validation.jsonl; examples/demo/README.md says where they come from." >&2; exit 1; }
-	@$(BIN)/lora-mixer-train phrase --phrasings examples/demo/phrasings.yaml --data $(DATA) --out $(STUDY)/data
-	@exec $(BIN)/lora-mixer-train study --plan examples/demo/study.yaml --config adapters.yaml --data $(STUDY)/data \
-		--data examples/demo/data --out $(STUDY) --reuse examples/demo/router --json $(STUDY_RECORD) $(ARGS)
+	@$(BIN)/lora-mixer-train phrase --phrasings examples/demo/phrasings.yaml --data "$(DATA)" --out "$(STUDY)/data"
+	@exec $(BIN)/lora-mixer-train study --plan examples/demo/study.yaml --config adapters.yaml --data "$(STUDY)/data" \
+		--data examples/demo/data --out "$(STUDY)" --reuse examples/demo/router --json $(STUDY_RECORD) $(ARGS)
 
 routing-study-report: $(VENV)/.testing
 	@exec $(BIN)/lora-mixer-train study-report --json $(STUDY_RECORD) $(ARGS)

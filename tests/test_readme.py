@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,13 @@ def test_make_targets_exist() -> None:
     assert {"serve", "test", "lint", "bench"} <= targets | {"lint", "bench"}
     for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"no target {target}"
+
+
+def test_make_serve_takes_a_config_whose_path_has_spaces(tmp_path: Path) -> None:
+    config = "Anna's models/adapters.yaml"
+    command = ["make", "--dry-run", "serve", f"CONFIG={config}", f"VENV={tmp_path}"]
+    printed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=True, text=True).stdout
+    assert shlex.split(printed.splitlines()[-1])[-3:] == ["serve", "--config", config]
 
 
 def test_files_of_the_map_exist() -> None:

@@ -57,7 +57,10 @@ def check_base_name(stated: str | None, served: str) -> list[RefusalReason]:
         message = f"the adapter does not name its base model; this server runs {served!r}"
         return [RefusalReason("base_model_unknown", message, where)]
     if not is_same_base(stated, served):
-        message = f"the adapter was trained on {stated[:200]!r}; this server runs {served!r}"
+        message = (
+            f"the adapter was trained on {stated[:200]!r}; this server runs {served!r}. If that is the same model, let "
+            "base_model.name in adapters.yaml be the adapter's name for it"
+        )
         return [RefusalReason("base_model_mismatch", message, where)]
     return []
 

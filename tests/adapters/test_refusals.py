@@ -188,6 +188,11 @@ def test_every_reason_is_reported_at_once(load: Load, folder: Path) -> None:
     assert codes(load, folder) == expected
 
 
+def test_the_same_base_under_another_name_is_told_where_to_name_it(load: Load, folder: Path) -> None:
+    with pytest.raises(AdapterRefusedError, match=r"base_model\.name in adapters\.yaml"):
+        load(edit_config(folder, {"base_model_name_or_path": "./my tiny llama"}))
+
+
 def test_an_adapter_of_another_method_is_first_of_all_refused_as_that(load: Load, folder: Path) -> None:
     edit_config(folder, {"peft_type": "IA3", "feedforward_modules": ["down_proj"], "init_ia3_weights": True})
     with pytest.raises(AdapterRefusedError) as caught:
