@@ -32,7 +32,7 @@ def _explain(error: BaseException, spec: AdapterSpec, locked_commit: str | None)
         ),
         "RepositoryNotFoundError": (
             f"the Hub has no {repository}, or it is private",
-            "there is no such folder here either; check the name, or set HF_TOKEN or LORA_MIXER_HUB_TOKENS",
+            "check the name, or set HF_TOKEN or LORA_MIXER_HUB_TOKENS",
         ),
         "RevisionNotFoundError": (
             f"{repository} has no revision {revision}",

@@ -15,7 +15,7 @@ from server.adapters.lockfile import LockEntry, Lockfile, LockKey
 from server.adapters.sources import ResolvedSource, local_folder
 from server.adapters.weights import Adapter, AdapterLimits, load_adapter
 from server.config import AdapterSpec
-from server.errors import AdapterRefusedError, InvalidRequestError, RefusalReason
+from server.errors import AdapterDownloadError, AdapterRefusedError, InvalidRequestError, RefusalReason
 from server.routing.bank import ProjectionInfo
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class AdapterLoader:
             resolved = ResolvedSource(folder, link_root=folder)
         else:
             locked = self.lockfile.get(LockKey.of(spec))
-            resolved = self.hub.fetch(spec, locked=locked, progress=progress)
+            resolved = self._fetch(spec, locked, progress)
         with validating():
             adapter = load_adapter(
                 resolved.folder,
@@ -89,6 +89,17 @@ class AdapterLoader:
             "adapter %s loaded in %.2f s, digest %s", spec.name, time.monotonic() - start_s, adapter.digest[:12]
         )
         return dataclasses.replace(adapter, examples=_examples_of(resolved))
+
+    def _fetch(self, spec: AdapterSpec, locked: LockEntry | None, progress: Progress) -> ResolvedSource:
+        """As `HubSource.fetch`. What never was a Hub source may have been meant as a folder, whose absence is told."""
+        try:
+            return self.hub.fetch(spec, locked=locked, progress=progress)
+        except AdapterDownloadError as error:
+            if locked is not None:
+                raise
+            folder = (self.root / spec.source).absolute()
+            message = f"{error.message}. If a folder is meant: there is none at {folder}"
+            raise AdapterDownloadError(message, param=error.param, code=error.code) from error
 
     def forget(self, spec: AdapterSpec) -> None:
         """Drop the lock of a source, so that registering it anew resolves its branch anew."""

@@ -390,6 +390,17 @@ def test_a_download_error_is_failed_with_its_code_and_a_retry_succeeds(
     assert registry.wait("a", 30).state is AdapterState.READY
 
 
+@pytest.mark.parametrize("status", [404, 503])
+def test_a_source_that_is_neither_on_the_hub_nor_a_folder_is_told_to_be_neither(
+    status: int, make_registry: MakeRegistry, hub: FakeHub, sources: Path, tmp_path: Path
+) -> None:
+    hub.fail(Fault("/api/models", status=status))
+    no_retries = RetryPolicy(num_retries=0)
+    registry = make_registry(hub=HubSource(endpoint=hub.endpoint, cache_folder=tmp_path / "cache", retries=no_retries))
+    registry.register(AdapterSpec(name="a", source="lora/a", subfolder="b"))
+    assert str(registry.wait("a", 30).reason).endswith(f". If a folder is meant: there is none at {sources}/lora/a")
+
+
 def test_retiring_abandons_a_running_download(
     make_registry: MakeRegistry, hub: FakeHub, sources: Path, tmp_path: Path, routed: RoutedModel
 ) -> None:
