@@ -25,7 +25,7 @@ from server.api.paths import checked_source
 from server.api.services import Services
 from server.backend import Backend, build_backend
 from server.base_lock import at_locked_commit, lock_commit
-from server.config import Secrets, ServerConfig, cache_folder
+from server.config import BaseModelConfig, Secrets, ServerConfig, cache_folder
 from server.engine.async_engine import AsyncEngine
 from server.engine.block_pool import BlockPool
 from server.engine.engine import Engine
@@ -69,6 +69,7 @@ def build_model(config: ServerConfig) -> ModelParts:
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     started_s = time.monotonic()
+    _warn_of_default_model(config.base_model)
     lock = Lockfile(config.root / LOCKFILE_NAME)
     base_model = at_locked_commit(config.base_model, lock, config.root)
     loaded = load_base_model(base_model, device=settings.device, cache_folder=cache_folder(), root=config.root)
@@ -86,6 +87,14 @@ def build_model(config: ServerConfig) -> ModelParts:
         time.monotonic() - started_s,
     )
     return ModelParts(loaded, routed, backend)
+
+
+def _warn_of_default_model(base_model: BaseModelConfig) -> None:
+    """A configuration that is empty by mistake serves the demo's model, and half of one serves it as another."""
+    missing = [f"base_model.{key}" for key in ("name", "source") if key not in base_model.model_fields_set]
+    if missing:
+        keys, name, source = " and no ".join(missing), base_model.name, base_model.source
+        logger.warning("the config has no %s; taking the default: %s from %s", keys, name, source)
 
 
 def build_engine(config: ServerConfig, parts: ModelParts) -> Engine:

@@ -150,7 +150,8 @@ class _DrainingServer(uvicorn.Server):
         from server.app import drain
 
         timeout_s = self._services.config.server.drain_timeout_s
-        logger.info("stopping: no new requests; running ones get up to %g s to finish", timeout_s)
+        advice = "a second signal cuts them off at once"
+        logger.info("stopping: no new requests; running ones get up to %g s to finish; %s", timeout_s, advice)
         for patience_s in (timeout_s, 0):  # A second signal ends the patience, a third does not wait for that either.
             draining = asyncio.create_task(drain(self._services, patience_s))
             self.force_exit = False

@@ -230,21 +230,23 @@ def parse_config(
     content: dict[str, Any], *, root: Path, origin: str = "config", overrides: dict[str, Any] | None = None
 ) -> ServerConfig:
     """Validate an already parsed configuration; see `load_config`."""
-    content = dict(content)
     if "root" in content:
         raise ConfigError(f"{origin}: unknown key 'root'")
     given = {key: None if value is NULL else value for key, value in (overrides or {}).items() if value is not None}
-    settings = content.get("server") or {}
-    if given and isinstance(settings, dict):  # What is no mapping is reported below.
-        content["server"] = {**settings, **given}
     content = {key: value for key, value in content.items() if value is not None}
+    config = _validated(content, root, origin)  # the file has to be right where flags override it too
+    if given:
+        config = _validated({**content, "server": {**content.get("server", {}), **given}}, root, origin)
+    _refuse_duplicates(config, origin)
+    return _with_revisions_apart(config, origin)
+
+
+def _validated(content: dict[str, Any], root: Path, origin: str) -> ServerConfig:
     try:
-        config = ServerConfig.model_validate({**content, "root": root})
+        return ServerConfig.model_validate({**content, "root": root})
     except ValidationError as error:
         problems = "; ".join(explain(problem, _known_keys(problem["loc"][:-1])) for problem in error.errors())
         raise ConfigError(f"{origin}: {problems}") from error
-    _refuse_duplicates(config, origin)
-    return _with_revisions_apart(config, origin)
 
 
 def _with_revisions_apart(config: ServerConfig, origin: str) -> ServerConfig:

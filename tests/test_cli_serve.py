@@ -1,5 +1,6 @@
 """`serve` from its socket to its last request: the real app around a fake model, ended by real signals."""
 
+import logging
 import os
 import re
 import signal
@@ -96,6 +97,7 @@ class TestServe:
         number: signal.Signals,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
+        caplog.set_level(logging.INFO, "server")
         harness = Harness(drain_timeout_s=60)
         started_s, answers = time.monotonic(), list[httpx.Response]()
 
@@ -119,6 +121,7 @@ class TestServe:
         assert answers[0].status_code == 503
         assert "cut this generation off" in answers[0].text
         assert harness.registry.is_closed
+        assert "running ones get up to 60 s to finish; a second signal cuts them off at once" in caplog.text
         assert "Traceback" not in caplog.text
 
     def test_a_body_that_is_still_on_its_way_holds_up_nothing(

@@ -29,6 +29,8 @@ def test_a_file_of_nothing_but_comments_means_the_defaults(text: str, tmp_path: 
         ("adapters: [a]\n", "adapters.0: must be a mapping$"),
         ("base_model: gpt2\n", "base_model: must be a mapping$"),
         ("server: 5\n", "server: must be a mapping$"),
+        ("server: []\n", "server: must be a mapping$"),
+        ("server: false\n", "server: must not be true or false$"),
         ("adapters: [{name: a, source: 5, routed: null}]\n", "source: must be text; adapters.0.routed: must be true"),
         ("server: {port: true}\n", "server.port: must not be true or false$"),
         ("server: {hub_timeout_s: no}\n", "server.hub_timeout_s: must not be true or false$"),
@@ -38,8 +40,14 @@ def test_a_file_of_nothing_but_comments_means_the_defaults(text: str, tmp_path: 
     ],
 )
 def test_values_of_the_wrong_shape_are_told_in_the_words_of_the_file(text: str, problem: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=problem):
-        load_config(written(tmp_path, text))
+    for overrides in ({}, {"port": 1}):
+        with pytest.raises(ConfigError, match=problem):
+            load_config(written(tmp_path, text), overrides)
+
+
+def test_a_wrong_value_is_refused_where_a_flag_overrides_it_too(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"server\.port: Input should be less than or equal to 65535"):
+        load_config(written(tmp_path, "server: {port: 99999}\n"), {"port": 1})
 
 
 INDENTED = "".join(" " * level + "a:\n" for level in range(2000))
