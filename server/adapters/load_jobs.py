@@ -72,9 +72,10 @@ class LoadJobs:
             )
             if record.expected_digest not in (None, adapter.digest):
                 raise AdapterRefusedError(record.spec.name, [_changed_content(record, adapter.digest)])
-            self._confirm(record, adapter.digest)
             self._guard.restore(record, adapter.digest)
-            self._publisher.run(lambda: self._residency.admit(record, adapter))
+            self._publisher.run(
+                lambda: self._residency.admit(record, adapter, lambda: self._confirm(record, adapter.digest))
+            )
             self._on_ready(record)
             self._tidy_soon()
         except CancelledLoadError:
@@ -97,7 +98,9 @@ class LoadJobs:
             yield
 
     def _confirm(self, record: Record, digest: str) -> None:
-        """Have the digest in the journal before the adapter serves. Raises CancelledLoadError if it was retired."""
+        """Have the digest in the journal before the adapter serves, and not before that is sure to come: a restart must
+        not serve a next generation for which there was no room. Raises CancelledLoadError if it was retired.
+        """
         if record.is_configured:
             return
         with self._decisions:

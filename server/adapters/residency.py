@@ -64,10 +64,11 @@ class Residency:
             "pin or route to fewer adapters"
         )
 
-    def admit(self, record: Record, adapter: Adapter) -> None:
+    def admit(self, record: Record, adapter: Adapter, confirm: Callable[[], object]) -> None:
         """Make a checked adapter READY: in the bank if it is to stay there or if there is room, else warm.
 
-        Raises CancelledLoadError, and AdapterConflictError when it could never be in the bank.
+        `confirm` is called once nothing else can be in the way of that, and before any request sees it. Raises
+        CancelledLoadError, AdapterConflictError when it could never be in the bank, and what `confirm` raises.
         """
         state = self._state
         size = self._routed.bank.bytes_of(adapter.weights)
@@ -79,7 +80,9 @@ class Residency:
             record.memory_bytes = size
             victims = self._place(record, adapter, before)
         newcomers = [] if victims is None else [(record, adapter)]
-        self.exchange(victims or (), newcomers, lambda: self._make_ready(record, adapter), changed=(record,))
+        self.exchange(
+            victims or (), newcomers, lambda: self._make_ready(record, adapter), changed=(record,), confirm=confirm
+        )
         if before is not None and before.state is AdapterState.RETIRING and before.slot is None:
             self._on_removed(before)
 
@@ -116,9 +119,11 @@ class Residency:
         newcomers: Sequence[tuple[Record, Adapter]],
         settle: Callable[[], object] = lambda: None,
         changed: Sequence[Record] = (),
+        confirm: Callable[[], object] = lambda: None,
     ) -> None:
         """Put newcomers in the bank in place of victims, which have no leases and get none; `settle` runs with the
-        mutex held, just before new requests see the change, and may change what `changed` lists.
+        mutex held, just before new requests see the change, and may change what `changed` lists. `confirm` is called
+        when all is prepared; if it raises, nothing has changed.
         """
         state, bank = self._state, self._routed.bank
         freed = frozenset(victim.slot for victim in victims if victim.slot is not None)
@@ -138,6 +143,7 @@ class Residency:
             )
             placed.append((record, slot))
         router = self._staged_router(residents, freed)
+        confirm()
 
         def commit() -> None:
             with state.mutex:

@@ -40,10 +40,10 @@ def restart(
     """`restart()`: the server of before is gone, a new one with the same journal has loaded what it should."""
     alive: list[AdapterRegistry] = []
 
-    def start(*configured: AdapterSpec, **options: object) -> AdapterRegistry:
+    def start(*configured: AdapterSpec, num_slots: int = 5, **options: object) -> AdapterRegistry:
         for registry in alive:
             registry.close()
-        alive[:] = [make_registry(routed_model=attach_routing(tiny_llama(), num_slots=5),
+        alive[:] = [make_registry(routed_model=attach_routing(tiny_llama(), num_slots=num_slots),
                                   journal=tmp_path / "adapters.state", **options)]  # fmt: skip
         for name in alive[0].restore(configured):
             alive[0].wait(name, 30)
@@ -76,6 +76,41 @@ def test_other_content_replaces_the_adapter_and_running_requests_keep_theirs(
     running.release()
     registry._publisher.run(lambda: None)  # behind the collection in the lane
     assert running.plan.slots[0] not in routed.bank.snapshot.slots
+
+
+@pytest.mark.parametrize("is_configured", [False, True])
+def test_a_replacement_that_finds_no_room_is_not_what_a_restart_serves(
+    restart: Callable[..., AdapterRegistry], is_configured: bool
+) -> None:
+    configured = (local("b"),) if is_configured else ()
+    registry = restart(*configured, num_slots=3)
+    if not is_configured:
+        add(registry, "b")
+    add(registry, "a", "c", pinned=True)
+    before = shown(registry)
+    registry.register(local("b", "d", pinned=True), expected=["*"])
+    replacement = registry.wait("b", 30).replacement
+    assert replacement is not None
+    assert (replacement.state, replacement.code) == (AdapterState.FAILED, "adapter_memory_full")
+    assert shown(restart(*configured, num_slots=3)) == before
+
+
+@pytest.mark.parametrize("is_configured", [False, True])
+def test_a_replacement_that_cannot_be_published_is_not_what_a_restart_serves(
+    restart: Callable[..., AdapterRegistry], is_configured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configured = (local("a"),) if is_configured else ()
+    registry = restart(*configured)
+    if not is_configured:
+        add(registry, "a")
+    before = shown(registry)
+    with monkeypatch.context() as patch:
+        patch.setattr(registry._residency, "_staged_router", lambda *_: 1 / 0)
+        registry.register(local("a", "b"), expected=["*"])
+        replacement = registry.wait("a", 30).replacement
+    assert replacement is not None
+    assert replacement.state is AdapterState.FAILED
+    assert shown(restart(*configured)) == before
 
 
 def test_a_replacement_that_fails_leaves_the_adapter_as_it_was(
