@@ -8,6 +8,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -242,8 +243,14 @@ class AdapterRegistry:
             return [self._state.info(record) for record in self._state.records.values()]
 
     def wait(self, name: str, timeout_s: float | None = None) -> AdapterInfo:
-        """Block until the adapter is no longer loading, or the time is up. Raises AdapterNotFoundError."""
-        return self._state.wait_while_loading(name, timeout_s)
+        """Block until nothing that was started for it is under way, or the time is up. Raises AdapterNotFoundError."""
+        with contextlib.suppress(TimeoutError):
+            self.settling(name).result(timeout_s)
+        return self.get(name)
+
+    def settling(self, name: str) -> "Future[None]":
+        """See `RegistryState.settling`: for who must not block."""
+        return self._state.settling(name)
 
     def wait_retired(self, name: str, timeout_s: float | None = None) -> bool:
         """Block until the name is free, or the time is up; whether it is free."""

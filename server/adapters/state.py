@@ -7,6 +7,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -77,6 +78,8 @@ class RegistryState:
         self._share_window = share_window
         self._hot_max_gate_share = hot_max_gate_share
         self._on_excluded = on_excluded
+        self._settling: dict[str, Future[None]] = {}
+        """By name: what somebody waits for; see `settling`."""
         self._changed = threading.Condition()
 
     @property
@@ -117,13 +120,17 @@ class RegistryState:
             if self._shares.is_due:
                 self._judge_shares()
 
-    def wait_while_loading(self, name: str, timeout_s: float | None) -> AdapterInfo:
-        """Until it and its next generation are loaded and calibrated. Raises AdapterNotFoundError, at once or when it
-        is gone before that.
+    def settling(self, name: str) -> "Future[None]":
+        """Done once it and its next generation are loaded and calibrated, or it is gone; cannot be cancelled. Raises
+        AdapterNotFoundError.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self.info(self.record(name)).is_settled, timeout_s)
-            return self.info(self.record(name))
+            future: Future[None] = Future()
+            future.set_running_or_notify_cancel()
+            if self.info(self.record(name)).is_settled:
+                future.set_result(None)
+                return future
+            return self._settling.setdefault(name, future)
 
     def wait_until_gone(self, name: str, timeout_s: float | None) -> bool:
         """Whether the name is free within the time."""
@@ -260,6 +267,9 @@ class RegistryState:
         self.router = router
         if router is not None:
             self._loaded_routers |= {router.id}
+        for name in self._settling.keys() & {record.spec.name for record in changed}:
+            if name not in self.records or self.info(self.records[name]).is_settled:
+                self._settling.pop(name).set_result(None)
         self._changed.notify_all()
 
     def drop_routers(self, routers: Iterable[int]) -> None:

@@ -29,8 +29,8 @@ WAIT_LIMIT_S = 600.0
 """Longest that a registration with `wait` is waited for; after that it answers 202 and goes on."""
 INTERNAL_FAILURE = "internal_error"
 """`code` of a registration that failed for no reason that a client could mend."""
-WAIT_SLICE_S = 2.0
-"""A worker thread is held no longer than this for a client that may have left."""
+WAIT_SLICE_S = 1.0
+"""How often a request that waits looks whether the server drains."""
 
 router = APIRouter(tags=["adapters"], responses=ERROR_RESPONSES)
 
@@ -178,14 +178,16 @@ def _etags(header: str | None) -> tuple[str, ...] | None:
 async def settled(services: Services, info: AdapterInfo) -> AdapterInfo:
     """Its state once registration, replacement and calibration have ended, or after WAIT_LIMIT_S.
 
-    Raises NotReadyError when the server begins to drain before that.
+    Holds no thread meanwhile: asyncio has few, and many downloads may be slow. Raises NotReadyError when the server
+    begins to drain before that, AdapterNotFoundError when the adapter is gone.
     """
     deadline_s = time.monotonic() + WAIT_LIMIT_S
-    while not info.is_settled and time.monotonic() < deadline_s:
+    outcome = asyncio.wrap_future(services.registry.settling(info.name))
+    while not outcome.done() and time.monotonic() < deadline_s:
         if services.engine.is_draining:
             raise NotReadyError(f"The server is shutting down before {info.name!r} has settled. Ask again later.")
-        info = await asyncio.to_thread(services.registry.wait, info.name, WAIT_SLICE_S)
-    return info
+        await asyncio.wait([outcome], timeout=WAIT_SLICE_S)
+    return services.registry.get(info.name)
 
 
 def _raise_failure(info: AdapterInfo) -> None:

@@ -35,7 +35,7 @@ class Lifecycle:
 
 def _tokenizer_threads() -> ThreadPoolExecutor:
     # Two, so that one huge prompt does not hold up all others; more would only compete with the model for cores. Apart
-    # from asyncio's default threads, since those may all wait for adapter downloads.
+    # from asyncio's default threads, since those may all read adapters, or wait for a disk.
     return ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenizer")
 
 

@@ -257,6 +257,29 @@ def test_nothing_is_visible_until_a_step_has_ended(make_registry: MakeRegistry, 
         thread.stop()
 
 
+def test_who_waits_hears_when_an_adapter_is_ready_or_gone(make_registry: MakeRegistry) -> None:
+    gate = threading.Event()
+    thread = StepThread(lambda: gate.wait(30))
+    try:
+        registry = make_registry(run_between_steps=thread)
+        for name in "ab":
+            registry.register(local(name))
+        outcomes = [registry.settling(name) for name in "aab"]
+        assert not any(outcome.done() or outcome.cancel() for outcome in outcomes)
+        registry.retire("b")
+        assert [outcome.done() for outcome in outcomes] == [False, False, True]
+        gate.set()
+        for outcome in outcomes:
+            outcome.result(30)
+        assert registry.get("a").is_settled
+        assert registry.settling("a").done()
+        with pytest.raises(AdapterNotFoundError):
+            registry.settling("nobody")
+    finally:
+        gate.set()
+        thread.stop()
+
+
 def test_slots_follow_the_order_of_registration_whoever_loads_first(
     registry: AdapterRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -176,11 +177,13 @@ class FakeRegistry:
         self.infos[spec.name] = AdapterInfo(spec.name, AdapterState.DOWNLOADING, spec.source)
         return self.infos[spec.name]
 
-    def wait(self, name: str, timeout_s: float) -> AdapterInfo:
-        assert timeout_s > 0
+    def settling(self, name: str) -> "Future[None]":
         settled = self.settles_as or ready_info(name)
         self.infos[name] = dataclasses.replace(settled, name=name, source=self.infos[name].source)
-        return self.infos[name]
+        future: Future[None] = Future()
+        if settled.is_settled:
+            future.set_result(None)
+        return future
 
     def calibrate(self, name: str, examples: Sequence[Any]) -> AdapterInfo:
         encode_examples(examples, ByteTokenizer())
