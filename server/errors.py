@@ -19,7 +19,7 @@ LoraMixerError
   + AdapterDownloadError         a Hub source could not be fetched
   + AdapterRefusedError          an adapter cannot be served; carries every reason
   + RouterArtefactError          a router artefact is damaged or belongs to another base, roster or format
-  + RegistryFileError            what is to survive a restart cannot be written; nothing was changed
+  + RegistryFileError            what is to survive a restart cannot be written
   + EngineError                  a step failed; the request ended with an error event
 """
 
@@ -167,7 +167,9 @@ class RouterArtefactError(LoraMixerError):
 
 
 class RegistryFileError(LoraMixerError):
-    """A file that what was acknowledged is kept in cannot be written: a full or read-only disk. Nothing was changed."""
+    """A file that what was acknowledged is kept in cannot be written: a full or read-only disk. Nothing was changed, or
+    what had been registered cannot serve.
+    """
 
     default_code = "registry_not_writable"
 

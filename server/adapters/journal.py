@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,8 +98,8 @@ class Journal:
                     continue
                 if entries.pop(spec.name, None) is not None:
                     logger.warning("adapter %s is the configuration's now; its registration is dropped", spec.name)
-                    self._drop(spec.name)
                 wanted.append(spec)
+            self._drop({spec.name for spec in wanted})
             return wanted, list(entries.values())
 
     def generation(self, name: str) -> int:
@@ -107,12 +107,18 @@ class Journal:
         with self._mutex:
             return self._generations.get(name, 0)
 
-    def put(self, entry: JournalEntry, *, configured: AdapterSpec | None = None) -> None:
+    def put(
+        self,
+        entry: JournalEntry,
+        *,
+        configured: AdapterSpec | None = None,
+        otherwise: str = "nothing was changed",
+    ) -> None:
         """Add an adapter, or replace the one of its name; `configured` is what the configuration lists under the name
-        and no longer counts. Raises RegistryFileError when it cannot be kept.
+        and no longer counts. Raises RegistryFileError when it cannot be kept, which says that `otherwise` is the case.
         """
         with self._mutex:
-            self._keep({"put": _entry_record(entry), "retired": configured and _spec_record(configured)})
+            self._keep({"put": _entry_record(entry), "retired": configured and _spec_record(configured)}, otherwise)
             self._put(entry, configured)
 
     def remove(self, name: str, *, configured: AdapterSpec | None = None) -> None:
@@ -124,13 +130,20 @@ class Journal:
             self._keep({"remove": name, "retired": configured and _spec_record(configured)})
             self._remove(name, configured)
 
-    def _drop(self, name: str) -> None:
-        """Forget an adapter that nobody has asked to forget. With the lock."""
-        try:
-            self._keep({"remove": name, "retired": None})
-        except RegistryFileError as error:
-            logger.warning("%s", error)
-        self._remove(name, None)
+    def _drop(self, names: Collection[str]) -> None:
+        """Forget registrations and retirements that the configuration has overtaken, for good: it may come to list
+        again what was retired. With the lock.
+        """
+        if not any(name in self._entries or name in self._retired for name in names):
+            return
+        for name in names:
+            self._entries.pop(name, None)
+            self._retired.pop(name, None)
+        if self._path is not None:
+            try:
+                self._rewrite(self._path)
+            except OSError as error:
+                logger.warning("%s", _unwritable(self._path, error, "the next start looks at it again"))
 
     def _put(self, entry: JournalEntry, configured: AdapterSpec | None) -> None:
         name = entry.spec.name
@@ -146,7 +159,7 @@ class Journal:
         if configured is not None:
             self._retired[name] = configured
 
-    def _keep(self, change: Mapping[str, Any]) -> None:
+    def _keep(self, change: Mapping[str, Any], otherwise: str = "nothing was changed") -> None:
         """Have a change on disk. Raises RegistryFileError, and then the file is what it was."""
         if self._path is None:
             return
@@ -156,10 +169,7 @@ class Journal:
                 if not self._append(self._path, change):
                     raise OSError(errno.EIO, "the file changed while it was written")
         except OSError as error:
-            raise RegistryFileError(
-                f"{self._path} cannot be written ({error.strerror}), so nothing was changed; free space, or set "
-                "server.registry_file to a file that can be written",
-            ) from error
+            raise _unwritable(self._path, error, otherwise) from error
 
     def _append(self, path: Path, change: Mapping[str, Any]) -> bool:
         """False if the file is not the one that this journal has written last. Raises OSError."""
@@ -174,10 +184,13 @@ class Journal:
             if os.fstat(descriptor).st_size < self._size:
                 return False
             os.ftruncate(descriptor, self._size)  # what an earlier change that failed may have left
-            if os.pwrite(descriptor, line, self._size) < len(line):
-                os.ftruncate(descriptor, self._size)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(descriptor)
+            try:
+                if os.pwrite(descriptor, line, self._size) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(descriptor)
+            except OSError:
+                os.ftruncate(descriptor, self._size)  # a restart must not read what was refused
+                raise
         finally:
             os.close(descriptor)
         self._size += len(line)
@@ -193,6 +206,7 @@ class Journal:
             "generations": self._generations,
         }
         text = json.dumps(record) + "\n"
+        self._size = 0  # should the folder not be written out, this one is there even so, and must not be appended to
         write_atomically(path, text)
         self._size, self._num_changes = len(text.encode()), 0
 
@@ -248,6 +262,13 @@ class Journal:
             self._put(_entry(change["put"]), configured)
         else:
             self._remove(str(change["remove"]), configured)
+
+
+def _unwritable(path: Path, error: OSError, outcome: str) -> RegistryFileError:
+    return RegistryFileError(
+        f"{path} cannot be written ({error.strerror}), so {outcome}; free space, or set server.registry_file to a file "
+        "that can be written"
+    )
 
 
 def _spec_record(spec: AdapterSpec) -> dict[str, Any]:

@@ -106,8 +106,11 @@ class LoadJobs:
         with self._decisions:
             if record.cancelled.is_set():
                 raise CancelledLoadError
-            configured = self._configured.get(record.spec.name)
-            self._journal.put(JournalEntry(record.spec, record.generation, digest), configured=configured)
+            self._journal.put(
+                JournalEntry(record.spec, record.generation, digest),
+                configured=self._configured.get(record.spec.name),
+                otherwise=f"generation {record.generation} of {record.spec.name!r} cannot serve",
+            )
 
     def _report(self, record: Record, done: int, total: int, state: AdapterState | None = None) -> None:
         if record.cancelled.is_set():

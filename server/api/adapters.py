@@ -22,7 +22,14 @@ from server.api.fields import IsNoOp, StrictBody, Text, only
 from server.api.paths import checked_source
 from server.api.services import InjectedServices, Services
 from server.config import AdapterSpec
-from server.errors import AdapterDownloadError, AdapterRefusedError, InvalidRequestError, LoraMixerError, NotReadyError
+from server.errors import (
+    AdapterDownloadError,
+    AdapterRefusedError,
+    InvalidRequestError,
+    LoraMixerError,
+    NotReadyError,
+    RegistryFileError,
+)
 from server.naming import ADAPTER_NAME_PATTERN, reserved_by
 
 WAIT_LIMIT_S = 600.0
@@ -196,6 +203,8 @@ def _raise_failure(info: AdapterInfo) -> None:
         return
     if info.code == AdapterDownloadError.default_code:
         raise AdapterDownloadError(info.reason or "the download failed", param="source")
+    if info.code == RegistryFileError.default_code:
+        raise RegistryFileError(info.reason or "the registration could not be kept")
     if info.code == INTERNAL_FAILURE:
         raise LoraMixerError(info.reason or "internal error", code=info.code)
     if not info.reasons:

@@ -1,7 +1,9 @@
 """The journal: what it keeps, when it refuses, and how it meets the configuration."""
 
+import errno
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,12 @@ def test_a_retired_adapter_of_the_configuration_stays_so_until_its_lines_change(
     assert journal.restored(configured) == ([configured[1]], [])
     changed = [spec("a", "org/newer"), configured[1]]
     assert journal.restored(changed) == (changed, [])
+    journal = reopened(journal, path)
+    assert journal.restored(configured) == (configured, []), "what was served since is not retired again"
+    for listed in (configured, changed):
+        journal.remove("a", configured=listed[0])
+        journal = reopened(journal, path)
+        assert journal.restored(listed) == ([configured[1]], [])
     journal.close()
 
 
@@ -83,6 +91,71 @@ def test_a_change_that_cannot_be_written_is_not_made(tmp_path: Path) -> None:
     assert caught.value.code == "registry_not_writable"
     assert [entry.spec.name for entry in journal.restored([])[1]] == ["a"]
     moved.rename(folder)
+    journal.close()
+
+
+@pytest.mark.parametrize("call", ["fsync", "pwrite"])
+def test_a_change_that_the_disk_refused_does_not_come_back(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "adapters.state"
+    journal = Journal(path)
+    journal.put(JournalEntry(spec("a"), 1))
+    whole = path.read_bytes()
+    write = os.pwrite
+
+    def fail(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def cut_short(descriptor: int, line: bytes, position: int) -> int:
+        return write(descriptor, line[:-9], position)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail if call == "fsync" else cut_short)
+        with pytest.raises(RegistryFileError, match="No space left"):
+            journal.put(JournalEntry(spec("b"), 1))
+        with pytest.raises(RegistryFileError, match="nothing was changed"):
+            journal.remove("a")
+    assert path.read_bytes() == whole
+    journal.put(JournalEntry(spec("c"), 1))
+    journal = reopened(journal, path)
+    assert [entry.spec.name for entry in journal.restored([])[1]] == ["a", "c"]
+    journal.close()
+
+
+def test_a_change_is_on_disk_before_it_is_acknowledged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "adapters.state"
+    journal = Journal(path)
+    journal.put(JournalEntry(spec("a"), 1))
+    synced: list[bytes] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.pread(descriptor, 2**20, 0)))
+    journal.put(JournalEntry(spec("b"), 1))
+    assert synced == [path.read_bytes()]
+    journal.close()
+
+
+def test_what_a_refused_change_has_left_does_not_outlive_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "adapters.state"
+    journal = Journal(path)
+    journal.put(JournalEntry(spec("a"), 1))
+    with path.open("ab") as file:
+        file.write(b"x\n" * 1000)
+    journal.put(JournalEntry(spec("b"), 1))
+    journal = reopened(journal, path)
+    assert [entry.spec.name for entry in journal.restored([])[1]] == ["a", "b"]
+    journal.close()
+
+
+def test_generations_never_fall_and_the_oldest_are_forgotten_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.adapters.journal.MAX_GENERATIONS", 2)
+    journal = Journal(tmp_path / "adapters.state")
+    for name, generation in (("a", 5), ("b", 1), ("a", 3), ("c", 1)):
+        journal.put(JournalEntry(spec(name), generation))
+    for _ in range(2):
+        assert [journal.generation(name) for name in "abc"] == [5, 0, 1]
+        journal = reopened(journal, tmp_path / "adapters.state")
     journal.close()
 
 

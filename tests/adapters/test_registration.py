@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -111,6 +112,24 @@ def test_a_replacement_that_cannot_be_published_is_not_what_a_restart_serves(
     assert replacement is not None
     assert replacement.state is AdapterState.FAILED
     assert shown(restart(*configured)) == before
+
+
+def test_a_disk_that_fills_up_while_an_adapter_loads_is_told_as_that(
+    restart: Callable[..., AdapterRegistry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = restart()
+    usual = os.pwrite
+
+    def until_confirmed(descriptor: int, line: bytes, position: int) -> int:
+        return usual(descriptor, line[: 9 if b'"digest": "' in line else None], position)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", until_confirmed)
+        registry.register(local("a"))
+        info = registry.wait("a", 30)
+    assert (info.state, info.code) == (AdapterState.FAILED, "registry_not_writable")
+    assert "(No space left on device), so generation 1 of 'a' cannot serve; free space" in str(info.reason)
+    assert restart().get("a").state is AdapterState.READY
 
 
 def test_a_replacement_that_fails_leaves_the_adapter_as_it_was(

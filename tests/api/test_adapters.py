@@ -142,6 +142,7 @@ def test_refused_adapter_is_422_with_every_reason(client: httpx.Client, harness:
     ("code", "status", "words"),
     [
         ("adapter_download_failed", 502, "why it failed"),
+        ("registry_not_writable", 507, "why it failed"),
         ("invalid_request", 400, "why it failed"),
         ("internal_error", 500, "The server failed on this request"),
     ],
