@@ -239,8 +239,7 @@ class AdapterRegistry:
 
     def list(self) -> AdapterInfos:
         """Every adapter in the order of registration, failed and retiring ones included."""
-        with self._state.mutex:
-            return [self._state.info(record) for record in self._state.records.values()]
+        return self._state.infos()
 
     def wait(self, name: str, timeout_s: float | None = None) -> AdapterInfo:
         """Block until nothing that was started for it is under way, or the time is up. Raises AdapterNotFoundError."""

@@ -245,20 +245,19 @@ def _unrouted_reason(adapter: ServedAdapter, router: RouterGeneration | None, wi
         return f"{adapter.exclusion.reason}: served by name only"
     if (twin := with_row.get(adapter.digest)) is not None:
         return f"the same weights are routed as {twin!r}: served by name only"
-    for known in router.artefact.adapters:
-        if known.digest == adapter.digest and adapter.slot is None:
+    if adapter.digest in router.artefact.digests:
+        if adapter.slot is None:
             return "it waits for room in memory (server.adapter_memory_mib): served by name only until it has that"
-        if known.digest == adapter.digest:
-            return "the same weights are routed under a name that is retiring: served by name only until it is gone"
-        if known.name == adapter.name and known.digest != adapter.digest:
-            return (
-                f"the router artefact's gate row for {adapter.name!r} belongs to other weights "
-                f"(digest {known.digest[:12]}, here {adapter.digest[:12]}): served by name only"
-            )
+        return "the same weights are routed under a name that is retiring: served by name only until it is gone"
     if adapter.calibration_problem is not None:
         return f"{adapter.calibration_problem}: served by name only"
     if adapter.calibration is not None and (problems := adapter.calibration.problems):
         return f"{' and '.join(problems)}: served by name only"
+    if (known := router.artefact.digest_of.get(adapter.name)) is not None:
+        return (
+            f"the router artefact's gate row for {adapter.name!r} belongs to other weights "
+            f"(digest {known[:12]}, here {adapter.digest[:12]}): served by name only"
+        )
     return "no gate row in the router artefact: served by name only"
 
 

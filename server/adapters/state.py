@@ -3,6 +3,7 @@
 Methods are short and never wait for anything but the mutex, so the model's thread may call them.
 """
 
+import copy
 import itertools
 import logging
 import threading
@@ -119,6 +120,15 @@ class RegistryState:
                 self._shares.add(slot, mass)
             if self._shares.is_due:
                 self._judge_shares()
+
+    def infos(self) -> list[AdapterInfo]:
+        """Of every adapter, in order of registration, all of one moment. Of a thousand that takes tens of milliseconds,
+        so only copies are made with the mutex held, for which the model's thread may wait.
+        """
+        with self._changed:
+            roster, total = self._roster, self._total_gate_mass
+            known = [(copy.copy(record), copy.copy(self.replacements.get(n))) for n, record in self.records.items()]
+        return [self._info(record, replacement, roster, total) for record, replacement in known]
 
     def settling(self, name: str) -> "Future[None]":
         """Done once it and its next generation are loaded and calibrated, or it is gone; cannot be cancelled. Raises
@@ -276,11 +286,12 @@ class RegistryState:
         self._loaded_routers -= frozenset(routers)
 
     def info(self, record: Record) -> AdapterInfo:
-        reason = self._roster.unrouted_reason(record.spec.name)
-        replacement = self.replacements.get(record.spec.name)
+        return self._info(record, self.replacements.get(record.spec.name), self._roster, self._total_gate_mass)
+
+    def _info(self, record: Record, replacement: Record | None, roster: Roster, total_gate_mass: float) -> AdapterInfo:
         return record.info(
-            unrouted_reason=reason,
-            total_gate_mass=self._total_gate_mass,
+            unrouted_reason=roster.unrouted_reason(record.spec.name),
+            total_gate_mass=total_gate_mass,
             max_gate_share=self.cap_of(record),
             replacement=replacement,
         )

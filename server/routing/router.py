@@ -79,6 +79,11 @@ class RouterArtefact:
         """Digests of the adapters that it has rows for."""
         return frozenset(adapter.digest for adapter in self.adapters)
 
+    @cached_property
+    def digest_of(self) -> Mapping[str, str]:
+        """Digest of the adapter that it calls by a name."""
+        return {adapter.name: adapter.digest for adapter in self.adapters}
+
     def row_digests(self) -> dict[str, str]:
         """adapter digest -> sha256 over its gate rows in key order; part of prefix-cache fingerprints."""
         digests = {}

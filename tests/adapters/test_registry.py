@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from server.adapters.hub import HubSource
 from server.adapters.hub_retry import RetryPolicy
-from server.adapters.records import AdapterState
+from server.adapters.records import AdapterInfo, AdapterState, Record
 from server.adapters.registry import AdapterRegistry
 from server.config import AdapterSpec, ServerSettings
 from server.errors import (
@@ -62,6 +62,22 @@ def test_infos_are_json_with_every_field_of_the_public_interface(registry: Adapt
     assert {"name", "state", "source", "revision", "digest", "rank", "targets", "routed", "reason", "bytes", "progress",
             "traffic_share", "generation"} <= set(record)  # fmt: skip
     assert record["state"] == "READY"
+
+
+def test_a_list_is_made_without_the_mutex_that_every_step_takes(
+    registry: AdapterRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(registry, "a", "b")
+    usual = Record.info
+    with ThreadPoolExecutor(1) as engine:
+
+        def info(record: Record, **facts: Any) -> AdapterInfo:
+            engine.submit(registry.record_traffic, [(1, 1.0)]).result(10)
+            return usual(record, **facts)
+
+        monkeypatch.setattr(Record, "info", info)
+        shares = {info.name: info.traffic_share for info in registry.list()}
+    assert shares == {"a": 0.0, "b": 0.0}, "all of one moment"
 
 
 def test_adapters_take_the_lowest_free_slots_and_are_listed_in_order(

@@ -1,11 +1,13 @@
 """What a request gets for its model, its pool, its weights and its k."""
 
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from transformers import LlamaForCausalLM
 
+from server.adapters.calibration import Calibration
 from server.adapters.roster import NotResidentError, ResidentAdapter, Roster, ServedAdapter, build_roster, routed_slots
 from server.errors import InvalidRequestError, ModelNotFoundError
 from server.routing.attach import RoutedModel, attach_routing
@@ -130,6 +132,17 @@ def test_reasons_tell_why_an_adapter_is_not_routed(routed: RoutedModel) -> None:
     assert "routed: false" in str(reasons["c"])
     assert reasons["d"] == "no gate row in the router artefact: served by name only"
     assert "no router is loaded" in str(build_roster(BASE, [A], None).unrouted_reason("a"))
+
+
+def test_why_a_gate_row_was_not_made_goes_before_whose_row_there_is(routed: RoutedModel) -> None:
+    """Other weights under a name that the router knows are calibrated like any newcomer."""
+    judged = cast("Calibration", SimpleNamespace(problems=("it answers to nobody's prompts",)))
+    for fields, reason in (
+        ({"calibration": judged}, "it answers to nobody's prompts: served by name only"),
+        ({"calibration_problem": "no examples"}, "no examples: served by name only"),
+    ):
+        changed = ResidentAdapter("b", 6, "digest-other", True, **fields)
+        assert roster_of(routed, A, changed).unrouted_reason("b") == reason
 
 
 def test_a_warm_adapter_is_served_by_name_and_said_to_be_missing(routed: RoutedModel) -> None:
