@@ -4,10 +4,13 @@ Goes by class names and status codes: only `hub` imports the client, and its tex
 them is repeated.
 """
 
+import contextlib
 import errno
 import math
 import re
+import time
 from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
 
 from server.config import AdapterSpec
 from server.errors import AdapterDownloadError
@@ -99,7 +102,8 @@ def status_of(error: BaseException) -> int | None:
 
 
 def asked_wait_s(error: BaseException) -> float | None:
-    """Seconds that the Hub asks to wait: of its Retry-After header, or until its RateLimit header's window ends.
+    """Seconds that the Hub asks to wait: of its Retry-After header, seconds or a date, or until its RateLimit header's
+    window ends.
 
     The latter is that of the IETF draft on rate limit headers, `"api";r=0;t=55` for no request left and 55 s; the Hub
     sends it with its 429.
@@ -108,8 +112,11 @@ def asked_wait_s(error: BaseException) -> float | None:
         headers = getattr(getattr(link, "response", None), "headers", None)
         if headers is None:
             continue
-        if (text := str(headers.get("Retry-After") or "").strip()).isdecimal():
-            return float(text)
+        if text := str(headers.get("Retry-After") or "").strip():
+            if re.fullmatch(r"[0-9]{1,9}", text):
+                return float(text)
+            with contextlib.suppress(ValueError, OverflowError):  # the other form: a date
+                return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
         policies = str(headers.get("RateLimit") or "").split(",")
         limits = [dict(re.findall(r";\s*([rt])=(\d{1,6})(?![\w.])", policy)) for policy in policies]
         if waits := [float(limit["t"]) for limit in limits if limit.get("r") == "0" and "t" in limit]:

@@ -1,5 +1,6 @@
 """HubSource against a Hub on loopback, through huggingface_hub's own client and real HTTP."""
 
+import email.utils
 import hashlib
 import json
 import logging
@@ -333,6 +334,15 @@ def test_a_wait_that_the_hub_asks_for_is_kept_unless_it_is_too_long(
     with pytest.raises(AdapterDownloadError, match="limits our rate"):
         source.fetch(AdapterSpec(name="a", source="org/name", revision="main"))
     assert time.monotonic() - start_s < 30
+
+
+@pytest.mark.parametrize(("ahead_s", "seconds"), [(120, 120.0), (-120, 0.0)])
+def test_a_wait_may_be_a_date(ahead_s: int, seconds: float) -> None:
+    class Answered(Exception):  # noqa: N818 - stands for the client's
+        date = email.utils.formatdate(time.time() + ahead_s, usegmt=True)
+        response = types.SimpleNamespace(status_code=429, headers={"Retry-After": date})
+
+    assert asked_wait_s(Answered()) == pytest.approx(seconds, abs=5)
 
 
 @pytest.mark.parametrize(
