@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils._headers import build_hf_headers
+from huggingface_hub.utils._headers import get_token_to_send
 from huggingface_hub.utils._http import default_client_factory, hf_raise_for_status
 
 from server.adapters.hub_retry import SLICE_S, CutShortError
@@ -40,13 +41,14 @@ class TooManyRedirectsError(OSError):
 
 class HubRequests:
     """The connections of one download, for one call at a time. Apart from huggingface_hub's own session, which all
-    downloads share, but made as it makes that, with its hooks, proxies and headers.
+    downloads share, but made as it makes that, with its hooks, proxies and tokens.
     """
 
     def __init__(self, *, token: str | None, timeout_s: float) -> None:
         """`timeout_s` bounds each wait for the Hub."""
         self._client = default_client_factory()
-        self._headers = build_hf_headers(token=token)
+        self._token = token
+        self._headers: dict[str, str] | None = None
         self._timeout_s = timeout_s
         self._streams: list[Any] = []
 
@@ -60,7 +62,7 @@ class HubRequests:
 
     def call(self, task: Callable[["HubCall"], T], check: Callable[[], object]) -> T:
         """What `task` gives or raises, or what `check` raises, which is asked several times a second meanwhile."""
-        call = HubCall(self._client, self._headers, self._timeout_s, self._streams)
+        call = HubCall(self._client, self._own_headers, self._timeout_s, self._streams)
         outcome: Future[T] = Future()
         # A daemon: one that hangs in a name server or a disk does not keep the process from its end.
         threading.Thread(target=_settle, args=(outcome, task, call), name="hub-request", daemon=True).start()
@@ -69,15 +71,32 @@ class HubRequests:
                 check()
         except BaseException:
             call.abandon()
+            wait([outcome], timeout=SLICE_S)  # it should let go of its file before anybody is told
             raise
         return outcome.result()
+
+    def _own_headers(self) -> Mapping[str, str]:
+        """Made in the thread of a call, since the client may have to renew the token of a login first.
+
+        Not the client's `build_hf_headers`: that asks the Hub for a list of agents, without a bound on time or size,
+        keeps the answer on disk, and tells the Hub which of them the environment's variables speak of.
+        """
+        if self._headers is None:
+            token = get_token_to_send(self._token)
+            authorization = {} if token is None else {"authorization": f"Bearer {token}"}
+            self._headers = {"user-agent": f"lora-mixer; hf_hub/{huggingface_hub.__version__}", **authorization}
+        return self._headers
 
 
 class HubCall:
     """What a call may do, in its thread."""
 
-    def __init__(self, client: Any, headers: Mapping[str, str], timeout_s: float, streams: list[Any]) -> None:
-        """`streams` collects the connections as they are made; later calls use them again."""
+    def __init__(
+        self, client: Any, headers: Callable[[], Mapping[str, str]], timeout_s: float, streams: list[Any]
+    ) -> None:
+        """`headers` gives those of every request; `streams` collects the connections as they are made, and later calls
+        use them again.
+        """
         self._client = client
         self._headers = headers
         self._timeout_s = timeout_s
@@ -100,7 +119,7 @@ class HubCall:
         request = self._client.build_request(
             method,
             url,
-            headers={**self._headers, **headers},
+            headers={**self._headers(), **headers},
             timeout=self._timeout_s,
             extensions={"trace": self._trace},
         )

@@ -1,6 +1,9 @@
 """Hubs that drip, never end or send too much: every download ends when it should, its threads too, in little memory."""
 
 import gzip
+import os
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -50,6 +53,20 @@ def dripping(request: pytest.FixtureRequest, hub: FakeHub) -> Iterator[FakeHub]:
     while any(thread.name == "hub-request" for thread in threading.enumerate()):
         assert time.monotonic() < until_s, "a request outlives its download"
         time.sleep(0.01)
+
+
+def test_nothing_is_asked_of_the_hub_but_what_a_download_needs(hub: FakeHub, tmp_path: Path) -> None:
+    """A fresh client would ask it for a list of agents first, and wait for that without a bound."""
+    hub.push("org/name", FILES)
+    script = (
+        "from server.adapters.hub import HubSource; from server.config import AdapterSpec; "
+        "HubSource().fetch(AdapterSpec(name='a', source='org/name'))"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_secret"}
+    environment.pop("HF_HUB_OFFLINE", None)
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
+    assert all("org/name" in request.path for request in hub.requests)
+    assert {request.token for request in hub.requests if "/cdn/" not in request.path} == {"hf_secret"}
 
 
 def test_a_hub_that_drips_anywhere_is_given_up_in_time(dripping: FakeHub, tmp_path: Path) -> None:
