@@ -26,6 +26,7 @@ from server.adapters.hub_errors import download_error
 from server.adapters.hub_fetch import DOWNLOAD_ERRORS, OPTIONAL_TIMEOUT_S, FetchSettings, fetch_files
 from server.adapters.hub_listing import require_allowed
 from server.adapters.hub_retry import RetryPolicy
+from server.adapters.hub_transfer import discard_partials
 from server.adapters.lockfile import LockEntry
 from server.adapters.peft_config import CONFIG_NAME
 from server.adapters.sources import COMMIT_PATTERN, ResolvedSource, checked_subfolder
@@ -90,6 +91,10 @@ class HubSource:
     def release(self, repository: str, commit: str) -> None:
         """No adapter is of this commit any more: its files may go once the cache is pruned."""
         unmark(repository_folder(repository, self._settings.cache_folder), commit)
+
+    def discard(self, repository: str) -> None:
+        """Nobody wants what downloads that broke off have left of it."""
+        discard_partials(repository_folder(repository, self._settings.cache_folder) / "blobs")
 
     def fetch(
         self, spec: AdapterSpec, *, locked: LockEntry | None = None, progress: Progress = ignore_progress

@@ -6,6 +6,7 @@ process.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import uuid
@@ -23,6 +24,11 @@ from server.adapters.hub_retry import CutShortError
 
 MAX_FRUITLESS_RESUMES = 2
 """Resumes in a row that may bring nothing; then the file begins anew, should it be the resuming that fails."""
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""A disk that is full, or the share of it that the server may use."""
+
+PARTIAL_SUFFIX = ".lora-mixer.partial"
 
 PLAIN = {"Accept-Encoding": "identity"}
 """Compressed bodies have another length, and ranges of them mean something else. Some mirrors compress even so."""
@@ -43,12 +49,18 @@ class FileDownload:
         """Complete the file, or the partial one of an earlier attempt; the sha256 of what stands at the target then.
 
         Raises CutShortError (what came so far is kept), WrongContentError (nothing is kept), what `HubCall` raises, and
-        OSError.
+        OSError (nothing is kept where there is no room for it).
         """
         self._target.parent.mkdir(parents=True, exist_ok=True)
         with _partial_file(self._target) as (path, file):
-            self._transfer(call, file)
-            file.flush()
+            try:
+                self._transfer(call, file)
+                file.flush()
+            except OSError as error:
+                if error.errno in NO_ROOM:  # what came must not keep the disk full for everybody else
+                    os.ftruncate(file.fileno(), 0)  # not the file's own, which would first write out what it holds
+                    path.unlink(missing_ok=True)
+                raise
             try:
                 found = self._content.sha256_of(file)
             except WrongContentError:
@@ -107,6 +119,14 @@ class FileDownload:
             raise CutShortError(f"{done} of {self._content.size_bytes} bytes")
 
 
+def discard_partials(folder: Path) -> None:
+    """Delete the partial files in a folder but for those that somebody works on."""
+    for path in folder.glob(f"*{PARTIAL_SUFFIX}"):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
 def _continues_at(response: Any, position: int) -> bool:
     """Whether the body goes on where the partial file ends; a server may take ranges elsewhere, or of what it has
     compressed.
@@ -118,7 +138,7 @@ def _continues_at(response: Any, position: int) -> bool:
 @contextlib.contextmanager
 def _partial_file(target: Path) -> Iterator[tuple[Path, BufferedRandom]]:
     """The partial file of `target`, open for appending, or a file of our own while somebody else works on it."""
-    path = target.with_name(f"{target.name}.lora-mixer.partial")
+    path = target.with_name(f"{target.name}{PARTIAL_SUFFIX}")
     file = path.open("a+b")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,7 +150,7 @@ def _partial_file(target: Path) -> Iterator[tuple[Path, BufferedRandom]]:
             yield path, file
         return
     file.close()
-    path = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.lora-mixer.partial")
+    path = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
     try:
         with path.open("a+b") as own:
             yield path, own

@@ -40,12 +40,14 @@ class LoadJobs:
         decisions: threading.Lock,
         configured: Mapping[str, AdapterSpec],
         on_ready: Callable[[Record], object],
+        on_retired: Callable[[Record], object],
         on_load: Callable[[str, float], object],
         tidy_soon: Callable[[], object],
     ) -> None:
         """`decisions` is held while the journal changes; `configured` lists the configuration's adapters by name.
 
-        `on_ready` hears of every adapter that has come to serve, and what that leaves behind `tidy_soon` clears away.
+        `on_ready` hears of every adapter that has come to serve, and what that leaves behind `tidy_soon` clears away;
+        `on_retired` of every one whose load was abandoned since it was retired.
         """
         self._loader = loader
         self._state = state
@@ -56,6 +58,7 @@ class LoadJobs:
         self._decisions = decisions
         self._configured = configured
         self._on_ready = on_ready
+        self._on_retired = on_retired
         self._on_load = on_load
         self._tidy_soon = tidy_soon
         self._turns = threading.Semaphore(NUM_VALIDATING)
@@ -133,7 +136,8 @@ class LoadJobs:
             with self._state.mutex:
                 self._state.unseat(record)
                 record.adapter = None
-                is_failure = failure is not None and record.state is not AdapterState.RETIRING
+                is_retired = record.state is AdapterState.RETIRING
+                is_failure = failure is not None and not is_retired
                 if is_failure:
                     record.state, record.failure = AdapterState.FAILED, failure
                 else:
@@ -146,6 +150,8 @@ class LoadJobs:
                 _logged(lambda: self._journal.remove(record.spec.name), not record.is_configured)
             if not (is_failure and is_current and (record.is_configured or not is_final)):
                 self._journal.examples.forget(record.spec.name, only=record.generation)
+        if is_retired:
+            self._on_retired(record)  # again: it was still being downloaded when it was retired
 
 
 def _changed_content(record: Record, digest: str) -> RefusalReason:

@@ -102,8 +102,12 @@ class AdapterLoader:
             raise AdapterDownloadError(message, param=error.param, code=error.code) from error
 
     def forget(self, spec: AdapterSpec) -> None:
-        """Drop the lock of a source, so that registering it anew resolves its branch anew."""
+        """Drop the lock of a source, so that registering it anew resolves its branch anew, and what there is of one
+        whose download has not ended.
+        """
         locked = self.lockfile.get(LockKey.of(spec))
+        if locked is None and self.may_download(spec):
+            self.hub.discard(spec.source)
         try:
             self.lockfile.remove(LockKey.of(spec))
         except OSError as error:

@@ -88,6 +88,7 @@ class Registrations:
             decisions=self._decisions,
             configured=self._configured,
             on_ready=on_ready,
+            on_retired=on_retired,
             on_load=on_load,
             tidy_soon=tidy_soon,
         )

@@ -1,7 +1,10 @@
 """What servers do to ranges, bodies and encodings: a sound file comes of it, or an error that says what it was."""
 
 import dataclasses
+import errno
+import fcntl
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +13,7 @@ import pytest
 
 from server.adapters.hub import HubSource
 from server.adapters.hub_retry import RetryPolicy
+from server.adapters.hub_transfer import PARTIAL_SUFFIX, discard_partials
 from server.config import AdapterSpec
 from server.errors import AdapterDownloadError
 from tests.adapters.fake_hub import FakeHub, Fault
@@ -152,3 +156,24 @@ def test_etags_that_are_no_git_hash_are_not_taken_for_one(
     etag(hub, value, listed)
     resolved = source.fetch(SPEC)
     assert (resolved.folder / "adapter_config.json").resolve().name == re.sub(r'W/|"', "", value)
+
+
+def test_a_download_that_filled_the_disk_does_not_keep_it_full(source: HubSource, tmp_path: Path) -> None:
+    def report(done: int, total: int) -> None:
+        if total and done > total // 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(AdapterDownloadError, match="disk that holds the Hub cache is full"):
+        source.fetch(SPEC, progress=report)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_partial_files_are_discarded_but_for_those_in_use(tmp_path: Path) -> None:
+    left, used = (tmp_path / f"{name}{PARTIAL_SUFFIX}" for name in ("left", "used"))
+    for path in (left, used, tmp_path / "whole"):
+        path.write_text("x")
+    with used.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        discard_partials(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", used.name}
+    discard_partials(tmp_path / "absent")

@@ -444,7 +444,7 @@ def test_retiring_abandons_a_running_download(
     make_registry: MakeRegistry, hub: FakeHub, sources: Path, tmp_path: Path, routed: RoutedModel
 ) -> None:
     hub.push_folder("org/a", sources / "a")
-    hub.fail(Fault("/cdn/", delay_s=0.5, times=9))
+    hub.fail(Fault("/cdn/", drip_s=0.05, piece_bytes=10, times=9))
     heard: list[str] = []
     registry = make_registry(
         hub=HubSource(endpoint=hub.endpoint, cache_folder=tmp_path / "cache"),
@@ -453,6 +453,8 @@ def test_retiring_abandons_a_running_download(
     spec = AdapterSpec(name="a", source="org/a")
     registry.register(spec)
     assert registry.register(spec).state.is_loading
+    while not registry.get("a").downloaded_bytes:
+        threading.Event().wait(0.01)
     with pytest.raises(AdapterConflictError, match="wait until that has ended"):
         registry.register(AdapterSpec(name="a", source="org/other"))
     assert registry.retire("a").state is AdapterState.RETIRING
@@ -460,6 +462,24 @@ def test_retiring_abandons_a_running_download(
     registry.close()
     assert heard == ["cancelled"]
     assert routed.bank.snapshot.slots == frozenset()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_what_has_come_of_a_download_stays_until_its_adapter_is_retired(
+    make_registry: MakeRegistry, hub: FakeHub, sources: Path, tmp_path: Path
+) -> None:
+    hub.push_folder("org/a", sources / "a")
+    hub.fail(Fault("/cdn/", cut_at=100, times=9))
+    source = HubSource(endpoint=hub.endpoint, cache_folder=tmp_path, retries=RetryPolicy(0))
+    spec = AdapterSpec(name="a", source="org/a")
+    for _ in range(2):
+        registry = make_registry(hub=source)
+        registry.register(spec)
+        assert registry.wait("a", 30).state is AdapterState.FAILED
+        registry.close()
+        assert len(list(tmp_path.rglob("*.partial"))) == 1
+    registry.retire("a")
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_a_lock_that_cannot_be_written_does_not_stop_an_adapter(
