@@ -1,12 +1,18 @@
 """adapters.lock: which commit and which bytes every Hub source resolved to, so that a restart serves the same.
 
-Written whole and atomically; a missing file is an empty lock, a damaged one is an error and never overwritten.
+Written whole and atomically; a missing file is an empty lock, a damaged one is an error and never overwritten. Several
+servers may share it, and an operator may edit it while they run: a server adds and drops entries of its own and leaves
+the rest as it finds it. What it has read or added holds for it until it ends.
 """
 
+import contextlib
+import errno
+import fcntl
 import json
+import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,23 +77,31 @@ class Lockfile:
         if path is not None:
             remove_leftovers(path)
         self._entries, self._base = ({}, None) if path is None else _read(path)
+        self._changes: dict[LockKey, LockEntry | None] = {}
+        """Not in the file yet: entries to add, and None for those to drop."""
+        self._new_base: BaseLock | None = None
+        """Likewise."""
 
     def get(self, key: LockKey) -> LockEntry | None:
         with self._mutex:
             return self._entries.get(key)
 
     def put(self, key: LockKey, entry: LockEntry) -> bool:
-        """Add an entry or replace one of the same commit. One of another commit stays: then False, and nothing changes.
+        """Add an entry or replace one of the same commit. One of another commit stays, also one that another server has
+        added meanwhile, which holds here too from now on: then False.
 
         Raises OSError when the file cannot be written; memory is changed even so.
         """
         with self._mutex:
-            known = self._entries.get(key)
-            if known is not None and known.commit != entry.commit:
-                return False
-            if known != entry:
+            if (known := self._entries.get(key)) == entry:
+                return True
+            with self._stored() as stored:
+                known = known or stored.get(key)
+                if known is not None and known.commit != entry.commit:
+                    self._entries = {**self._entries, key: known}
+                    return False
                 self._entries = {**self._entries, key: entry}
-                self._write()
+                self._changes[key] = entry
             return True
 
     def remove(self, key: LockKey) -> None:
@@ -95,7 +109,8 @@ class Lockfile:
         with self._mutex:
             if key in self._entries:
                 self._entries = {other: entry for other, entry in self._entries.items() if other != key}
-                self._write()
+                with self._stored():
+                    self._changes[key] = None
 
     def has_commit(self, source: str, commit: str) -> bool:
         """Whether an adapter is locked at this commit of a source."""
@@ -113,16 +128,40 @@ class Lockfile:
         with self._mutex:
             if self._base != base:
                 self._base = base
-                self._write()
+                with self._stored():
+                    self._new_base = base
 
-    def _write(self) -> None:
+    @contextlib.contextmanager
+    def _stored(self) -> Iterator[Mapping[LockKey, LockEntry]]:
+        """The entries of the file, for which no other server can come in between; changes that the block makes are in
+        the file after it. Raises OSError, after the block.
+        """
         if self._path is None:
+            yield {}
             return
-        records = [{**asdict(key), **asdict(entry)} for key, entry in self._entries.items()]
-        records.sort(key=lambda record: (record["source"], record["revision"] or "", record["subfolder"] or ""))
-        base = {} if self._base is None else {"base_model": asdict(self._base)}
-        text = json.dumps({"version": LOCK_VERSION, **base, "adapters": records}, indent=2, sort_keys=True) + "\n"
-        write_atomically(self._path, text)
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # no folder, or a file system without locks
+                folder = os.open(self._path.parent, os.O_RDONLY | os.O_CLOEXEC)
+                stack.callback(os.close, folder)
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            try:
+                entries, base = _read(self._path)
+            except ConfigError as error:
+                yield {}
+                raise OSError(errno.EINVAL, "the file is damaged, and stays as it is") from error
+            yield entries
+            if self._changes or self._new_base:
+                _write(self._path, {**entries, **self._changes}, self._new_base or base)
+                self._changes, self._new_base = {}, None
+
+
+def _write(path: Path, entries: Mapping[LockKey, LockEntry | None], base: BaseLock | None) -> None:
+    """None stands for an entry that is to go."""
+    records = [{**asdict(key), **asdict(entry)} for key, entry in entries.items() if entry is not None]
+    records.sort(key=lambda record: (record["source"], record["revision"] or "", record["subfolder"] or ""))
+    stated = {} if base is None else {"base_model": asdict(base)}
+    text = json.dumps({"version": LOCK_VERSION, **stated, "adapters": records}, indent=2, sort_keys=True) + "\n"
+    write_atomically(path, text)
 
 
 def _read(path: Path) -> tuple[dict[LockKey, LockEntry], BaseLock | None]:

@@ -164,3 +164,72 @@ def test_damage_is_an_error_that_names_the_file_and_never_overwritten(path: Path
     with pytest.raises(ConfigError, match=r"adapters\.lock is damaged"):
         Lockfile(path)
     assert path.read_text() == content
+
+
+# Others who change the file
+
+OTHER = LockKey("org/other", None, None)
+
+
+def test_two_servers_keep_each_others_entries(path: Path) -> None:
+    base = BaseLock("org/base", None, "d" * 40)
+    first, second = Lockfile(path), Lockfile(path)
+    first.put(KEY, ENTRY)
+    first.put_base(base)
+    second.put(OTHER, ENTRY)
+    again = Lockfile(path)
+    assert again.get(KEY) == again.get(OTHER) == ENTRY
+    assert again.base_commit(base.source, None) == base.commit
+    first.remove(KEY)
+    again = Lockfile(path)
+    assert (again.get(KEY), again.get(OTHER)) == (None, ENTRY)
+
+
+def test_a_source_that_another_server_has_locked_meanwhile_is_the_same_here(path: Path) -> None:
+    first, second = Lockfile(path), Lockfile(path)
+    first.put(KEY, ENTRY)
+    assert not second.put(KEY, LockEntry("b" * 40, FILES, "c" * 64))
+    assert second.get(KEY) == ENTRY
+
+
+def test_puts_of_two_servers_at_once_all_arrive(path: Path) -> None:
+    keys = [LockKey(f"org/{index}", None, None) for index in range(20)]
+    threads = [threading.Thread(target=Lockfile(path).put, args=(key, ENTRY)) for key in keys]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    again = Lockfile(path)
+    assert all(again.get(key) == ENTRY for key in keys)
+
+
+def test_an_entry_that_an_operator_deletes_stays_deleted(path: Path) -> None:
+    lock = Lockfile(path)
+    lock.put(KEY, ENTRY)
+    path.unlink()
+    lock.put(OTHER, ENTRY)
+    assert lock.get(KEY) == ENTRY, "until it ends, the server serves what it has"
+    again = Lockfile(path)
+    assert (again.get(KEY), again.get(OTHER)) == (None, ENTRY)
+
+
+def test_what_could_not_be_written_is_made_up_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = Lockfile(path)
+    with monkeypatch.context() as patch:
+        patch.setattr("server.adapters.lockfile.write_atomically", lambda *_: path.read_bytes())
+        for change in (lambda: lock.put(KEY, ENTRY), lambda: lock.put_base(BaseLock("org/base", None, "d" * 40))):
+            with pytest.raises(OSError, match="No such file"):
+                change()
+    lock.put(OTHER, ENTRY)
+    again = Lockfile(path)
+    assert again.get(KEY) == again.get(OTHER) == ENTRY
+    assert again.base_commit("org/base", None) == "d" * 40
+
+
+def test_a_file_that_was_damaged_meanwhile_is_not_overwritten(path: Path) -> None:
+    lock = Lockfile(path)
+    path.write_text("{")
+    with pytest.raises(OSError, match="damaged"):
+        lock.put(KEY, ENTRY)
+    assert lock.get(KEY) == ENTRY
+    assert path.read_text() == "{"
