@@ -19,14 +19,15 @@ _PLAIN_WORDS = {
     "model_type": "must be a mapping",
     "bool_type": "must be true or false",
     "string_type": "must be text",
+    "finite_number": "must be a finite number",
 }
 """Kinds of problem that pydantic words in terms of Python."""
 
 
 class Frozen(BaseModel):
-    """Part of a configuration: unknown keys are errors, nothing changes after it is read."""
+    """Part of a configuration: unknown keys are errors, numbers finite, nothing changes after it is read."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
