@@ -7,13 +7,13 @@ import json
 import re
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from huggingface_hub import constants
 from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils._validators import validate_repo_id
 
-from server.adapters.hub_requests import HubCall, encoding_of
+from server.adapters.hub_requests import HubCall, encoding_of, hub_origins, origin
 
 MAX_LIST_BYTES = 8 * 1024**2
 """Largest list of files read, decompressed: some 30,000 files. As Python objects it takes up to twenty times that."""
@@ -65,15 +65,15 @@ def ask_for_list(call: HubCall, repository: str, revision: str, endpoint: str | 
         raise ValueError("lists where objects should be, or the like") from error
 
 
-def ask_for_head(call: HubCall, url: str, endpoint: str | None) -> FileHead | None:
+def ask_for_head(call: HubCall, url: str) -> FileHead | None:
     """The headers of a file; None when they lack a usable ETag. Raises what `HubCall` raises.
 
     What leads to another host leads to storage: the Hub's own headers are in the redirect, and its token stays here.
     """
-    hubs = {_origin(_base(endpoint)), _origin(constants.ENDPOINT), _origin("https://huggingface.co")}
+    hubs = hub_origins(url)
 
-    def stays(origin: str, target: str) -> bool:
-        return _origin(target) in {_origin(origin), *hubs}
+    def stays(source: str, target: str) -> bool:
+        return origin(target) in {origin(source), *hubs}
 
     # Compressed bodies have another length.
     with call.open("HEAD", url, {"Accept-Encoding": "identity"}, follows=stays) as response:
@@ -100,8 +100,3 @@ def _size(response: Any) -> int | None:
 
 def _base(endpoint: str | None) -> str:
     return (endpoint or constants.ENDPOINT).rstrip("/")
-
-
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)

@@ -48,6 +48,8 @@ def _explain(error: BaseException, spec: AdapterSpec, locked_commit: str | None)
         "HFValidationError": (f"{repository} is not a Hub id", "use org/name"),
         "FileMetadataError": (f"the answer about {repository} was not the Hub's", "check HF_ENDPOINT and proxies"),
     }
+    if is_storages(error):
+        return _explain_storage(status_of(error), repository)
     for link in causes(error):
         # In order of the class hierarchy: a gated repository is also one that is not found.
         for kind in type(link).__mro__:
@@ -91,6 +93,21 @@ def _explain_status(status: int, repository: str, wait_s: float | None) -> tuple
     if status >= 500:
         return f"the Hub failed (HTTP {status}) for {repository}", "try again later"
     return f"the Hub answered HTTP {status} for {repository}", "check the source"
+
+
+def _explain_storage(status: int | None, repository: str) -> tuple[str, str]:
+    """The host that the Hub's links lead to: no token of ours goes there."""
+    host = f"the host that the Hub keeps the files of {repository} on"
+    if status == 403:
+        return f"{host} refused the Hub's link again and again (HTTP 403)", "check the clock and proxies, or try later"
+    if status in (404, 410):
+        return f"{host} does not have one of them (HTTP {status})", "try again later; if it stays so, tell its owner"
+    return f"{host} failed (HTTP {status})", "try again later"
+
+
+def is_storages(error: BaseException) -> bool:
+    """Whether it is an answer of a host that the Hub has sent us to for content."""
+    return any(type(link).__name__ == "StorageError" for link in causes(error))
 
 
 def status_of(error: BaseException) -> int | None:

@@ -187,7 +187,7 @@ class _Fetch:
 
     def _head(self, file: RemoteFile, commit: str) -> FileHead:
         url = self._url(file, commit)
-        head = self._retried(file.path, lambda call: ask_for_head(call, url, self._settings.endpoint))
+        head = self._retried(file.path, lambda call: ask_for_head(call, url))
         if head is None or head.commit not in (None, commit):
             raise self._error(f"the Hub's headers for {file.path} at {commit} are not usable; check HF_ENDPOINT")
         return head

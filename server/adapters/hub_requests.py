@@ -12,8 +12,10 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, Self, TypeVar
+from urllib.parse import urlsplit
 
 import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils._headers import get_token_to_send
 from huggingface_hub.utils._http import default_client_factory, hf_raise_for_status
@@ -37,6 +39,10 @@ PIECE_BYTES = 64 * 1024
 
 class TooManyRedirectsError(OSError):
     """Redirects that do not end."""
+
+
+class StorageError(HfHubHTTPError):
+    """A status of failure of a host that the Hub has sent us to for content."""
 
 
 class HubRequests:
@@ -114,7 +120,8 @@ class HubCall:
     ) -> Iterator[Any]:
         """The answer, its body still to be read, after redirects from one URL to another that `follows` agrees to.
 
-        Raises HfHubHTTPError or a class below it for a status of failure, TooManyRedirectsError and HTTP_ERROR.
+        Raises HfHubHTTPError or a class below it for a status of failure, StorageError if it is not the Hub's,
+        TooManyRedirectsError and HTTP_ERROR.
         """
         request = self._client.build_request(
             method,
@@ -127,7 +134,9 @@ class HubCall:
             with contextlib.closing(self._client.send(request, stream=True, follow_redirects=False)) as response:
                 following = response.next_request
                 if following is None or not follows(str(request.url), str(following.url)):
-                    _raise_for_status(response)
+                    # By name alone: a mirror may send its clients from http to https.
+                    hub_hosts = {host for _, host, _ in hub_origins(url)}
+                    _raise_for_status(response, is_hubs=origin(str(request.url))[1] in hub_hosts)
                     yield response
                     return
             request = following
@@ -161,6 +170,17 @@ class HubCall:
                 _shut_down(stream)
 
 
+def origin(url: str) -> tuple[str, str | None, int | None]:
+    """Scheme, host and port: whom a request for the URL goes to, and whether others on the way can read it."""
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def hub_origins(url: str) -> frozenset[tuple[str, str | None, int | None]]:
+    """Whose answers to a request for a URL of the Hub, or of a mirror, are the Hub's own."""
+    return frozenset(map(origin, (url, constants.ENDPOINT, "https://huggingface.co")))
+
+
 def encoding_of(response: Any) -> str:
     """How a body is compressed; empty: not at all."""
     encoding = str(response.headers.get("Content-Encoding", "")).strip().lower()
@@ -180,7 +200,7 @@ def _shut_down(stream: Any) -> None:
         socket.socket.shutdown(stream.get_extra_info("socket"), socket.SHUT_RDWR)
 
 
-def _raise_for_status(response: Any) -> None:
+def _raise_for_status(response: Any, *, is_hubs: bool) -> None:
     """Raise what the client raises for a status of failure and its headers. It would also read the body, however large,
     for a text that nobody is shown.
     """
@@ -189,7 +209,10 @@ def _raise_for_status(response: Any) -> None:
     if response.status_code >= 400:
         about_body = ("content-encoding", "content-length", "transfer-encoding")
         headers = [(name, value) for name, value in response.headers.items() if name.lower() not in about_body]
-        hf_raise_for_status(type(response)(response.status_code, headers=headers, request=response.request))
+        answer = type(response)(response.status_code, headers=headers, request=response.request)
+        if not is_hubs:
+            raise StorageError("not the Hub's", response=answer)
+        hf_raise_for_status(answer)
 
 
 def _decompressed(pieces: Iterator[bytes], encoding: str) -> Iterator[bytes]:

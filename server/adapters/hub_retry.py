@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from server.adapters.hub_errors import asked_wait_s, causes, status_of
+from server.adapters.hub_errors import asked_wait_s, causes, is_storages, status_of
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,8 @@ def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed later."""
     status = status_of(error)
     if status is not None:
-        return status in TRANSIENT_STATUSES
+        # The Hub's links expire. The next try asks it for a new one.
+        return status in TRANSIENT_STATUSES or (status == 403 and is_storages(error))
     return any(
         isinstance(cause, CutShortError) or any(part in type(cause).__name__ for part in TRANSIENT_NAMES)
         for cause in causes(error)

@@ -509,6 +509,26 @@ def test_http_errors_become_words_that_help(status: int, message: str, hub: Fake
         source.fetch(SPEC)
 
 
+@pytest.mark.parametrize(
+    ("status", "message"), [(403, "refused the Hub's link"), (404, "does not have one of them"), (501, "failed")]
+)
+def test_errors_of_the_host_that_keeps_the_files_are_not_told_as_the_hubs(
+    status: int, message: str, hub: FakeHub, source: HubSource
+) -> None:
+    hub.push("org/name", FILES)
+    hub.fail(Fault("/cdn/", status=status, times=9))
+    with pytest.raises(AdapterDownloadError, match=rf"that the Hub keeps .* {message}.*\(HTTP {status}\)") as caught:
+        source.fetch(SPEC)
+    assert "TOKEN" not in caught.value.message
+
+
+def test_a_link_that_has_expired_is_asked_for_again(hub: FakeHub, source: HubSource) -> None:
+    commit = hub.push("org/name", FILES)
+    hub.fail(Fault("/cdn/", status=403, times=2))
+    assert source.fetch(SPEC).revision == commit
+    assert hub.count("GET", "/resolve/") == hub.count("GET", "/cdn/") + 1 == 4, "the config's as well"
+
+
 def test_unknown_repository_revision_and_gate_are_told_apart(hub: FakeHub, source: HubSource) -> None:
     hub.push("org/name", FILES)
     hub.push("org/gated", FILES)

@@ -1,5 +1,6 @@
 """Hubs that drip, never end or send too much: every download ends when it should, its threads too, in little memory."""
 
+import contextlib
 import gzip
 import os
 import subprocess
@@ -7,14 +8,16 @@ import sys
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from server.adapters.hub import HubSource
-from server.adapters.hub_answers import MAX_LIST_BYTES
+from server.adapters.hub_answers import MAX_LIST_BYTES, ask_for_head
+from server.adapters.hub_requests import HubCall
 from server.adapters.hub_retry import RetryPolicy
 from server.config import AdapterSpec
 from server.errors import AdapterDownloadError
@@ -143,6 +146,30 @@ def test_a_list_without_end_takes_little_memory(is_compressed: bool, hub: FakeHu
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak_bytes < 3 * MAX_LIST_BYTES
+
+
+@pytest.mark.parametrize(
+    ("target", "is_followed"),
+    [
+        ("https://mirror.example/new/file", True),
+        ("https://huggingface.co/file", True),
+        ("http://mirror.example/file", False),
+        ("https://mirror.example:444/file", False),
+        ("https://cdn.example/file", False),
+    ],
+)
+def test_headers_come_from_the_hub_and_over_what_its_url_promises(target: str, is_followed: bool) -> None:
+    """A redirect to plain http would show the Hub's token to everybody on the way."""
+
+    class Call:
+        @contextlib.contextmanager
+        def open(
+            self, _method: str, url: str, _headers: object, *, follows: Callable[[str, str], bool]
+        ) -> Iterator[Any]:
+            assert follows(url, target) is is_followed
+            yield SimpleNamespace(headers={"ETag": "x"}, iter_raw=list, next_request=None)
+
+    ask_for_head(cast("HubCall", Call()), "https://mirror.example/org/name/resolve/main/file")
 
 
 def test_a_compressed_list_is_read(hub: FakeHub, tmp_path: Path) -> None:
