@@ -15,7 +15,7 @@ from server.adapters.roster import ResidentAdapter, hot_rows, routed_slots
 from server.adapters.router_swap import check_digests
 from server.adapters.state import RegistryState
 from server.adapters.weights import Adapter
-from server.errors import AdapterConflictError
+from server.errors import AdapterRefusedError, RefusalReason
 from server.routing.attach import RoutedModel
 from server.routing.policy import BASE_SLOT
 from server.routing.router import RouterArtefact
@@ -68,7 +68,7 @@ class Residency:
         """Make a checked adapter READY: in the bank if it is to stay there or if there is room, else warm.
 
         `confirm` is called once nothing else can be in the way of that, and before any request sees it. Raises
-        CancelledLoadError, AdapterConflictError when it could never be in the bank, and what `confirm` raises.
+        CancelledLoadError, AdapterRefusedError when it could never be in the bank, and what `confirm` raises.
         """
         state = self._state
         size = self._routed.bank.bytes_of(adapter.weights)
@@ -91,7 +91,8 @@ class Residency:
         state, size = self._state, record.memory_bytes
         room = self.room(leaving=before)
         if not room.can_hold([size]):
-            raise AdapterConflictError(self.explain_full([size], room), param="name", code="adapter_memory_full")
+            reason = RefusalReason("adapter_memory_full", self.explain_full([size], room), "memory of the server")
+            raise AdapterRefusedError(record.spec.name, [reason])
         router, spec = state.router, record.spec
         stays = spec.pinned or (router is not None and spec.routed and has_row(record, adapter.digest, router.artefact))
         taken = room.take([size])

@@ -4,9 +4,10 @@ The registry does the work, on worker threads; this module knows statuses and wh
 """
 
 import asyncio
+import contextlib
 import functools
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Header
@@ -114,7 +115,7 @@ async def register_adapter(body: RegisterBody, services: InjectedServices, if_ma
 
     With If-Match, other content replaces the adapter as its next generation; 412 when it is not the one named.
     """
-    info = await _register(services, body, param="name", expected=_etags(if_match))
+    info = await _register(services, body, expected=_etags(if_match))
     if body.wait:
         info = await settled(services, info)
     newest = info.replacement or info
@@ -133,11 +134,12 @@ async def retire_adapter(name: str, services: InjectedServices, if_match: IfMatc
 async def load_lora_adapter(body: LoadBody, services: InjectedServices) -> Response:
     """Waits until the adapter is served; 202 where that takes longer than a request may."""
     registration = RegisterBody(name=body.lora_name, source=body.lora_path)
-    is_known = any(info.name == body.lora_name for info in services.registry.list())
-    expected = (ANY_ETAG,) if body.load_inplace and is_known else None
-    info = await settled(services, await _register(services, registration, param="lora_name", expected=expected))
-    newest = info.replacement or info
-    _raise_failure(newest)
+    with _vllms_params():
+        is_known = any(info.name == body.lora_name for info in services.registry.list())
+        expected = (ANY_ETAG,) if body.load_inplace and is_known else None
+        info = await settled(services, await _register(services, registration, expected=expected))
+        newest = info.replacement or info
+        _raise_failure(newest)
     if newest.state is not AdapterState.READY:
         where = f"GET /v1/adapters/{body.lora_name} tells when it serves"
         return PlainTextResponse(f"LoRA adapter '{body.lora_name}' is still {newest.state.value}; {where}.", 202)
@@ -147,15 +149,24 @@ async def load_lora_adapter(body: LoadBody, services: InjectedServices) -> Respo
 @router.post("/v1/unload_lora_adapter", summary="Retire an adapter, as vLLM does", dependencies=MAY_CHANGE)
 async def unload_lora_adapter(body: UnloadBody, services: InjectedServices) -> Response:
     """Running requests keep it until they end."""
-    await asyncio.to_thread(services.registry.retire, body.lora_name)
+    with _vllms_params():
+        await asyncio.to_thread(services.registry.retire, body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
-async def _register(
-    services: Services, body: RegisterBody, *, param: str, expected: Collection[str] | None
-) -> AdapterInfo:
+@contextlib.contextmanager
+def _vllms_params() -> Iterator[None]:
+    """What goes wrong with a field is told of the one that vLLM's clients have sent."""
+    try:
+        yield
+    except LoraMixerError as error:
+        error.param = {"name": "lora_name", "source": "lora_path"}.get(error.param or "", error.param)
+        raise
+
+
+async def _register(services: Services, body: RegisterBody, *, expected: Collection[str] | None) -> AdapterInfo:
     if reserved_by(body.name, services.base_model_name):
-        raise InvalidRequestError(f"{param} {body.name!r} is reserved; choose another", param=param)
+        raise InvalidRequestError(f"the name {body.name!r} is reserved; choose another", param="name")
     spec = AdapterSpec(
         name=body.name,
         source=body.source,

@@ -92,7 +92,7 @@ def test_a_replacement_that_finds_no_room_is_not_what_a_restart_serves(
     registry.register(local("b", "d", pinned=True), expected=["*"])
     replacement = registry.wait("b", 30).replacement
     assert replacement is not None
-    assert (replacement.state, replacement.code) == (AdapterState.FAILED, "adapter_memory_full")
+    assert [reason.code for reason in replacement.reasons] == ["adapter_memory_full"]
     assert shown(restart(*configured, num_slots=3)) == before
 
 

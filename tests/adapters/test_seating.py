@@ -185,7 +185,7 @@ def test_a_pinned_adapter_is_never_evicted(make_small: MakeSmall) -> None:
     assert (info.state, info.resident) == (AdapterState.READY, True)
     registry.register(local("e", "a", pinned=True))
     info = registry.wait("e", 30)
-    assert (info.state, info.code) == (AdapterState.FAILED, "adapter_memory_full")
+    assert (info.state, [reason.code for reason in info.reasons]) == (AdapterState.FAILED, ["adapter_memory_full"])
     assert "server.max_resident_adapters allows 2" in str(info.reason)
 
 
@@ -211,7 +211,7 @@ def test_one_that_could_never_be_in_memory_is_refused(make_small: MakeSmall) -> 
     registry = make_small(4, mib=0.00101)
     registry.register(local("b"))
     info = registry.wait("b", 30)
-    assert (info.state, info.code) == (AdapterState.FAILED, "adapter_memory_full")
+    assert (info.state, [reason.code for reason in info.reasons]) == (AdapterState.FAILED, ["adapter_memory_full"])
     assert "server.adapter_memory_mib allows 0.001" in str(info.reason)
 
 
@@ -698,7 +698,7 @@ def test_a_newcomer_that_the_router_knows_takes_an_idle_ones_place(make_small: M
     assert resident(registry) == "ac"
     registry.register(local("d"))
     info = registry.wait("d", 30)
-    assert (info.state, info.code) == (AdapterState.FAILED, "adapter_memory_full")
+    assert (info.state, [reason.code for reason in info.reasons]) == (AdapterState.FAILED, ["adapter_memory_full"])
     assert [name for name in "acxy" if registry.get(name).state is AdapterState.READY] == list("acxy")
     with pytest.raises(AdapterMemoryError):
         registry.lease("x")

@@ -369,7 +369,8 @@ def test_vllms_load_and_unload(client: httpx.Client, harness: Harness) -> None:
     assert harness.registry.get("new").state == "READY"
     response = client.post("/v1/unload_lora_adapter", json={"lora_name": "new", "lora_int_id": 3})
     assert (response.status_code, response.text) == (200, "Success: LoRA adapter 'new' removed successfully.")
-    assert client.post("/v1/unload_lora_adapter", json={"lora_name": "nobody"}).status_code == 404
+    response = client.post("/v1/unload_lora_adapter", json={"lora_name": "nobody"})
+    assert (response.status_code, response.json()["error"]["param"]) == (404, "lora_name")
 
 
 def test_vllms_load_claims_no_success_before_there_is_one(
@@ -386,8 +387,14 @@ def test_vllms_load_tells_refusals_too(client: httpx.Client, harness: Harness) -
     harness.registry.settles_as = failed("adapter_refused", reasons=REASONS)
     response = client.post("/v1/load_lora_adapter", json={"lora_name": "bad", "lora_path": "org/bad"})
     assert (response.status_code, response.json()["error"]["code"]) == (422, "adapter_refused")
-    response = client.post("/v1/load_lora_adapter", json={"lora_name": "a b", "lora_path": ""})
-    assert response.json()["error"]["param"] == "lora_name"
+    for name, path, param in (
+        ("a b", "", "lora_name"),
+        ("auto", "org/new", "lora_name"),
+        ("gsm8k", "org/other", "lora_name"),
+        ("new", "https://host/x", "lora_path"),
+    ):
+        response = client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path})
+        assert (response.json()["error"]["param"], name) == (param, name)
 
 
 def test_models_list_what_model_may_be(client: httpx.Client) -> None:
