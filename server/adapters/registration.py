@@ -152,6 +152,8 @@ class Registrations:
         """See `AdapterRegistry.retire`."""
         with self._decisions:
             with self._state.mutex:
+                if self._is_closing:
+                    raise NotReadyError("the server is shutting down")  # its journal may be another's by now
                 record = self._state.record(name)
                 check_expected(name, expected, self._state.info(record))
             self._journal.remove(name, configured=self._configured.get(name))
@@ -180,7 +182,8 @@ class Registrations:
         self._publisher.close()
         for threads in (self._loaders, self._downloaders):
             threads.shutdown(wait=True, cancel_futures=True)
-        self._journal.close()
+        with self._decisions:  # whoever has begun to write may end
+            self._journal.close()
 
     def _start(self, record: Record) -> None:
         threads = self._downloaders if self._loader.may_download(record.spec) else self._loaders
@@ -198,14 +201,12 @@ class Registrations:
             record = Record(spec, self._next_generation(spec.name))
             self._add(record)
             return record
-        root = self._loader.root
         pending = self._state.replacements.get(spec.name)
         if is_same and pending is not None and pending.state.is_loading:
-            raise AdapterConflictError(
-                f"adapter {spec.name!r} is being replaced; wait until that has ended", param="name"
-            )
+            message = f"adapter {spec.name!r} is being replaced; wait until that has ended"
+            raise AdapterConflictError(message, param="name")
         if known.state is not AdapterState.READY:
-            if not known.state.is_loading or not asks_for_the_same(spec, known.spec, root, commit=None):
+            if not known.state.is_loading or not asks_for_the_same(spec, known.spec, self._loader.root, commit=None):
                 message = f"adapter {spec.name!r} is {known.state}; wait until that has ended"
                 raise AdapterConflictError(message, param="name")
             return None
@@ -228,18 +229,15 @@ class Registrations:
         if pending is not None and pending.state.is_loading:
             if asks_for_the_same(spec, pending.spec, self._loader.root, commit=None):
                 return None
-            raise AdapterConflictError(
-                f"adapter {spec.name!r} is being replaced; wait until that has ended", param="name"
-            )
+            message = f"adapter {spec.name!r} is being replaced; wait until that has ended"
+            raise AdapterConflictError(message, param="name")
         self._refuse_overload()
         record = Record(spec, self._next_generation(spec.name))
         self._state.replacements[spec.name] = record
         return record
 
     def _add(self, record: Record) -> None:
-        """Give a record its name. Raises AdapterConflictError or NotReadyError. With the mutex."""
-        if self._is_closing:
-            raise NotReadyError("the server is shutting down")
+        """Give a record its name. Raises AdapterConflictError. With the mutex."""
         records, name = self._state.records, record.spec.name
         alive = [r for other, r in records.items() if r.state is not AdapterState.FAILED and other != name]
         folded, appearance = record.looks
@@ -257,7 +255,9 @@ class Registrations:
         records[name] = record
 
     def _refuse_overload(self) -> None:
-        """Raises TooManyRegistrationsError. With the mutex."""
+        """Raises TooManyRegistrationsError, and NotReadyError at the end. With the mutex."""
+        if self._is_closing:
+            raise NotReadyError("the server is shutting down")
         everyone = (*self._state.records.values(), *self._state.replacements.values())
         num_loading = sum(record.state.is_loading for record in everyone)
         if num_loading >= self._max_loading:

@@ -6,9 +6,8 @@ between two steps; callers take the state's mutex for a moment. At no instant is
 
 import contextlib
 import functools
-import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,6 @@ from server.routing.attach import RoutedModel
 from server.routing.plan_course import NO_COURSE, PlanCourse
 from server.routing.policy import GatePlan
 from server.routing.recording import ExampleStates
-
-logger = logging.getLogger(__name__)
 
 AdapterInfos = list[AdapterInfo]
 
@@ -212,11 +209,11 @@ class AdapterRegistry:
 
         Idempotent: the same spec while it loads, or equal content under a READY name, gives the existing adapter (for
         a READY local folder this call reads the folder to compare), which is let into the routed pool again if it had
-        to leave it. A FAILED name starts anew. `expected` holds etags,
-        or `*`: the name must have an adapter with one of them, which other content then replaces as its next
-        generation; running requests keep theirs. Raises AdapterConflictError, PreconditionFailedError,
-        TooManyRegistrationsError, InvalidRequestError for a reserved name or contradictory spec, NotReadyError at
-        shutdown, LoraMixerError when the journal cannot be written; then nothing has changed.
+        to leave it. A FAILED name starts anew. `expected` holds etags, or `*`: the name must have an adapter with one
+        of them, which other content then replaces as its next generation; running requests keep theirs. Raises
+        AdapterConflictError, PreconditionFailedError, TooManyRegistrationsError, InvalidRequestError for a reserved
+        name or contradictory spec, NotReadyError at shutdown, LoraMixerError when the journal cannot be written; then
+        nothing has changed.
         """
         encoded = self._hot_rows.encode(examples)
         info = self._registrations.register(spec, expected, encoded)
@@ -228,7 +225,7 @@ class AdapterRegistry:
     def retire(self, name: str, *, expected: Collection[str] | None = None) -> AdapterInfo:
         """Stop serving an adapter: refused to new requests at once, gone when the last request that uses it ends.
 
-        Raises AdapterNotFoundError, PreconditionFailedError, LoraMixerError when the journal cannot be written.
+        Raises AdapterNotFoundError, and PreconditionFailedError, NotReadyError and LoraMixerError as `register`.
         """
         return self._registrations.retire(name, expected)
 
@@ -243,8 +240,7 @@ class AdapterRegistry:
 
     def wait(self, name: str, timeout_s: float | None = None) -> AdapterInfo:
         """Block until nothing that was started for it is under way, or the time is up. Raises AdapterNotFoundError."""
-        with contextlib.suppress(TimeoutError):
-            self.settling(name).result(timeout_s)
+        wait([self.settling(name)], timeout_s)
         return self.get(name)
 
     def settling(self, name: str) -> "Future[None]":
@@ -300,7 +296,6 @@ class AdapterRegistry:
         """Drop a retired source's lock, so that it resolves anew, unless another registration stands on it."""
         key = LockKey.of(record.spec)
         with self._state.mutex:
-            others = (other for other in self._state.all_records() if other is not record)
-            alive = [other for other in others if other.state is not AdapterState.RETIRING]
+            alive = [r for r in self._state.all_records() if r is not record and r.state is not AdapterState.RETIRING]
         if not any(LockKey.of(other.spec) == key for other in alive):
             self.loader.forget(record.spec)

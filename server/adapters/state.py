@@ -131,9 +131,7 @@ class RegistryState:
         return [self._info(record, replacement, roster, total) for record, replacement in known]
 
     def settling(self, name: str) -> "Future[None]":
-        """Done once it and its next generation are loaded and calibrated, or it is gone; cannot be cancelled. Raises
-        AdapterNotFoundError.
-        """
+        """Done once the adapter `is_settled`, or is gone; cannot be cancelled. Raises AdapterNotFoundError."""
         with self._changed:
             future: Future[None] = Future()
             future.set_running_or_notify_cancel()

@@ -20,13 +20,11 @@ def warn_of_missing_roots(config: ServerConfig) -> None:
 def checked_source(config: ServerConfig, spec: AdapterSpec) -> AdapterSpec:
     """The spec as the registry may have it: a Hub source with its revision apart, a local one with its folder resolved.
 
-    Raises what `check_folder` raises, and InvalidRequestError for a spec that contradicts itself.
+    Raises what `check_folder` raises, and InvalidRequestError for a spec that contradicts itself or names no path.
     """
+    _refuse_homes_of_others(spec.source, "source")
     spec = spec.with_revision_apart(config.root, config.adapter_roots)
-    try:
-        folder = local_folder(spec, config.root)
-    except (OSError, RuntimeError) as error:
-        raise _unusable("source", spec.source) from error
+    folder = local_folder(spec, config.root)
     if folder is None:
         return spec
     check_folder(config, folder, named=spec.source, param="source")
@@ -35,10 +33,12 @@ def checked_source(config: ServerConfig, spec: AdapterSpec) -> AdapterSpec:
 
 def router_folder(config: ServerConfig, path: str) -> Path:
     """The artefact folder that `path` names, relative to adapters.yaml. Raises what `check_folder` raises."""
+    _refuse_homes_of_others(path, "path")
     try:
         folder = (config.root / Path(path).expanduser()).resolve()
     except (OSError, ValueError, RuntimeError) as error:
-        raise _unusable("path", path) from error
+        # A name too long, a loop of links, a null character.
+        raise InvalidRequestError(f"path {path[:200]!r} is not a usable path", param="path") from error
     check_folder(config, folder, named=path, param="path")
     return folder
 
@@ -48,11 +48,7 @@ def check_folder(config: ServerConfig, folder: Path, *, named: str, param: str) 
     InvalidRequestError if there is no such folder inside. `folder` is resolved, `named` is what the client wrote.
     """
     if not any(folder.is_relative_to(root) for root in config.adapter_roots):
-        raise PermissionDeniedError(
-            f"{param} {named[:200]!r} lies outside the adapter roots (--adapter-root); only folders below them may be "
-            "loaded over HTTP",
-            param=param,
-        )
+        raise _outside(param, named)
     try:
         is_folder = folder.is_dir()
     except OSError:
@@ -61,6 +57,15 @@ def check_folder(config: ServerConfig, folder: Path, *, named: str, param: str) 
         raise InvalidRequestError(f"{param} {named[:200]!r} is not a folder", param=param)
 
 
-def _unusable(param: str, path: str) -> InvalidRequestError:
-    """For names that are too long, loops of links, null characters, homes of nobody."""
-    return InvalidRequestError(f"{param} {path[:200]!r} is not a usable path", param=param)
+def _refuse_homes_of_others(path: str, param: str) -> None:
+    """Whether there is one would tell a client who has an account here. A folder of such a name is `./~name`."""
+    if path.startswith("~") and path[1:2] not in ("", "/"):
+        raise _outside(param, path)
+
+
+def _outside(param: str, named: str) -> PermissionDeniedError:
+    return PermissionDeniedError(
+        f"{param} {named[:200]!r} lies outside the adapter roots (--adapter-root); only folders below them may be "
+        "loaded over HTTP",
+        param=param,
+    )

@@ -96,6 +96,7 @@ MUTATIONS = [
         ({"Host": "evil.example:8000"}, "localhost or 127.0.0.1"),
         ({"X-Forwarded-For": "127.0.0.1"}, "through a proxy"),
         ({"Forwarded": "for=127.0.0.1"}, "through a proxy"),
+        ({"X-Real-IP": "127.0.0.1"}, "through a proxy"),
         ({"Origin": "https://evil.example"}, "other origins"),
         ({"Origin": "null"}, "other origins"),
         ({"Origin": "http://["}, "other origins"),
@@ -138,8 +139,10 @@ async def test_remote_clients_may_change_with_the_admin_key() -> None:
 
 
 def test_the_servers_own_page_may_change_it(client: httpx.Client) -> None:
-    origin = f"http://{client.base_url.netloc.decode()}"
-    assert client.post("/v1/adapters", json=REGISTER_BODY, headers={"Origin": origin}).status_code == 202
+    port = client.base_url.port
+    for origin, host in (("localhost", "localhost"), ("LOCALHOST", "localhost"), ("localhost", "LocalHost")):
+        headers = {"Origin": f"http://{origin}:{port}", "Host": f"{host}:{port}"}
+        assert client.post("/v1/adapters", json=REGISTER_BODY, headers=headers).status_code == 202
 
 
 def test_a_form_of_another_page_cannot_change_anything(client: httpx.Client) -> None:
