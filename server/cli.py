@@ -20,7 +20,7 @@ import uvicorn
 from server import __version__
 from server.bench.command import add_bench_parser
 from server.cli_adapters import add_adapters_parser
-from server.cli_connections import ImpatientProtocol, allow_many_connections, log_exhaustion_rarely
+from server.cli_connections import HEAD_TIMEOUT_S, ImpatientProtocol, allow_many_connections, log_exhaustion_rarely
 from server.cli_flags import HelpFormatter, add_config_flags, add_settings_flags, config_from
 from server.config import ServerSettings, load_secrets
 from server.errors import ConfigError, LoraMixerError
@@ -105,6 +105,8 @@ def serve(services: "Services", listener: socket.socket) -> int:
         server_header=False,
         proxy_headers=False,  # Whoever connects is the client; `api/auth.py` judges forwarded requests itself.
         timeout_graceful_shutdown=LAST_WORDS_S,
+        # At uvicorn's 5 s, httpx, and so OpenAI's client, gives idle connections up too: a request could meet the end.
+        timeout_keep_alive=int(HEAD_TIMEOUT_S),
     )
     allow_many_connections()
     with _signals_ignored():
@@ -144,7 +146,8 @@ class _DrainingServer(uvicorn.Server):
         except OSError as error:  # Somebody began to listen there while the model was being loaded.
             raise ConfigError(f"cannot listen any more: {error.strerror or error}. Pass another --port.") from error
         for listener in sockets or ():
-            print(f"listening on {url_of(listener)}", flush=True)
+            with contextlib.suppress(OSError):  # A pipe that nobody reads or a full disk is no reason not to serve.
+                print(f"listening on {url_of(listener)}", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         from server.app import drain

@@ -1,8 +1,9 @@
-"""Connections that ask for nothing, over real sockets."""
+"""Connections that ask for nothing or read nothing, over real sockets."""
 
 import asyncio
 import logging
 import resource
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,17 +22,22 @@ REQUEST = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli_connections, "HEAD_TIMEOUT_S", TIMEOUT_S)
+    monkeypatch.setattr(cli_connections, "UNREAD_TIMEOUT_S", TIMEOUT_S)
 
 
 @asynccontextmanager
-async def serving(body_s: float = 0.0) -> AsyncIterator[int]:
-    """The port of an app that takes so long to answer."""
+async def serving(body_s: float = 0.0, body: bytes = b"ok", ended: asyncio.Event | None = None) -> AsyncIterator[int]:
+    """The port of an app that takes so long to answer, and says when the answer is over."""
 
     async def app(scope: Any, _receive: Any, send: Any) -> None:
         assert scope["type"] == "http"
         await asyncio.sleep(body_s)
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-        await send({"type": "http.response.body", "body": b"ok"})
+        length = str(len(body)).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+        if ended is not None:
+            ended.set()
 
     config = uvicorn.Config(app, port=0, http=ImpatientProtocol, lifespan="off", log_config=None, timeout_keep_alive=60)
     server = uvicorn.Server(config)
@@ -83,6 +89,44 @@ async def test_an_answer_may_take_as_long_as_it_likes_and_the_next_request_comes
         writer.write(REQUEST[:12])  # and half of a third
         assert TIMEOUT_S / 2 < await closed_after(reader) < 5
         writer.close()
+
+
+LONG = bytes(16 * 2**20)  # more than the kernel's buffers take
+
+
+async def test_an_answer_that_nobody_reads_is_given_up_and_its_connection_cut() -> None:
+    ended, loop = asyncio.Event(), asyncio.get_running_loop()
+    async with serving(body=LONG, ended=ended) as port:
+        with socket.socket() as client:
+            client.setblocking(False)
+            await loop.sock_connect(client, ("127.0.0.1", port))
+            await loop.sock_sendall(client, REQUEST)
+            await asyncio.wait_for(ended.wait(), 10)
+            received = 0
+            while part := await loop.sock_recv(client, 2**20):  # What the kernel holds still comes.
+                received += len(part)
+            assert received < len(LONG)
+
+
+async def test_a_slow_reader_gets_all_of_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_connections, "UNREAD_TIMEOUT_S", 2 * TIMEOUT_S)
+    async with serving(body=LONG) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(REQUEST)
+        await reader.readuntil(b"\r\n\r\n")
+        for _ in range(8):  # longer in all than the time for one part of it
+            await asyncio.sleep(TIMEOUT_S / 2)
+            await reader.readexactly(len(LONG) // 8)
+        writer.close()
+
+
+async def test_an_upgrade_that_is_not_served_is_ignored_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving() as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(REQUEST[:-2] + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+        assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+    assert caplog.text == ""
 
 
 def test_the_limit_of_open_files_is_raised_as_far_as_it_may(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,12 @@
 """`serve` from its socket to its last request: the real app around a fake model, ended by real signals."""
 
+import io
 import logging
 import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,8 +14,10 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 
 from server import cli
+from server.cli_connections import HEAD_TIMEOUT_S
 from server.config import ServerSettings
 from server.errors import ConfigError
 from tests.api.fakes import Harness
@@ -64,6 +68,30 @@ class TestServe:
         assert not harness.engine.is_alive
         assert harness.registry.is_closed
         assert signal.getsignal(number) is handler
+
+    def test_it_serves_where_nobody_takes_its_announcement(
+        self, served: Callable[[Harness, Callable[[str], None]], str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Broken(io.StringIO):
+            def flush(self) -> None:
+                raise BrokenPipeError
+
+        monkeypatch.setattr(sys, "stdout", Broken())
+        served(Harness(), lambda _: os.kill(os.getpid(), signal.SIGTERM))
+
+    def test_idle_connections_outlive_the_time_after_which_clients_give_them_up(
+        self, served: Callable[[Harness, Callable[[str], None]], str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        configs: list[uvicorn.Config] = []
+
+        class Recording(uvicorn.Config):
+            def __init__(self, *args: Any, **settings: Any) -> None:
+                super().__init__(*args, **settings)
+                configs.append(self)
+
+        monkeypatch.setattr(uvicorn, "Config", Recording)
+        served(Harness(), lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        assert configs[0].timeout_keep_alive == HEAD_TIMEOUT_S
 
     def test_a_running_request_finishes_while_ready_says_draining(
         self, served: Callable[[Harness, Callable[[str], None]], str]
