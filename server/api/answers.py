@@ -11,18 +11,19 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from server.api.choice import ChoiceDelta
-from server.api.errors import CLIENT_LEFT, json_response, request_id_of
+from server.api.errors import CLIENT_LEFT, request_id_of
 from server.api.generation import Generation, Leases, Prompt, collect, submit
-from server.api.prompts import limits_of, on_tokenizer_threads, read_questions
+from server.api.long_json import encode_long
+from server.api.prompts import check_scores, limits_of, on_tokenizer_threads, read_questions
 from server.api.sampling import check_body
 from server.api.schemas import GenerationBody
 from server.api.services import Services
-from server.api.streaming import DONE, EventStream, sse, until_disconnect
+from server.api.streaming import DONE, EventStream, framed, sse, until_disconnect
 from server.errors import NotReadyError
 
-MAX_SCORED_ON_LOOP = 256
-"""Tokens with log probabilities that are written on the event loop; those of a long prompt are several MB, and other
-requests must not wait for them."""
+MAX_TOLD_ON_LOOP = 256
+"""Tokens with log probabilities or gates that are written on the event loop; those of a long prompt are several MB, and
+other requests must not wait for them."""
 
 
 class AnswerFormat(Protocol):
@@ -41,7 +42,7 @@ class AnswerFormat(Protocol):
         ...
 
     def answer(self, choices: Sequence[ChoiceDelta]) -> dict[str, Any]:
-        """The whole answer without its usage."""
+        """The whole answer without its usage; its `choices` are written one at a time, when it is their turn."""
         ...
 
 
@@ -64,6 +65,7 @@ async def start(
         if not leases.take_now():
             await until_disconnect(request, leases.take())
         prompts = await make_prompts()
+        check_scores(body, prompts, limits_of(services))
         prompts = await read_questions(services, leases.plans, prompts)
         return submit(services, body, prompts, leases, request_id=request_id_of(request.scope), arrival_s=arrival_s)
 
@@ -80,36 +82,42 @@ async def respond(request: Request, generation: Generation, answer_format: Answe
         generation.close()
 
     def written() -> Response:
-        return json_response({**answer_format.answer(choices), "usage": generation.usage()})
+        answer = {**answer_format.answer(choices), "usage": generation.usage()}
+        return Response(encode_long(answer), media_type="application/json")
 
-    if sum(map(_num_scored, choices)) <= MAX_SCORED_ON_LOOP:
+    if sum(map(_num_told, choices)) <= MAX_TOLD_ON_LOOP:
         return written()
     return await on_tokenizer_threads(generation.services, written)
 
 
-def _num_scored(delta: ChoiceDelta) -> int:
-    """Tokens whose log probabilities are to be written."""
-    return len(delta.logprobs) + len(delta.prompt_logprobs or ())
+def _num_told(delta: ChoiceDelta) -> int:
+    """Tokens whose log probabilities or gates are to be written."""
+    return len(delta.logprobs) + len(delta.prompt_logprobs or ()) + len(delta.routing)
 
 
 async def _events(generation: Generation, answer_format: AnswerFormat) -> AsyncGenerator[bytes, None]:
     body = generation.body
 
-    def event(chunk: dict[str, Any]) -> bytes:
+    def with_usage(chunk: dict[str, Any]) -> dict[str, Any]:
         if body.includes_usage:
             chunk["usage"] = generation.usage() if body.has_continuous_usage else None
-        return sse(chunk)
+        return chunk
+
+    def long_event(delta: ChoiceDelta) -> bytes | None:
+        chunk = answer_format.chunk(delta)
+        return None if chunk is None else framed(encode_long(with_usage(chunk)))
 
     for opening in answer_format.openings():
-        yield event(opening)
+        yield sse(with_usage(opening))
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
-            if _num_scored(delta) <= MAX_SCORED_ON_LOOP:
-                chunk = answer_format.chunk(delta)
+            if _num_told(delta) > MAX_TOLD_ON_LOOP:
+                event = await on_tokenizer_threads(generation.services, functools.partial(long_event, delta))
             else:
-                chunk = await on_tokenizer_threads(generation.services, functools.partial(answer_format.chunk, delta))
-            if chunk is not None:
-                yield event(chunk)
+                chunk = answer_format.chunk(delta)
+                event = None if chunk is None else sse(with_usage(chunk))
+            if event is not None:
+                yield event
     if body.includes_usage:
         yield sse({**answer_format.usage_chunk(), "usage": generation.usage()})
     yield DONE

@@ -72,7 +72,7 @@ class ChatFormat:
 
     def answer(self, choices: Sequence[ChoiceDelta]) -> dict[str, Any]:
         """The chat.completion object."""
-        answer = {**self._facts, "object": "chat.completion", "choices": [self._whole_choice(c) for c in choices]}
+        answer = {**self._facts, "object": "chat.completion", "choices": (self._whole_choice(c) for c in choices)}
         if self._body.return_token_ids:
             answer["prompt_token_ids"] = list(self._prompt.token_ids)
         return answer | self._prompt_logprobs(choices[0])

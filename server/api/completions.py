@@ -125,7 +125,7 @@ class CompletionFormat:
 
     def answer(self, choices: Sequence[ChoiceDelta]) -> dict[str, Any]:
         """The text_completion object."""
-        return {**self._facts, "choices": [self._choice(choice) for choice in choices]}
+        return {**self._facts, "choices": (self._choice(choice) for choice in choices)}
 
     def _choice(self, delta: ChoiceDelta) -> dict[str, Any]:
         is_first = delta.index not in self._begun

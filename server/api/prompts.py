@@ -7,12 +7,17 @@ from typing import Any, TypeVar
 
 from server.api.generation import Prompt
 from server.api.sampling import Limits, check_vocabulary, sampling_params
-from server.api.schemas import ChatBody, ChatMessage, CompletionBody
+from server.api.schemas import ChatBody, ChatMessage, CompletionBody, GenerationBody
 from server.api.services import Services
 from server.api.values import PromptInput
+from server.errors import InvalidRequestError
 from server.routing.policy import GatePlan, Policy
 
 T = TypeVar("T")
+
+MAX_LOGPROBS_IN_ANSWER = 2**21
+"""Log-probabilities that one request may ask for, alternatives included: about 140 bytes each until they are written,
+and some seconds of writing. A hundred prompts of 2,000 tokens with nine alternatives are as many."""
 
 
 def limits_of(services: Services) -> Limits:
@@ -68,6 +73,36 @@ async def completion_prompts(services: Services, body: CompletionBody) -> list[P
     for ids in all_ids:
         check_vocabulary(ids, limits, "prompt")
     return [Prompt(tuple(ids), sampling_params(body, len(ids), limits)) for ids in all_ids]
+
+
+def check_scores(body: GenerationBody, prompts: Sequence[Prompt], limits: Limits) -> None:
+    """Raise InvalidRequestError for more log-probabilities than MAX_LOGPROBS_IN_ANSWER, or than one sequence of the
+    longest context may have, if that is more.
+    """
+    num_scores = body.n * sum(map(_num_scores, prompts))
+    most = max(MAX_LOGPROBS_IN_ANSWER, limits.max_model_len * (limits.max_logprobs + 1))
+    if num_scores > most:
+        names = ("prompt_logprobs", "top_logprobs", "logprobs")
+        param = max(names, key=lambda name: getattr(body, name, None) or 0)
+        raise InvalidRequestError(
+            f"{param} asks for up to {num_scores} log-probabilities over {len(prompts) * body.n} sequences, "
+            f"alternatives included; at most {most} fit into one answer. Ask for fewer of them, or for fewer prompts, "
+            "n or max_tokens.",
+            param=param,
+        )
+
+
+def _num_scores(prompt: Prompt) -> int:
+    """Of one sample."""
+    params = prompt.params
+    return sum(
+        num_tokens * (num_alternatives + 1)
+        for num_tokens, num_alternatives in (
+            (len(prompt.token_ids), params.prompt_logprobs),
+            (params.max_tokens, params.logprobs),
+        )
+        if num_alternatives is not None
+    )
 
 
 async def read_questions(services: Services, plans: Sequence[GatePlan], prompts: Sequence[Prompt]) -> Sequence[Prompt]:

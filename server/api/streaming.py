@@ -29,8 +29,13 @@ HEADERS = {
 
 
 def sse(content: object) -> bytes:
-    """One event. JSON escapes every line break, so the framing holds whatever the text is."""
-    return b"data: " + encode_json(content) + b"\n\n"
+    """One event."""
+    return framed(encode_json(content))
+
+
+def framed(encoded: bytes) -> bytes:
+    """Encoded JSON as an event. JSON escapes every line break, so the framing holds whatever the text is."""
+    return b"data: " + encoded + b"\n\n"
 
 
 class EventStream(Response):
