@@ -21,7 +21,7 @@ from server.engine.sequence import (
     TokenEvent,
 )
 from server.engine.speculation import Speculation
-from server.engine.waiting_queue import WaitingQueue
+from server.engine.waiting_queue import WaitingQueue, urgency
 from server.errors import ContextLengthError, InvalidRequestError
 
 
@@ -43,7 +43,8 @@ class Scheduler:
 
     Blocks for all known tokens of a sequence are taken when it is admitted, so only output can run out of blocks; then
     the last of the running sequences gives its blocks back and is computed anew later (its K/V only: tokens already
-    sampled stay). Since the first of the running ones is preempted last and fits alone, it always progresses.
+    sampled stay). Since the first of the running ones is preempted last and fits alone, it always progresses. Others
+    may be more urgent, but who has waited longest is overdue in time (`WaitingQueue`), and then goes before them.
     """
 
     def __init__(self, limits: SchedulerLimits, pool: BlockPool) -> None:
@@ -52,7 +53,7 @@ class Scheduler:
         # One token a step is the least a running sequence needs: more sequences than tokens would starve some.
         self.max_num_seqs = min(limits.max_num_seqs, limits.max_num_batched_tokens)
         self._sequences: dict[int, Sequence] = {}
-        self._running: list[Sequence] = []  # by (priority, arrival): the last one is preempted first
+        self._running: list[Sequence] = []  # by (urgency, arrival): the last one is preempted first
         self._waiting = WaitingQueue()
         self._speculation = Speculation(pool, limits.speculative_tokens, self.max_sequence_tokens)
         self._num_preempted = 0
@@ -186,7 +187,7 @@ class Scheduler:
         if sequence.num_preemptions == 0:
             sequence.num_cached_tokens = sequence.num_computed_tokens
             self._num_cached_tokens += sequence.num_cached_tokens
-        self._waiting.remove(sequence)
+        self._waiting.admit_first()
         sequence.status = SequenceStatus.RUNNING
         insort(self._running, sequence, key=_rank)
         return sequence
@@ -252,8 +253,8 @@ class Scheduler:
         return event
 
 
-def _rank(sequence: Sequence) -> tuple[int, float, int]:
-    return sequence.priority, sequence.arrival_s, sequence.id
+def _rank(sequence: Sequence) -> tuple[float, float, int]:
+    return urgency(sequence), sequence.arrival_s, sequence.id
 
 
 def _is_in_prompt(sequence: Sequence) -> bool:

@@ -147,6 +147,8 @@ class Sequence:
     lease: Lease = field(default_factory=NoLease)
     priority: int = 0
     """Lower runs first (vLLM's convention)."""
+    is_overdue: bool = False
+    """Whether it has waited so long that it runs before every priority, to its end."""
     cache_salt: str | None = None
     """Requests with different salts never share cached blocks."""
     eos_token_ids: frozenset[int] = frozenset()

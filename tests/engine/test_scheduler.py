@@ -4,6 +4,7 @@ import pytest
 
 from server.engine.engine import Engine
 from server.engine.sequence import FinishReason, TokenEvent
+from server.engine.waiting_queue import TURN
 from server.errors import ContextLengthError, InvalidRequestError
 from tests.engine.fakes import (
     CountingLease,
@@ -71,6 +72,35 @@ def test_waiting_sequences_start_by_priority_then_arrival() -> None:
     run_to_end(engine)
     started = list(dict.fromkeys(id_ for batch in runner.batches for id_, _ in batch))
     assert started == [high.id, first.id, second.id, low.id]
+
+
+def test_urgent_requests_without_end_starve_nobody() -> None:
+    engine = build_engine(max_num_seqs=1)
+    plain, last = make_sequence(arrival_s=0, max_tokens=2), make_sequence(arrival_s=0.5, priority=2**31 - 1)
+    engine.add(plain)
+    engine.add(last)
+    num_urgent = 0
+    while not last.is_finished:
+        assert num_urgent < 3 * TURN, "a turn for each, and what ran before the first"
+        if engine.scheduler.num_waiting < 4:
+            num_urgent += 1
+            engine.add(make_sequence(arrival_s=num_urgent, priority=-(2**31) + 1, max_tokens=1))
+        step(engine)
+    assert plain.is_finished
+    run_to_end(engine)
+
+
+def test_seven_of_eight_admissions_go_by_priority() -> None:
+    runner = FakeRunner()
+    engine = build_engine(runner, max_num_seqs=1)
+    plain = [make_sequence(arrival_s=index, max_tokens=1) for index in range(20)]
+    urgent = [make_sequence(arrival_s=100 + index, priority=-1, max_tokens=1) for index in range(20)]
+    for each in (*plain, *urgent):
+        engine.add(each)
+    run_to_end(engine)
+    started = list(dict.fromkeys(id_ for batch in runner.batches for id_, _ in batch))
+    assert [started.index(plain[0].id), started.index(plain[1].id)] == [TURN, 2 * TURN]
+    assert [id_ for id_ in started if id_ in {each.id for each in urgent}] == [each.id for each in urgent]
 
 
 def test_no_step_exceeds_the_sequence_and_token_budgets() -> None:

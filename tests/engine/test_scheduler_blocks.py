@@ -6,6 +6,7 @@ import pytest
 
 from server.engine.engine import Engine
 from server.engine.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
+from server.engine.waiting_queue import TURN
 from server.routing.policy import GatePlan, Policy
 from tests.engine.fakes import (
     FakeRunner,
@@ -165,6 +166,24 @@ def test_a_lower_priority_is_preempted_although_it_came_first() -> None:
     run_to_end(engine)
     assert high.num_preemptions == 0
     assert low.num_preemptions >= 1
+
+
+def test_an_overdue_sequence_is_not_preempted_for_urgent_ones() -> None:
+    engine = build_engine(num_blocks=11)  # 10 blocks of 4 tokens, of which each may want 8
+    plain = make_sequence(8, max_tokens=24, arrival_s=0)
+    engine.add(plain)
+    preemptions, num_urgent = [0], 0
+    while not plain.is_finished:
+        assert num_urgent < 10 * TURN
+        if engine.scheduler.num_waiting < 3:
+            num_urgent += 1
+            engine.add(make_sequence(8, first_token=num_urgent, max_tokens=24, arrival_s=num_urgent, priority=-1))
+        step(engine)
+        preemptions.append(plain.num_preemptions)
+        assert not plain.is_overdue or preemptions[-1] == preemptions[-2]
+    assert plain.is_overdue
+    assert plain.num_preemptions > 0
+    run_to_end(engine)
 
 
 def test_a_preempted_sequence_resumes_before_new_ones_of_its_priority() -> None:
