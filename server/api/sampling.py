@@ -216,8 +216,7 @@ def _fitting_max_tokens(body: GenerationBody, num_prompt_tokens: int, limits: Li
     longest = min(limits.max_prompt_tokens, limits.max_model_len - (0 if wanted == 0 else 1))
     if num_prompt_tokens > longest:
         raise ContextLengthError(
-            f"{param} has {num_prompt_tokens} tokens; at most {longest} are allowed with a context length of "
-            f"{limits.max_model_len} tokens",
+            f"{_context_words(limits)} {param} has {num_prompt_tokens} tokens; at most {longest} are allowed",
             param=param,
         )
     room = limits.max_model_len - num_prompt_tokens
@@ -227,10 +226,15 @@ def _fitting_max_tokens(body: GenerationBody, num_prompt_tokens: int, limits: Li
     if wanted > room:
         name = "max_completion_tokens" if "max_completion_tokens" in body.model_fields_set else "max_tokens"
         raise ContextLengthError(
-            f"{param} has {num_prompt_tokens} tokens and {name} asks for {wanted} more; together they exceed the "
-            f"context length of {limits.max_model_len} tokens. Ask for at most {room}.",
+            f"{_context_words(limits)} {param} has {num_prompt_tokens} tokens and {name} asks for {wanted} more. "
+            f"Ask for at most {room}.",
             param=name,
         )
     if body.min_tokens > wanted:
         raise InvalidRequestError(f"min_tokens must be at most {wanted}, got {body.min_tokens}", param="min_tokens")
     return wanted
+
+
+def _context_words(limits: Limits) -> str:
+    """OpenAI's and vLLM's own words: litellm and others know a prompt that is too long by them, not by the code."""
+    return f"This model's maximum context length is {limits.max_model_len} tokens."

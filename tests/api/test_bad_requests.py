@@ -273,6 +273,7 @@ def test_too_long_prompt_tells_the_numbers(client: httpx.Client) -> None:
     error = refuse_chat(client, {"messages": [{"role": "user", "content": "x" * 600}]})
     assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
     assert "619 tokens; at most 511" in error["message"]
+    assert "This model's maximum context length is 512 tokens" in error["message"]  # litellm and others look for it
     error = refuse_completion(client, {"prompt": [1] * 512})
     assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
 
