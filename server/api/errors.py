@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import Match, Mount
 from starlette.types import Scope
 
 from server import errors
@@ -135,6 +136,18 @@ def request_id_of(scope: Scope) -> str:
     return str(scope.get("state", {}).get("request_id", "-"))
 
 
+def has_route(scope: Scope, method: str) -> bool:
+    """Whether `method` is served at the request's path, by a route and not by a folder of files."""
+    routes = (route for route in scope["app"].routes if not isinstance(route, Mount))
+    return any(route.matches({**scope, "method": method})[0] is Match.FULL for route in routes)
+
+
+def _methods_of(scope: Scope) -> list[str]:
+    """What is served at the request's path; the framework's own Allow has the methods of one route only."""
+    methods = [method for method in ("DELETE", "GET", "PATCH", "POST", "PUT") if has_route(scope, method)]
+    return sorted([*methods, "HEAD"]) if "GET" in methods else methods
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Route every exception that a handler may raise through the table."""
 
@@ -187,4 +200,7 @@ def _http_error_response(request: Request, error: HTTPException) -> Response:
     }
     message, code = messages.get(error.status_code, (str(error.detail), None))
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-    return json_response({"error": body}, error.status_code, error.headers)
+    headers = error.headers
+    if error.status_code == 405 and (methods := _methods_of(request.scope)):
+        headers = {"Allow": ", ".join(methods)}
+    return json_response({"error": body}, error.status_code, headers)

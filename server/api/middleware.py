@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import error_response, unexpected_error_response
+from server.api.errors import error_response, has_route, unexpected_error_response
 from server.errors import InvalidRequestError, LoraMixerError, NotReadyError, PayloadTooLargeError
 
 logger = logging.getLogger(__name__)
@@ -100,9 +100,12 @@ class BodyGate:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
             await self._app(scope, receive, send)
             return
+        if not has_route(scope, scope["method"]):
+            await self._app(scope, receive, send)  # 404 or 405, whatever the body is
+            return
         headers = Headers(scope=scope)
-        if not _is_json(headers.get("content-type", "")):
-            await _unsupported_media_type(scope, headers)(scope, receive, send)
+        if (refusal := _unsupported_media_type(scope, headers)) is not None:
+            await refusal(scope, receive, send)
             return
         declared = headers.get("content-length", "")
         try:
@@ -187,9 +190,18 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-def _unsupported_media_type(scope: Scope, headers: Headers) -> Response:
-    found = headers.get("content-type", "none")[:80]
-    error = InvalidRequestError(f"Bodies must be JSON: send 'Content-Type: application/json', not {found!r}.")
+def _unsupported_media_type(scope: Scope, headers: Headers) -> Response | None:
+    """The refusal of a body that is compressed or no JSON."""
+    coding = headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        compressed = InvalidRequestError(f"Bodies must not be compressed, got Content-Encoding {coding[:40]!r}.")
+        response = error_response(scope, compressed, 415)
+        response.headers["Accept-Encoding"] = "identity"  # as RFC 9110, 15.5.16, wants it
+        return response
+    found = headers.get("content-type", "none")
+    if _is_json(found):
+        return None
+    error = InvalidRequestError(f"Bodies must be JSON: send 'Content-Type: application/json', not {found[:80]!r}.")
     return error_response(scope, error, 415)
 
 

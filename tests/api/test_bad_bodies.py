@@ -1,5 +1,7 @@
 """Bodies that are no JSON, numbers that are none, and routes that do not exist."""
 
+import gzip
+
 import httpx
 import pytest
 
@@ -75,3 +77,21 @@ def test_unknown_route_and_wrong_method_have_envelopes(client: httpx.Client) -> 
 
 def test_an_absurd_path_is_not_echoed_whole(client: httpx.Client) -> None:
     assert len(refusal(client.get("/" + "a" * 5000), 404)["message"]) < 400
+
+
+def test_a_body_does_not_hide_that_there_is_no_such_route_or_method(client: httpx.Client) -> None:
+    assert refusal(client.post("/v1/embeddings", data={"a": "b"}), 404)["code"] == "route_not_found"
+    refused = client.put("/v1/chat/completions", content=b"x")
+    assert refusal(refused, 405)["code"] == "method_not_allowed"
+    assert refused.headers["allow"] == "POST"
+
+
+def test_compressed_bodies_are_415(client: httpx.Client) -> None:
+    content = gzip.compress(b'{"model": "auto", "prompt": "x", "max_tokens": 1}')
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    assert "compressed" in refusal(client.post("/v1/completions", content=content, headers=headers), 415)["message"]
+
+
+def test_allow_names_every_method_of_the_path(client: httpx.Client) -> None:
+    assert client.delete("/v1/adapters").headers["allow"] == "GET, HEAD, POST"
+    assert client.patch("/v1/adapters/gsm8k", json={}).headers["allow"] == "DELETE, GET, HEAD"
