@@ -20,7 +20,7 @@ from server.config import Secrets
 from server.errors import AuthenticationError, NotReadyError, PermissionDeniedError
 
 PROTECTED_PREFIXES = ("/v1/", "/tokenize", "/detokenize")
-PROXY_HEADERS = ("forwarded", "x-forwarded-for", "x-real-ip")
+PROXY_HEADERS = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
 
 
 class ApiKeyGate:
@@ -46,8 +46,9 @@ class ApiKeyGate:
 def require_admin(request: Request) -> None:
     """Dependency of mutating routes. Raises AuthenticationError or PermissionDeniedError.
 
-    With an admin key: that key. Without: a client on loopback, through no proxy, that addresses us by a loopback name
-    (a page that rebinds its own DNS name to 127.0.0.1 does not). Pages of other origins are refused in either case.
+    With an admin key: that key. Without: a client on loopback, through no proxy that can be told, that addresses us by
+    a loopback name (a page that rebinds its own DNS name to 127.0.0.1 does not). Pages of other origins are refused in
+    either case.
     """
     _refuse_foreign_origin(request.headers)
     admin_key = services_of(request).secrets.admin_key
@@ -103,7 +104,8 @@ def _require_loopback(request: Request) -> None:
     advice = "set LORA_MIXER_ADMIN_KEY and send that key"
     if request.client is None or not _is_loopback(request.client.host):
         raise PermissionDeniedError(f"Without an admin key, only clients on this machine may change it; {advice}.")
-    if any(name in request.headers for name in PROXY_HEADERS):
+    # An nginx with its defaults adds no header and addresses us by a loopback name, but speaks HTTP/1.0.
+    if request.scope["http_version"] == "1.0" or any(name in request.headers for name in PROXY_HEADERS):
         raise PermissionDeniedError(f"Without an admin key, requests through a proxy may not change it; {advice}.")
     if not _is_loopback(_parts(f"//{request.headers.get('host', '')}").hostname or ""):
         raise PermissionDeniedError(

@@ -1,6 +1,7 @@
 """Keys, the loopback rule and its traps: proxies, DNS rebinding, pages of other origins."""
 
 import logging
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,8 @@ MUTATIONS = [
     [
         ({"Host": "evil.example:8000"}, "localhost or 127.0.0.1"),
         ({"X-Forwarded-For": "127.0.0.1"}, "through a proxy"),
+        ({"X-Forwarded-Proto": "https"}, "through a proxy"),
+        ({"Via": "1.1 gateway"}, "through a proxy"),
         ({"Forwarded": "for=127.0.0.1"}, "through a proxy"),
         ({"X-Real-IP": "127.0.0.1"}, "through a proxy"),
         ({"Origin": "https://evil.example"}, "other origins"),
@@ -113,6 +116,15 @@ def test_every_change_without_an_admin_key_is_for_direct_local_clients(
     assert words in error["message"]
     assert not harness.registry.registered
     assert harness.registry.infos["gsm8k"].state is AdapterState.READY
+
+
+@pytest.mark.parametrize(("version", "status"), [("1.0", b"403"), ("1.1", b"202")])
+def test_changes_in_http_1_0_may_come_through_a_silent_proxy(client: httpx.Client, version: str, status: bytes) -> None:
+    body = b'{"name": "new", "source": "org/new"}'
+    head = f"POST /v1/adapters HTTP/{version}\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((client.base_url.host, client.base_url.port or 80), timeout=5) as connection:
+        connection.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        assert connection.recv(4096).split()[1] == status
 
 
 async def test_remote_clients_may_not_change_anything_without_an_admin_key(harness: Harness) -> None:
