@@ -78,7 +78,10 @@ async function send() {
     answer.finish(usage);
     if (conversationNumber === numCleared) {
       if (answer.text) conversation.push({ role: "assistant", content: answer.text });
-      else conversation.pop(); // The question got no answer: do not ask it again behind the user's back.
+      else {
+        conversation.pop(); // The question got no answer: do not ask it again behind the user's back,
+        if (!answer.finishReason) byId("prompt").value ||= text; // nor have it typed again.
+      }
     }
     running = null;
     setBusy(false);
@@ -134,7 +137,14 @@ function showPool(ready) {
     ready.forEach((adapter, index) => showRouted(list.children[index], adapter.routed));
     return;
   }
-  list.replaceChildren(...ready.map(poolRow));
+  // Adapters come and go; what was chosen for those that stay is kept.
+  const before = new Map([...list.children].map((row) => [row.dataset.name, row]));
+  list.replaceChildren(...ready.map((adapter) => {
+    const row = before.get(adapter.name);
+    if (!row) return poolRow(adapter);
+    showRouted(row, adapter.routed);
+    return row;
+  }));
   showMode();
 }
 
