@@ -10,7 +10,7 @@ from starlette.middleware import Middleware
 
 from server import __version__
 from server.api import adapters, calibrate, chat, completions, models, router, system, tokenize
-from server.api.auth import ApiKeyGate
+from server.api.auth import DESCRIBES_KEYS, ApiKeyGate
 from server.api.errors import install_error_handlers
 from server.api.middleware import BodyGate, HeadAsGet, RequestScope
 from server.api.paths import warn_of_missing_roots
@@ -43,8 +43,9 @@ def create_app(services: Services) -> FastAPI:
     app.state.services = services
     warn_of_missing_roots(services.config)
     install_error_handlers(app)
-    for module in (chat, completions, tokenize, models, adapters, calibrate, router, system):
-        app.include_router(module.router)
+    for module in (chat, completions, tokenize, models, adapters, calibrate, router):
+        app.include_router(module.router, dependencies=DESCRIBES_KEYS)
+    app.include_router(system.router)
     app.mount("/playground", system.PlaygroundFiles(directory=system.PLAYGROUND_FOLDER))
     services.metrics.watch(
         num_running=lambda: services.engine.num_running,

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from urllib.parse import SplitResult, urlsplit
 
 from fastapi import Depends, Request
+from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -64,7 +65,16 @@ def refuse_while_draining(request: Request) -> None:
         raise NotReadyError("The server is shutting down and takes no changes any more. Try again later.")
 
 
-MAY_CHANGE = (Depends(require_admin), Depends(refuse_while_draining))
+_BEARER = HTTPBearer(
+    auto_error=False,
+    scheme_name="key",
+    description="One of LORA_MIXER_API_KEYS, or LORA_MIXER_ADMIN_KEY, which changes need; no key where none is set.",
+)
+_ADMIN_HEADER = APIKeyHeader(name="X-Admin-Key", auto_error=False, scheme_name="adminKey")
+DESCRIBES_KEYS = (Depends(_BEARER),)
+"""Dependencies of every route below PROTECTED_PREFIXES. They check nothing: they are what the OpenAPI document says."""
+
+MAY_CHANGE = (Depends(require_admin), Depends(refuse_while_draining), Depends(_ADMIN_HEADER))
 """Dependencies of every route that changes adapters or router."""
 
 

@@ -23,7 +23,12 @@ class CalibrateBody(StrictBody):
     """Answer when the row is made or refused, not at once."""
 
 
-@router.post("/v1/adapters/{name}/calibrate", summary="Route to an adapter by examples", dependencies=MAY_CHANGE)
+@router.post(
+    "/v1/adapters/{name}/calibrate",
+    summary="Route to an adapter by examples",
+    dependencies=MAY_CHANGE,
+    responses={202: {"description": "In progress: poll GET /v1/adapters/{name}."}},
+)
 async def calibrate_adapter(name: str, body: CalibrateBody, services: InjectedServices) -> Response:
     """200 done, 202 in progress; whether it is routed now, or why not, stands in the adapter object."""
     info = await asyncio.to_thread(services.registry.calibrate, name, body.examples)

@@ -15,12 +15,13 @@ from server.api.logprobs import chat_logprobs, prompt_logprobs
 from server.api.prompts import chat_prompt
 from server.api.schemas import ChatBody
 from server.api.services import InjectedServices
+from server.api.streaming import STREAMED_RESPONSES
 from server.api.trace import RoutingTrace, new_traces
 
 router = APIRouter(tags=["generation"], responses=ERROR_RESPONSES)
 
 
-@router.post("/v1/chat/completions", summary="Answer a conversation")
+@router.post("/v1/chat/completions", summary="Answer a conversation", responses=STREAMED_RESPONSES)
 async def create_chat_completion(body: ChatBody, request: Request, services: InjectedServices) -> Response:
     """Whole answer, or server-sent events with `stream`."""
 

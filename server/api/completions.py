@@ -16,6 +16,7 @@ from server.api.logprobs import completion_logprobs, prompt_logprobs
 from server.api.prompts import completion_prompts, on_tokenizer_threads
 from server.api.schemas import CompletionBody
 from server.api.services import InjectedServices
+from server.api.streaming import STREAMED_RESPONSES
 from server.api.trace import new_traces
 from server.engine.sequence import TokenLogprobs
 from server.model.detokenizer import IncrementalDetokenizer, TokenDecoder
@@ -23,7 +24,7 @@ from server.model.detokenizer import IncrementalDetokenizer, TokenDecoder
 router = APIRouter(tags=["generation"], responses=ERROR_RESPONSES)
 
 
-@router.post("/v1/completions", summary="Continue a text")
+@router.post("/v1/completions", summary="Continue a text", responses=STREAMED_RESPONSES)
 async def create_completion(body: CompletionBody, request: Request, services: InjectedServices) -> Response:
     """Whole answer, or server-sent events with `stream`."""
     generation = await start(services, request, body, len(body.prompt), lambda: completion_prompts(services, body))

@@ -42,6 +42,17 @@ def never(_value: object, _body: Mapping[str, Any]) -> bool:
     return False
 
 
+def _admit_null(schema: dict[str, Any]) -> None:
+    """Say in the JSON schema of a body that null is as good as leaving a field out."""
+    for name, field in schema.get("properties", {}).items():
+        if name in schema.get("required", ()):
+            continue
+        if "anyOf" in field:
+            field["anyOf"] += [] if {"type": "null"} in field["anyOf"] else [{"type": "null"}]
+        else:
+            field["type"] = [field["type"], "null"]
+
+
 class StrictBody(BaseModel):
     """A request body or a part of one.
 
@@ -55,6 +66,7 @@ class StrictBody(BaseModel):
         allow_inf_nan=False,
         frozen=True,
         use_attribute_docstrings=True,
+        json_schema_extra=_admit_null,
         protected_namespaces=(),
     )
     unsupported: ClassVar[Mapping[str, IsNoOp]] = {}

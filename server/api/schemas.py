@@ -123,7 +123,7 @@ class GenerationBody(StrictBody):
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     repetition_penalty: Annotated[float, Field(ge=MIN_REPETITION_PENALTY, le=10)] = 1.0
-    logit_bias: LogitBias = ()
+    logit_bias: LogitBias = Field(default=(), json_schema_extra={"default": {}})
 
     stop: StopStrings = ()
     stop_token_ids: Annotated[list[TokenId], at_most(MAX_STOP_TOKEN_IDS)] = Field(default_factory=list)

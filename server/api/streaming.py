@@ -27,6 +27,14 @@ HEADERS = {
     "X-Accel-Buffering": "no",  # Tells nginx to pass events on at once.
 }
 
+STREAMED_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The whole answer, or its events with `stream`, `[DONE]` being the last.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+"""For the OpenAPI document, of routes that may stream."""
+
 
 def sse(content: object) -> bytes:
     """One event."""

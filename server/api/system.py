@@ -5,7 +5,7 @@ from typing import Any
 
 from fastapi import APIRouter
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
@@ -29,14 +29,14 @@ SECURITY_HEADERS = {
 router = APIRouter(tags=["system"])
 
 
-@router.get("/health", summary="Whether the process can still serve")
+@router.get("/health", summary="Whether the process can still serve", responses={503: {"description": "It cannot."}})
 async def health(services: InjectedServices) -> Response:
     """200 while the engine thread lives, 503 otherwise: restart it then."""
     is_alive = services.engine.is_alive
     return json_response({"status": "ok" if is_alive else "the engine has stopped"}, 200 if is_alive else 503)
 
 
-@router.get("/ready", summary="Whether to send requests here")
+@router.get("/ready", summary="Whether to send requests here", responses={503: {"description": "Not now."}})
 async def ready(services: InjectedServices) -> Response:
     """503 with a reason until the first token could be served, and while draining."""
     reason = services.not_ready_reason
@@ -44,7 +44,7 @@ async def ready(services: InjectedServices) -> Response:
     return json_response(content, 200 if reason is None else 503)
 
 
-@router.get("/metrics", summary="Prometheus metrics")
+@router.get("/metrics", summary="Prometheus metrics", response_class=PlainTextResponse)
 async def metrics(services: InjectedServices) -> Response:
     """Text exposition format."""
     body, content_type = await run_in_threadpool(services.metrics.render)

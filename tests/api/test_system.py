@@ -6,8 +6,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from server.api.auth import PROTECTED_PREFIXES
 from server.api.system import PLAYGROUND_FOLDER
 from tests.api.fakes import Harness
+
+CHANGING = ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/router")
 
 
 def test_health_and_readiness_of_a_serving_app(client: httpx.Client) -> None:
@@ -111,6 +114,41 @@ def test_openapi_describes_every_route_and_field(client: httpx.Client) -> None:
     assert chat["additionalProperties"] is False
     assert chat["properties"]["temperature"]["maximum"] == 2
     assert "HTTPValidationError" not in document["components"]["schemas"]
+
+
+def test_openapi_has_fields_of_one_type_that_may_be_null(client: httpx.Client) -> None:
+    kinds = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": float}
+    document = client.get("/openapi.json").json()
+    for body in ("ChatBody", "CompletionBody", "TokenizeBody", "RegisterBody", "StreamOptions"):
+        schema = document["components"]["schemas"][body]
+        for name, field in schema["properties"].items():
+            types = {field["type"]} if isinstance(field.get("type"), str) else set(field.get("type", ()))
+            types |= {alternative.get("type") for alternative in field.get("anyOf", ())}
+            assert ("null" in types) == (name not in schema.get("required", ())), (body, name)
+            if "default" in field and field["default"] is not None:
+                assert any(isinstance(field["default"], kinds[type_]) for type_ in types & kinds.keys()), (body, name)
+
+
+def test_openapi_names_what_is_answered_besides_json(client: httpx.Client) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        content = paths[path]["post"]["responses"]["200"]["content"]
+        assert content.keys() == {"application/json", "text/event-stream"}
+    assert paths["/metrics"]["get"]["responses"]["200"]["content"].keys() == {"text/plain"}
+    assert "503" in paths["/health"]["get"]["responses"]
+    assert "503" in paths["/ready"]["get"]["responses"]
+    assert "202" in paths["/v1/adapters/{name}/calibrate"]["post"]["responses"]
+
+
+def test_openapi_says_which_keys_a_route_takes(client: httpx.Client) -> None:
+    document = client.get("/openapi.json").json()
+    assert document["components"]["securitySchemes"].keys() == {"key", "adminKey"}
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            names = {name for alternative in operation.get("security", ()) for name in alternative}
+            assert ("key" in names) == path.startswith(PROTECTED_PREFIXES), path
+            changes = method == "delete" or (method == "post" and path.startswith(CHANGING))
+            assert ("adminKey" in names) == changes, path
 
 
 def test_no_route_but_ours_is_served(client: httpx.Client) -> None:
