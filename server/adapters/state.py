@@ -6,6 +6,7 @@ Methods are short and never wait for anything but the mutex, so the model's thre
 import copy
 import itertools
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -110,6 +111,8 @@ class RegistryState:
     ) -> None:
         with self._changed:
             for slot, mass in gate_mass:
+                if not math.isfinite(mass):  # of a row that fails; it would stay in these sums for ever
+                    continue
                 self._total_gate_mass += mass
                 if (record := self.seated.get(slot)) is not None:
                     record.gate_mass += mass
@@ -117,7 +120,8 @@ class RegistryState:
             if self._traffic.is_due:
                 self._judge_traffic()
             for slot, mass in routed_mass:
-                self._shares.add(slot, mass)
+                if math.isfinite(mass):
+                    self._shares.add(slot, mass)
             if self._shares.is_due:
                 self._judge_shares()
 

@@ -5,6 +5,7 @@ The one place that knows statuses. Messages of unexpected exceptions never leave
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -98,9 +99,26 @@ def envelope_of(error: errors.LoraMixerError) -> dict[str, Any]:
 
 
 def encode_json(content: object) -> bytes:
-    """Compact UTF-8 JSON; a lone surrogate (from a client's own key) stays an escape instead of failing."""
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    """Compact UTF-8 JSON. What that cannot say fails no answer, which may be a list of much else: a lone surrogate
+    (from a client's own key) stays an escape, a number that is not finite becomes null.
+    """
+    try:
+        text = _dump(content)
+    except ValueError:
+        text = _dump(_finite(content))
     return text.encode("utf-8", "backslashreplace")
+
+
+def _dump(content: object) -> str:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _finite(content: object) -> object:
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(entry) for entry in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def json_response(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
