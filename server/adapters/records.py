@@ -153,6 +153,11 @@ class Record:
     cancelled: threading.Event = field(default_factory=threading.Event)
     """Set when it is retired while it loads; read without the mutex."""
 
+    @property
+    def is_acknowledged(self) -> bool:
+        """Whether a client put it in the place of another, or registered it before this start."""
+        return self.generation > 1 or self.expected_digest is not None
+
     def abandon(self) -> bool:
         """Have its load end. Whether no thread had taken it up, so that none will end it."""
         self.cancelled.set()

@@ -265,8 +265,6 @@ class AdapterRegistry:
         self._hot_rows.close()
         self._seating.close()
 
-    # Router
-
     def router_info(self) -> dict[str, Any]:
         """Facts of the loaded router, JSON-able; `loaded` is false without one."""
         with self._state.mutex:
@@ -279,7 +277,7 @@ class AdapterRegistry:
         when they do not fit there, or it is damaged or made for another base, other projections or other weights.
         """
         artefact = load_checked_artefact(folder, self._routed, self._base_model_name)
-        check_digests(artefact, self.roster.adapters.values())  # before it takes long; what comes meanwhile, at the end
+        check_digests(artefact, self._state)  # before it takes long; what comes meanwhile, at the end
         with contextlib.ExitStack() as holds:
             if wanted := wanted_by(self._state, artefact):
                 try:
@@ -287,8 +285,8 @@ class AdapterRegistry:
                 except AdapterMemoryError as error:
                     message = f"the router's adapters do not fit into memory: {error.message}"
                     raise RouterArtefactError(message, code=error.code) from error
-            install = functools.partial(self._residency.install_router, artefact, folder)
-            self._hot_rows.swap(artefact, lambda verdicts: self._publisher.run(lambda: install(verdicts)))
+            install = self._residency.install_router
+            self._hot_rows.swap(artefact, lambda rows: self._publisher.run(lambda: install(artefact, folder, rows)))
         self._tidy_soon()
         return self.router_info()
 

@@ -194,7 +194,7 @@ class Residency:
             residents = [
                 dataclasses.replace(adapter, calibration=rows.get(adapter.slot)) for adapter in state.residents()
             ]
-        check_digests(artefact, state.roster.adapters.values())
+        check_digests(artefact, state)
         self._num_routers += 1
         hot = hot_rows(residents, artefact)
         router = self._routed.routers.stage(self._num_routers, artefact, routed_slots(residents), hot)

@@ -1,11 +1,12 @@
 """Judging a router artefact against the model and the resident adapters, and telling facts about the loaded one."""
 
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from server.adapters.roster import Roster, ServedAdapter
+from server.adapters.records import AdapterState
+from server.adapters.roster import Roster
+from server.adapters.state import RegistryState
 from server.errors import RouterArtefactError
 from server.routing.attach import RoutedModel
 from server.routing.policy import BASE_DIGEST
@@ -39,17 +40,23 @@ def check_fit(artefact: RouterArtefact, routed: RoutedModel, base_model_name: st
         raise RouterArtefactError(f"{origin} does not fit: {listed}")
 
 
-def check_digests(artefact: RouterArtefact, ready: Iterable[ServedAdapter]) -> None:
+def check_digests(artefact: RouterArtefact, state: RegistryState) -> None:
     """Refuse gate rows for an adapter whose weights are not those registered under its name.
 
-    Rows for adapters that are not registered wait for them. Raises RouterArtefactError naming each difference.
+    Rows for adapters that are not registered wait for them. What a client has put in the place of another adapter, or
+    had registered before this start, is served by name or by a row of its own: that was acknowledged, whatever the
+    router of then was trained with. Raises RouterArtefactError naming each difference.
     """
-    digests = {adapter.name: adapter.digest for adapter in ready}
-    resident = frozenset(digests.values())
+    with state.mutex:
+        ready = {r.spec.name: r for r in state.records.values() if r.state is AdapterState.READY}
+    digest_of = {name: record.adapter.digest for name, record in ready.items() if record.adapter is not None}
+    registered = frozenset(digest_of.values())
     different = [
-        f"{known.name!r} was trained for digest {known.digest[:12]}, registered is {digests[known.name][:12]}"
+        f"{known.name!r} was trained for digest {known.digest[:12]}, registered is {digest_of[known.name][:12]}"
         for known in artefact.adapters
-        if known.digest not in resident and digests.get(known.name, known.digest) != known.digest
+        if known.digest not in registered
+        and digest_of.get(known.name, known.digest) != known.digest
+        and not ready[known.name].is_acknowledged
     ]
     if different:
         raise RouterArtefactError("the router's gate rows belong to other adapters: " + "; ".join(different))

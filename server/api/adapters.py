@@ -109,7 +109,13 @@ async def get_adapter(name: str, services: InjectedServices) -> Response:
     return _answer(services.registry.get(name), 200)
 
 
-@router.post("/v1/adapters", summary="Register an adapter", dependencies=MAY_CHANGE, status_code=201)
+@router.post(
+    "/v1/adapters",
+    summary="Register an adapter",
+    dependencies=MAY_CHANGE,
+    status_code=201,
+    responses={202: {"description": "In progress: poll GET /v1/adapters/{name}."}},
+)
 async def register_adapter(body: RegisterBody, services: InjectedServices, if_match: IfMatch = None) -> Response:
     """201 served, 202 in progress, 409 name taken by other content, 422 refused, with every reason.
 
@@ -130,7 +136,13 @@ async def retire_adapter(name: str, services: InjectedServices, if_match: IfMatc
     return json_response((await asyncio.to_thread(retire)).to_dict())
 
 
-@router.post("/v1/load_lora_adapter", summary="Register an adapter, as vLLM does", dependencies=MAY_CHANGE)
+@router.post(
+    "/v1/load_lora_adapter",
+    summary="Register an adapter, as vLLM does",
+    dependencies=MAY_CHANGE,
+    response_class=PlainTextResponse,
+    responses={202: {"description": "Still in progress."}},
+)
 async def load_lora_adapter(body: LoadBody, services: InjectedServices) -> Response:
     """Waits until the adapter is served; 202 where that takes longer than a request may."""
     registration = RegisterBody(name=body.lora_name, source=body.lora_path)
@@ -146,7 +158,12 @@ async def load_lora_adapter(body: LoadBody, services: InjectedServices) -> Respo
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter", summary="Retire an adapter, as vLLM does", dependencies=MAY_CHANGE)
+@router.post(
+    "/v1/unload_lora_adapter",
+    summary="Retire an adapter, as vLLM does",
+    dependencies=MAY_CHANGE,
+    response_class=PlainTextResponse,
+)
 async def unload_lora_adapter(body: UnloadBody, services: InjectedServices) -> Response:
     """Running requests keep it until they end."""
     with _vllms_params():

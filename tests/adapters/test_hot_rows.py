@@ -768,3 +768,18 @@ def test_bad_examples_are_refused_before_anything_starts(start: Start) -> None:
     with pytest.raises(InvalidRequestError, match=r"examples\[1\] is an empty prompt"):
         registry.register(AdapterSpec(name="c", source="./c"), ["fine", " "])
     assert "c" not in {info.name for info in registry.list()}
+
+
+def test_a_restart_serves_a_next_version_under_the_router_of_before(start: Start, tmp_path: Path) -> None:
+    """The artefact knows other weights under its name: the running server served them, and so does the next."""
+    journal = tmp_path / "adapters.state"
+    registry = start(journal=journal)
+    registry.register(AdapterSpec(name="b", source="./d"), [], expected=[registry.get("b").etag])
+    info = registry.wait("b", 60)
+    assert "belongs to other weights" in str(info.reason)
+    registry.swap_router(tmp_path / "router")
+    registry.close()
+    restored = start(journal=journal, restores=True)
+    again = restored.get("b")
+    assert (again.digest, again.state, again.reason) == (info.digest, info.state, info.reason)
+    assert restored.get("a").routed
