@@ -111,8 +111,7 @@ class RegistryState:
     ) -> None:
         with self._changed:
             for slot, mass in gate_mass:
-                if not math.isfinite(mass):  # of a row that fails; it would stay in these sums for ever
-                    continue
+                mass = mass if math.isfinite(mass) else 0.0  # of a row that fails; it would stay in these sums for ever
                 self._total_gate_mass += mass
                 if (record := self.seated.get(slot)) is not None:
                     record.gate_mass += mass
@@ -120,15 +119,13 @@ class RegistryState:
             if self._traffic.is_due:
                 self._judge_traffic()
             for slot, mass in routed_mass:
-                if math.isfinite(mass):
-                    self._shares.add(slot, mass)
+                self._shares.add(slot, mass if math.isfinite(mass) else 0.0)
             if self._shares.is_due:
                 self._judge_shares()
 
     def infos(self) -> list[AdapterInfo]:
-        """Of every adapter, in order of registration, all of one moment. Of a thousand that takes tens of milliseconds,
-        so only copies are made with the mutex held, for which the model's thread may wait.
-        """
+        """Of every adapter, in order of registration, all of one moment. Of a thousand that takes tens of milliseconds:
+        only copies are made with the mutex held, for which the model's thread may wait."""
         with self._changed:
             roster, total = self._roster, self._total_gate_mass
             known = [(copy.copy(record), copy.copy(self.replacements.get(n))) for n, record in self.records.items()]
