@@ -214,7 +214,8 @@ class NativeModel:
             scale = norm.weight.float().contiguous()
             self._check(set_norm(self._engine, *place, scale.data_ptr()))
         embedding = model.model.embed_tokens.weight.contiguous()
-        self._check(self._library.lm_set_head(self._engine, *map(_pointer, (*stored("lm_head"), embedding))))
+        weight, scales = stored("lm_head")  # named: a copy must outlive the pointer to it
+        self._check(self._library.lm_set_head(self._engine, *map(_pointer, (weight, scales, embedding))))
         cosine, sine = (table[:, : table.shape[1] // 2].contiguous() for table in _rotary(model, max_positions))
         self._check(self._library.lm_set_rotary(self._engine, cosine.data_ptr(), sine.data_ptr()))
 

@@ -405,3 +405,28 @@ def test_a_token_beyond_the_vocabulary_is_an_error_and_not_somebody_elses_memory
         with pytest.raises(RuntimeError, match=f"token {token} is beyond the vocabulary"):
             rig.prefill(side, [5, token, 7], [3])
     assert rig.prefill(side, [5, 319, 7], [3]).isfinite().all()
+
+
+class ReusingLibrary:
+    """The library of a busy machine: what was freed is somebody else's when a head is read."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        self._shape = shape
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(libraries()[0], name)
+
+    def lm_set_head(self, *arguments: Any) -> Any:
+        others = [torch.full(self._shape, torch.nan) for _ in range(4)]
+        error = libraries()[0].lm_set_head(*arguments)
+        del others
+        return error
+
+
+def test_a_head_that_has_to_be_copied_lives_until_it_is_packed() -> None:
+    model = ready(llama())
+    expected = rig.prefill(rig.native_side(model), PROMPT, [len(PROMPT)])
+    head: Any = model.lm_head
+    head.weight = nn.Parameter(head.weight.t().contiguous().t(), requires_grad=False)
+    library: Any = ReusingLibrary(head.weight.shape)
+    assert torch.equal(rig.prefill(rig.native_side(model, library=library), PROMPT, [len(PROMPT)]), expected)
