@@ -12,8 +12,9 @@ def top_k_gates(logits: Tensor, allowed: Tensor, top_k: Tensor, temperature: flo
     """Sparse gates: mask, keep the `top_k` largest, softmax over the kept.
 
     logits (T, E) float32; allowed (T, E) bool; top_k (T,) int. Returns (T, E) float32: rows are non-negative, at most
-    `top_k` entries are non-zero, and they sum to 1; a row with nothing allowed is all zero. Ties go to the lower slot,
-    so the result never depends on the sorting kernel. One kept entry weighs exactly 1.0.
+    `top_k` entries are non-zero, and they sum to 1; a row with nothing allowed, or whose greatest logit is not finite,
+    is all zero. Ties go to the lower slot, so the result never depends on the sorting kernel. One kept entry weighs
+    exactly 1.0.
     Softmax over the kept equals softmax, mask and renormalise (as MeteoRA's gate does, arXiv 2405.13053).
     """
     masked = (logits / temperature).masked_fill(~allowed, -torch.inf)

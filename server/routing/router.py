@@ -31,6 +31,8 @@ PROMPT_STATISTICS = "prompt_gate/statistics/"
 JSON_NAME = "router.json"
 TENSORS_NAME = "router.safetensors"
 Granularity = Literal["layer", "projection"]
+MAX_ABSOLUTE_ROW = 1e6
+"""Of a gate row's values; trained ones are below a hundred. Far beyond, logits of finite states leave float32."""
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-4, 1e4
 """Of gate logits. Far beyond, they leave float32, or all gates are equal."""
 
@@ -227,6 +229,8 @@ def _check(artefact: RouterArtefact, folder: Path) -> None:
             )
         elif not torch.isfinite(rows).all():
             problems.append(f"gate {key!r} has non-finite values")
+        elif rows.numel() and (greatest := float(rows.abs().max())) > MAX_ABSOLUTE_ROW:
+            problems.append(f"gate {key!r} has values up to {greatest:g}; at most {MAX_ABSOLUTE_ROW:g} is supported")
         elif artefact.granularity == "layer" and rows.shape[1] != artefact.hidden_size:
             problems.append(f"gate {key!r} has width {rows.shape[1]}, not hidden_size {artefact.hidden_size}")
     if artefact.prompt_gate is not None:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import gc
 import math
 import weakref
@@ -15,9 +16,11 @@ import transformers
 from torch import nn
 
 from server.engine.layout import lay_out
+from server.engine.native_graph import NativeGraph
 from server.engine.sequence import ScheduledBatch, ScheduledSequence
 from server.native.library import libraries
 from server.native.model import NativeModel, why_not
+from server.native.routers import NativeRouter
 from server.routing.attach import attach_routing
 from server.routing.policy import BASE_PLAN, GatePlan, Policy, fixed_plan, routed_plan
 from server.routing.prototypes import GateColumn, HotRow
@@ -292,6 +295,33 @@ def test_ties_between_slots_go_to_the_lower_one() -> None:
     gates = rig.step(side, [(rig.make_sequence(PROMPT, plan=plan), 20)]).gates
     assert gates is not None
     assert torch.equal(gates.share[:, 2:5], torch.tensor([[0.5, 0.5, 0.0]]).expand(20, -1))
+
+
+@pytest.mark.parametrize("shortlist_from", [None, 1])
+def test_a_token_whose_greatest_logit_is_not_finite_has_zero_gates_as_on_torch(shortlist_from: int | None) -> None:
+    """One adapter's rows are finite and huge: its logits are infinite, of either sign, or huge."""
+    model = ready(llama())
+    sides = [rig.torch_side(model), rig.native_side(model)]
+    artefact = rig.random_artefact(sides[0].routed, "layer")
+    for rows in artefact.rows.values():
+        rows[2] = 0.0
+        rows[2, 0] = 3e38  # one value alone: no order of a sum makes a difference
+    plan = routed_plan({s: f"d{s}" for s in rig.RANKS}, dict.fromkeys(rig.RANKS, "r"), 1, "", 2)
+    found = []
+    for side in sides:
+        if isinstance(side.graph, NativeGraph):
+            native = side.graph._native
+            side.routed.routers.pack = functools.partial(
+                NativeRouter, routed=side.routed, native=native, shortlist_from=shortlist_from
+            )
+        rig.equip(side, {1: artefact})
+        gates = rig.step(side, [(rig.make_sequence(PROMPT, plan=plan), 40)], collect_layers=True).gates
+        assert gates is not None
+        found.append(torch.stack([layer[:40] for layer in gates.layer_gates(1)]))
+    expected, ours = found
+    assert 0 < int((expected == 0).all(dim=-1).sum()) < expected[..., 0].numel()
+    assert torch.isfinite(ours).all()
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
 
 
 def test_a_row_that_is_not_finite_shows_and_spares_the_others() -> None:

@@ -77,6 +77,15 @@ def test_a_token_with_nothing_allowed_gets_zero_gates() -> None:
     assert torch.equal(gates, torch.zeros(2, 4))
 
 
+def test_a_token_whose_greatest_logit_is_not_finite_gets_zero_gates() -> None:
+    """Of a router that has left float32: sums over many tokens, which outlive them, must stay numbers."""
+    logits = torch.tensor([[torch.inf, 3, 2], [3, torch.nan, 2], [2, torch.nan, torch.inf]])
+    gates = ops.top_k_gates(logits, torch.ones(3, 3, dtype=torch.bool), torch.tensor([2, 2, 1]))
+    assert torch.equal(gates, torch.zeros(3, 3))
+    quiet = ops.top_k_gates(torch.tensor([[-torch.inf, 1.0, -torch.inf]]), torch.ones(1, 3) > 0, torch.tensor([2]))
+    assert quiet.tolist() == [[0.0, 1.0, 0.0]]
+
+
 def test_straight_through_gates_serve_sparse_and_learn_dense() -> None:
     logits, _, _ = random_case(5)
     logits.requires_grad_(True)

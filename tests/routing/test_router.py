@@ -221,6 +221,7 @@ def test_settings_out_of_range_are_refused_by_name(tmp_path: Path, change: dict[
         (torch.zeros(3, 16, dtype=torch.float16), "not float32"),
         (torch.zeros(3, 9), "width 9"),
         (torch.full((3, 16), torch.nan), "non-finite"),
+        (torch.full((3, 16), -1e38), r"values up to 1e\+38"),
     ],
 )
 def test_bad_gate_rows_are_refused_by_name(tmp_path: Path, rows: torch.Tensor, message: str) -> None:

@@ -64,7 +64,7 @@ inline void slot_logits(const T* x, int64_t d_in, const Router& router, int gate
 
 // One token's gates from router logits: mask, keep the `top_k` largest (ties to the lower slot), softmax over the kept.
 // The maths of `server.routing.ops.top_k_gates`. `allowed` are `num_allowed` slots, ascending. Writes (slot, weight) by
-// ascending slot; returns how many.
+// ascending slot; returns how many: none where the greatest logit is not finite.
 template <class T>
 int32_t top_k_gates(const T* x, int64_t d_in, const Router& router, int gate, const int32_t* allowed,
                     int32_t num_allowed, int32_t top_k, int32_t* slots, float* weights) {
@@ -74,6 +74,7 @@ int32_t top_k_gates(const T* x, int64_t d_in, const Router& router, int gate, co
         if (i % 4 == 0) slot_logits(x, d_in, router, gate, allowed + i, std::min(4, num_allowed - i), logits);
         const int32_t slot = allowed[i];
         const float logit = logits[i % 4];
+        if (std::isnan(logit)) return 0;
         if (!(logit > kMinusInf)) continue;
         // Kept ones stand by falling logit; an equal logit goes behind, for slots come in ascending order.
         int32_t place = kept < top_k ? kept : top_k;
@@ -88,6 +89,7 @@ int32_t top_k_gates(const T* x, int64_t d_in, const Router& router, int gate, co
         slots[place] = slot;
     }
     const float greatest = kept ? weights[0] : 0.0f;
+    if (std::isinf(greatest)) return 0;
     float total = 0.0f;
     for (int32_t j = 0; j < kept; ++j) total += weights[j] = std::exp(weights[j] - greatest);
     for (int32_t j = 0; j < kept; ++j) weights[j] /= total;
