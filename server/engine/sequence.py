@@ -232,11 +232,12 @@ class Sequence:
 
     @property
     def forbidden_token_ids(self) -> list[int]:
-        """Tokens that would end the sequence before `min_tokens`."""
+        """Tokens that would end the sequence before `min_tokens`. Those that end it by nature among them even with
+        `ignore_eos`, as in vLLM: it says that they end nothing, not that they may come early."""
         params = self.params
         if self.num_output_tokens >= params.min_tokens:
             return []
-        return [*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)]
+        return [*params.stop_token_ids, *self.eos_token_ids]
 
     @property
     def adjusts_logits(self) -> bool:

@@ -32,7 +32,7 @@ def reference_logits(logits: list[float], row: Sequence) -> list[float]:
     for token, bias in params.logit_bias:
         adjusted[token] += bias
     if row.num_output_tokens < params.min_tokens:
-        for token in (*params.stop_token_ids, *(() if params.ignore_eos else row.eos_token_ids)):
+        for token in (*params.stop_token_ids, *row.eos_token_ids):
             adjusted[token] = -math.inf
     for token in set(row.token_ids):
         divides = adjusted[token] > 0
