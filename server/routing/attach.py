@@ -31,8 +31,8 @@ class RoutedModel:
 def find_projections(model: nn.Module) -> dict[str, ProjectionInfo]:
     """Every linear map inside the decoder layers, by module path, in registration order.
 
-    The decoder layers are the longest ModuleList of the model. The output head and embeddings are outside of it and so
-    never targets. Experts of a mixture-of-experts block see a subset of the tokens and are left out as well.
+    The decoder layers are the longest ModuleList that lies in no other. The output head and embeddings are outside of
+    it and so never targets. Experts of a mixture-of-experts block see a subset of the tokens and are left out as well.
     """
     prefix = _decoder_layers(model)
     projections = {}
@@ -83,9 +83,11 @@ def detach_routing(routed: RoutedModel) -> None:
 
 
 def _decoder_layers(model: nn.Module) -> str:
-    lists: list[tuple[int, str]] = [
-        (len(module), name) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
-    ]
+    lists: dict[str, int] = {}
+    for name, module in model.named_modules():
+        # One inside another is part of a layer: experts, or norms of single heads, of which there may be more.
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(outer + ".") for outer in lists):
+            lists[name] = len(module)
     if not lists:
         raise ValueError(f"{type(model).__name__} has no list of decoder layers")
-    return max(lists, key=lambda entry: entry[0])[1]
+    return max(lists, key=lambda name: lists[name])

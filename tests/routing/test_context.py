@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -199,6 +200,16 @@ def test_detach_puts_the_projections_back(tiny_llama: TinyLlama) -> None:
     detach_routing(routed)
     assert not any(isinstance(module, RoutedLinear) for module in model.modules())
     assert [name for name, _ in model.named_parameters()] == names
+
+
+def test_a_list_inside_a_layer_is_not_taken_for_the_decoder_layers() -> None:
+    """StableLM with `qk_layernorm` keeps one norm per head, and may have more heads than layers."""
+    from transformers import StableLmConfig, StableLmForCausalLM
+
+    sizes: dict[str, Any] = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "qk_layernorm": True}
+    model = StableLmForCausalLM(StableLmConfig(**sizes, **heads))
+    assert len(find_projections(model)) == 2 * 7
 
 
 def test_projections_are_the_linear_maps_of_the_decoder_layers(tiny_llama: TinyLlama, tiny_gpt2: TinyLlama) -> None:
