@@ -33,6 +33,7 @@ from server.engine.model_runner import ModelRunner
 from server.engine.scheduler import Scheduler, SchedulerLimits
 from server.engine.step_stats import StepStats
 from server.errors import AdapterMemoryError, ConfigError, RouterArtefactError
+from server.machine import within_quota
 from server.metrics import Metrics
 from server.model.loader import LoadedModel, load_base_model
 from server.routing.attach import RoutedModel, attach_routing
@@ -66,8 +67,7 @@ def build_model(config: ServerConfig) -> ModelParts:
     Raises ModelLoadError or ConfigError.
     """
     settings = config.server
-    if settings.num_threads is not None:
-        torch.set_num_threads(settings.num_threads)
+    torch.set_num_threads(settings.num_threads or within_quota(torch.get_num_threads()))
     started_s = time.monotonic()
     _warn_of_default_model(config.base_model)
     lock = Lockfile(config.root / LOCKFILE_NAME)

@@ -18,7 +18,7 @@ from server.engine.native_graph import NativeGraph
 from server.engine.native_states import NativeStates, num_state_blocks
 from server.engine.torch_graph import TorchGraph
 from server.errors import ConfigError, ModelLoadError
-from server.machine import has_bfloat16, memory_bytes
+from server.machine import has_bfloat16, memory_bytes, within_quota
 from server.model.attention import (
     attach_paged_attention,
     refuse_batch_dependent_positions,
@@ -147,7 +147,7 @@ def _build_native(
             block_size=settings.block_size,
             num_blocks=num_blocks + num_state_blocks(settings.block_size),
             max_positions=max_model_len,
-            num_threads=settings.num_threads or num_cores(),
+            num_threads=settings.num_threads or within_quota(num_cores()),
             quantized=quantized,
         )
     except MemoryError as error:
@@ -172,8 +172,8 @@ def _num_blocks(settings: ServerSettings, block_bytes: int, device: torch.device
     # Blocks take memory as they are used: a cache that is too large would start, and end the process hours later.
     if device.type == "cpu" and (memory := memory_bytes()) and settings.kv_cache_mib * 2**20 > memory:
         raise ConfigError(
-            f"kv_cache_mib {settings.kv_cache_mib} is more than this machine's memory of {memory // 2**20} MiB; "
-            "lower it",
+            f"kv_cache_mib {settings.kv_cache_mib} is more than the memory of this machine or container, "
+            f"{memory // 2**20} MiB; lower it",
             param="server.kv_cache_mib",
         )
     return settings.kv_cache_mib * 2**20 // block_bytes

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from server import __version__
+from server.control_groups import limits
 
 
 def machine_facts() -> dict[str, Any]:
-    """Cores this process may use, processor model, memory, operating system."""
+    """Cores and memory that this process may use, processor model, operating system."""
     total = memory_bytes()
     return {
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -21,9 +22,17 @@ def machine_facts() -> dict[str, Any]:
 
 
 def memory_bytes() -> int | None:
-    """Memory of this machine; None where the system does not say."""
+    """Memory that this process may use: the machine's, or less in a container; None where the system does not say."""
     total = _first_value(Path("/proc/meminfo"), "MemTotal")
-    return int(total.split()[0]) * 1024 if total else None
+    sizes = (int(total.split()[0]) * 1024 if total else None, limits().memory_bytes)
+    return min((size for size in sizes if size is not None), default=None)
+
+
+def within_quota(num_threads: int) -> int:
+    """So many threads, or as many as a container's share of the CPUs lets run at once: the system would stop the others
+    while these wait for them."""
+    cpus = limits().cpus
+    return num_threads if cpus is None else max(1, min(num_threads, int(cpus)))
 
 
 def has_bfloat16() -> bool:
