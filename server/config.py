@@ -53,7 +53,7 @@ class ServerSettings(Frozen):
 
     device: str = "cpu"
     """Torch device of model, cache and bank: `cpu`, `cuda` or `cuda:N`."""
-    num_threads: Annotated[int, Field(ge=1)] | None = None
+    num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads that compute a step; null takes one per core, on the torch backend torch's own choice, and no more
     than a container's CPU quota lets run at once."""
     backend: Literal["auto", "native", "torch"] = "auto"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from server.errors import ModelLoadError
+from server.errors import AdapterMemoryError, ModelLoadError, OverloadedError
 from server.model.quantization import Int8Weight
 from server.native.library import NUM_PROJECTIONS, Router, Shape, Step, libraries
 from server.native.memory import lazy_zeros
@@ -35,6 +35,8 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 """The Llama family: RMSNorm, rotary positions, grouped attention, SwiGLU; biases optional."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+NO_MEMORY = b"bad_alloc"
+"""What the C++ library says then."""
 TOKENS_PER_VECTOR = 16
 """Block sizes are multiples of this: keys of 16 tokens lie side by side."""
 
@@ -145,7 +147,7 @@ class NativeModel:
     def run(self, step: Step) -> None:
         """Compute one step; see `lm::Step`. Not thread-safe. Raises MemoryError, after which the next step may run."""
         if (error := self._library.lm_run(self._engine, step)) is not None:
-            if b"bad_alloc" in error:
+            if NO_MEMORY in error:
                 raise MemoryError(f"no memory for a step of {step.num_tokens} tokens")
             raise RuntimeError(f"the native step failed: {error.decode()}")
 
@@ -154,7 +156,7 @@ class NativeModel:
         self._cache.view(self._cache_shape)[:, blocks] = 0
 
     def pack_adapter(self, weights: Mapping[str, LoraWeights]) -> PackedAdapter:
-        """An adapter's weights (by module path) in the compute dtype. Safe on any thread."""
+        """An adapter's weights (by module path) in the compute dtype. Safe on any thread. Raises AdapterMemoryError."""
         count = len(self.projections)
         ranks = (ctypes.c_int32 * count)()
         a, b = (ctypes.c_void_p * count)(), (ctypes.c_void_p * count)()
@@ -172,7 +174,11 @@ class NativeModel:
             ranks[index] = lora.A.shape[0]
             a[index], b[index] = (x.data_ptr() for x in pair)
         pointer = ctypes.c_void_p()
-        self._check(self._library.lm_adapter_new(self._engine, ranks, a, b, pointer))
+        try:
+            self._check(self._library.lm_adapter_new(self._engine, ranks, a, b, pointer))
+        except MemoryError as error:
+            message = "no memory for the adapter; lower server.adapter_memory_mib or server.kv_cache_mib"
+            raise AdapterMemoryError(message) from error
         assert pointer.value is not None
         return PackedAdapter(self, pointer.value, self.adapter_bytes(weights), content.digest())
 
@@ -182,10 +188,15 @@ class NativeModel:
         return int(self._library.lm_adapter_bytes(self._engine, (ctypes.c_int32 * len(ranks))(*ranks)))
 
     def make_shortlist(self, router: Router, slots: Sequence[int]) -> int:
-        """Prototypes of these slots of a router, for `drop_shortlist` to free. Safe on any thread."""
+        """Prototypes of these slots of a router, for `drop_shortlist` to free. Safe on any thread. Raises
+        OverloadedError without the memory for them."""
         numbers = (ctypes.c_int32 * len(slots))(*slots)
         pointer = ctypes.c_void_p()
-        self._check(self._library.lm_shortlist_new(self._engine, router, numbers, len(slots), pointer))
+        try:
+            self._check(self._library.lm_shortlist_new(self._engine, router, numbers, len(slots), pointer))
+        except MemoryError as error:
+            message = "no memory for the router's shortlists; set server.shortlist_from to null"
+            raise OverloadedError(message) from error
         assert pointer.value is not None
         return pointer.value
 
@@ -221,7 +232,10 @@ class NativeModel:
 
     @staticmethod
     def _check(error: bytes | None) -> None:
+        """Raises MemoryError, or ModelLoadError for what cannot be otherwise."""
         if error is not None:
+            if NO_MEMORY in error:
+                raise MemoryError("no memory for the native step")
             raise ModelLoadError(f"the native step failed: {error.decode()}; server.backend: torch runs without it")
 
 

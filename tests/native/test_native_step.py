@@ -18,6 +18,7 @@ from torch import nn
 from server.engine.layout import lay_out
 from server.engine.native_graph import NativeGraph
 from server.engine.sequence import ScheduledBatch, ScheduledSequence
+from server.errors import AdapterMemoryError, OverloadedError
 from server.native.library import libraries
 from server.native.model import NativeModel, why_not
 from server.native.routers import NativeRouter
@@ -297,6 +298,14 @@ def test_ties_between_slots_go_to_the_lower_one() -> None:
     assert torch.equal(gates.share[:, 2:5], torch.tensor([[0.5, 0.5, 0.0]]).expand(20, -1))
 
 
+def pack_routers(side: rig.Side, shortlist_from: int | None) -> None:
+    """As a server does; nothing on the torch graph."""
+    if isinstance(side.graph, NativeGraph):
+        side.routed.routers.pack = functools.partial(
+            NativeRouter, routed=side.routed, native=side.graph._native, shortlist_from=shortlist_from
+        )
+
+
 @pytest.mark.parametrize("shortlist_from", [None, 1])
 def test_a_token_whose_greatest_logit_is_not_finite_has_zero_gates_as_on_torch(shortlist_from: int | None) -> None:
     """One adapter's rows are finite and huge: its logits are infinite, of either sign, or huge."""
@@ -309,11 +318,7 @@ def test_a_token_whose_greatest_logit_is_not_finite_has_zero_gates_as_on_torch(s
     plan = routed_plan({s: f"d{s}" for s in rig.RANKS}, dict.fromkeys(rig.RANKS, "r"), 1, "", 2)
     found = []
     for side in sides:
-        if isinstance(side.graph, NativeGraph):
-            native = side.graph._native
-            side.routed.routers.pack = functools.partial(
-                NativeRouter, routed=side.routed, native=native, shortlist_from=shortlist_from
-            )
+        pack_routers(side, shortlist_from)
         rig.equip(side, {1: artefact})
         gates = rig.step(side, [(rig.make_sequence(PROMPT, plan=plan), 40)], collect_layers=True).gates
         assert gates is not None
@@ -437,26 +442,49 @@ def test_a_token_beyond_the_vocabulary_is_an_error_and_not_somebody_elses_memory
     assert rig.prefill(side, [5, 319, 7], [3]).isfinite().all()
 
 
-class ReusingLibrary:
-    """The library of a busy machine: what was freed is somebody else's when a head is read."""
+class OtherLibrary:
+    """The library, but for one function."""
 
-    def __init__(self, shape: torch.Size) -> None:
-        self._shape = shape
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        self._name = name
+        self._function = function
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(libraries()[0], name)
-
-    def lm_set_head(self, *arguments: Any) -> Any:
-        others = [torch.full(self._shape, torch.nan) for _ in range(4)]
-        error = libraries()[0].lm_set_head(*arguments)
-        del others
-        return error
+        return self._function if name == self._name else getattr(libraries()[0], name)
 
 
 def test_a_head_that_has_to_be_copied_lives_until_it_is_packed() -> None:
+    """On a busy machine, where memory that was freed is somebody else's at once."""
     model = ready(llama())
     expected = rig.prefill(rig.native_side(model), PROMPT, [len(PROMPT)])
     head: Any = model.lm_head
     head.weight = nn.Parameter(head.weight.t().contiguous().t(), requires_grad=False)
-    library: Any = ReusingLibrary(head.weight.shape)
+
+    def set_head(*arguments: Any) -> Any:
+        others = [torch.full(head.weight.shape, torch.nan) for _ in range(4)]
+        assert others
+        return libraries()[0].lm_set_head(*arguments)
+
+    library: Any = OtherLibrary("lm_set_head", set_head)
     assert torch.equal(rig.prefill(rig.native_side(model, library=library), PROMPT, [len(PROMPT)]), expected)
+
+
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [
+        ("lm_engine_new", MemoryError),
+        ("lm_adapter_new", AdapterMemoryError),
+        ("lm_shortlist_new", OverloadedError),
+    ],
+)
+def test_no_memory_is_called_no_memory(function: str, error: type[Exception]) -> None:
+    """Not a fault of the native step, that torch would help against."""
+    library: Any = OtherLibrary(function, lambda *_: b"std::bad_alloc")
+
+    def serve() -> None:
+        side = rig.native_side(ready(llama()), library=library)
+        pack_routers(side, shortlist_from=1)
+        rig.equip(side, {1: rig.random_artefact(side.routed, "layer")})
+
+    with pytest.raises(error, match="no memory"):
+        serve()
