@@ -84,7 +84,8 @@ class ModelRunner:
         }
         sampled: dict[int, SampledToken] = {}
         if drawn := [index for index in rows if index not in said]:
-            final = logits[[last[index] for index in drawn]]  # (rows that are not plainly greedy, V)
+            places = [last[index] for index in drawn]
+            final = logits if places == list(range(len(logits))) else logits[places]  # (not plainly greedy rows, V)
             sampled |= zip(drawn, sample(final, [rows[index] for index in drawn]), strict=True)
             said |= {index: (token.token_id,) for index, token in sampled.items()}
         outputs = []

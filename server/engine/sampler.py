@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from collections.abc import Sequence as ListLike
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from server.engine import sampling_ops as ops
+from server.engine.occurrences import Occurrences
 from server.engine.sequence import Sequence, TokenLogprobs
 from server.errors import EngineError
 
@@ -123,23 +125,29 @@ def _apply_bias(logits: Tensor, rows: list[Sequence]) -> None:
 
 
 def _apply_penalties(logits: Tensor, rows: list[Sequence]) -> None:
-    penalised = [(index, sequence) for index, sequence in enumerate(rows) if sequence.params.is_penalised]
-    if not penalised:
+    indices = [index for index, sequence in enumerate(rows) if sequence.params.is_penalised]
+    if not indices:
         return
-    factors = torch.tensor(
-        [[row.params.repetition_penalty, row.params.presence_penalty, row.params.frequency_penalty] for row in rows],
-        dtype=torch.float32,
-        device=logits.device,
+    known = [_occurrences(rows[index]) for index in indices]
+    lengths = [len(occurrences.token_ids) for occurrences in known]
+    params = [rows[index].params for index in indices]
+    penalties = [(row.repetition_penalty, row.presence_penalty, row.frequency_penalty) for row in params]
+    arrays = (
+        np.repeat(indices, lengths),
+        np.concatenate([np.array(occurrences.token_ids) for occurrences in known]),
+        np.concatenate([np.array(occurrences.num_said) for occurrences in known]),
+        np.repeat(np.array(penalties, np.float32), lengths, axis=0),
     )
-    output = [(index, row.output_token_ids) for index, row in penalised]
-    seen = [(index, row.token_ids) for index, row in penalised if row.params.repetition_penalty != 1.0]
-    ops.penalise(logits, _occurrences(seen, logits), _occurrences(output, logits), factors)
+    ops.penalise(logits, *(torch.from_numpy(array).to(logits.device) for array in arrays))
 
 
-def _occurrences(tokens_of_row: list[tuple[int, list[int]]], like: Tensor) -> tuple[Tensor, Tensor]:
-    """(row, tokens) pairs -> row index and token id of every occurrence, two tensors of one length."""
-    indices = [index for index, tokens in tokens_of_row for _ in tokens]
-    return _ids(indices, like), _ids([id_ for _, tokens in tokens_of_row for id_ in tokens], like)
+def _occurrences(sequence: Sequence) -> Occurrences:
+    """Its tokens so far, those of its prompt only where they are penalised."""
+    if (known := sequence.occurrences) is None:
+        prompt = sequence.prompt_token_ids if sequence.params.repetition_penalty != 1.0 else ()
+        known = sequence.occurrences = Occurrences(prompt)
+    known.tell(sequence.output_token_ids[known.num_told :])
+    return known
 
 
 def _filter(weights: Tensor, rows: list[Sequence]) -> None:

@@ -74,24 +74,18 @@ def to_weights(logits: Tensor, best: Tensor, temperatures: Tensor) -> Tensor:
     return F.threshold(scaled.exp_(), NEGLIGIBLE, 0.0, inplace=True)
 
 
-def penalise(
-    logits: Tensor, repetition: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor], penalties: Tensor
-) -> None:
+def penalise(logits: Tensor, rows: Tensor, token_ids: Tensor, num_said: Tensor, penalties: Tensor) -> None:
     """Apply repetition, presence and frequency penalties in place.
 
-    `repetition` and `output` are (row, token id) pairs, one per token occurrence, of prompt plus output and of output
-    alone; `penalties` (S, 3) holds the repetition, presence and frequency penalty of each row. Repetition is CTRL's
+    Row and token id (N,) of every logit that is penalised, each once; how often its token was generated (N,), 0 of what
+    stands in the prompt alone; and its row's repetition, presence and frequency penalty (N, 3). Repetition is CTRL's
     (arXiv 1909.05858): positive logits divided, negative multiplied. Presence is subtracted once, frequency per
     occurrence, from tokens already generated (OpenAI's definitions).
     """
-    vocab_size = logits.shape[-1]
-    flat = logits.view(-1)
-    keys = torch.unique(repetition[0] * vocab_size + repetition[1])
-    values, factor = flat[keys], penalties[keys // vocab_size, 0]
-    flat[keys] = torch.where(values > 0, values / factor, values * factor)
-    keys, counts = torch.unique(output[0] * vocab_size + output[1], return_counts=True)
-    rows = keys // vocab_size
-    flat[keys] -= penalties[rows, 1] + penalties[rows, 2] * counts
+    repetition, presence, frequency = penalties.unbind(dim=1)
+    values = logits[rows, token_ids]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    logits[rows, token_ids] = values - ((num_said > 0) * presence + num_said * frequency)
 
 
 def keep_likely(weights: Tensor, filters: Filters) -> None:

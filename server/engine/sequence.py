@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 from server.engine.drafts import Drafter
 from server.engine.lease import Lease, NoLease
+from server.engine.occurrences import Occurrences
 from server.engine.step_stats import RoutingStats
 from server.routing.plan_course import NO_COURSE, PlanCourse, plan_runs
 from server.routing.policy import BASE_PLAN, GatePlan
@@ -171,6 +172,8 @@ class Sequence:
     """Guesses of the tokens behind the known ones, which the step under way computes with them."""
     drafter: Drafter | None = None
     """Who makes them; None until the first might be."""
+    occurrences: Occurrences | None = None
+    """What penalties look at; None until the first are applied."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Chained content hashes of the full blocks of prompt + output, filled lazily by the block pool's user."""
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)

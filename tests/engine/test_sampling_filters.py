@@ -18,7 +18,13 @@ from transformers import (
 
 from server.engine import sampler, sampling_ops
 from server.engine.sampler import sample
-from tests.engine.sampling_reference import VOCAB_SIZE, random_logits, reference_probabilities, sequence
+from tests.engine.sampling_reference import (
+    VOCAB_SIZE,
+    random_logits,
+    reference_probabilities,
+    reference_sample,
+    sequence,
+)
 
 
 def kept_by(logits: Tensor, **params: Any) -> list[set[int]]:
@@ -86,6 +92,23 @@ def test_presence_and_frequency_penalties_count_output_tokens_only() -> None:
         4: -1.0,
         900: -0.75,
     }
+
+
+def test_penalties_follow_sequences_as_they_grow() -> None:
+    """Counts are kept from step to step; the reference counts anew. Few tokens, so that they come again."""
+    penalties: list[dict[str, Any]] = [
+        {"repetition_penalty": 1.3},
+        {"presence_penalty": 0.5, "frequency_penalty": 0.25},
+        {"repetition_penalty": 0.9, "frequency_penalty": -0.3},
+        {},
+    ]
+    rows = [sequence(index, output=(2, 4) * index, **params) for index, params in enumerate(penalties)]
+    for step in range(40):
+        logits = random_logits(len(rows), seed=step, vocab_size=8)
+        chosen = [token.token_id for token in sample(logits, rows)]
+        assert chosen == [reference_sample(row.tolist(), of) for row, of in zip(logits, rows, strict=True)]
+        for row, token_id in zip(rows, chosen, strict=True):
+            row.append(token_id)
 
 
 def test_min_tokens_forbids_eos_and_stop_tokens_until_then() -> None:
