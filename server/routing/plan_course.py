@@ -1,5 +1,6 @@
 """Which gate plan each token of a sequence follows where it is not the request's own: a prompt gate's decisions."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -31,13 +32,13 @@ def clipped(spans: Sequence[PlanSpan], length: int) -> tuple[PlanSpan, ...]:
 def plan_runs(spans: Sequence[PlanSpan], plan: GatePlan, start: int, stop: int) -> list[tuple[GatePlan, int]]:
     """(plan, number of tokens) of the tokens start..stop-1 in order, each with at least one; behind the spans all
     follow `plan`."""
-    if not spans or start >= spans[-1].stop:
-        return [(plan, stop - start)]
     runs = []
-    for end, own in [*spans, PlanSpan(stop, plan)]:
-        if start < min(end, stop):
-            runs.append((own, min(end, stop) - start))
-            start = min(end, stop)
+    index = bisect_right(spans, start, key=lambda span: span.stop)
+    while start < stop:
+        end, own = spans[index] if index < len(spans) else (stop, plan)
+        count = min(end, stop) - start
+        runs.append((own, count))
+        start, index = start + count, index + 1
     return runs
 
 
@@ -92,7 +93,7 @@ class PlanCourse:
     """Plans of a sequence's tokens, as far as they are known, and what its next tokens may change. A pure value."""
 
     spans: tuple[PlanSpan, ...] = ()
-    """From the beginning; behind them all tokens follow the request's plan."""
+    """From the beginning, by rising `stop`; behind them all tokens follow the request's plan."""
     turns: AnswerTurns = NO_TURNS
 
     def after(self, token_id: int, position: int, plan: GatePlan) -> "PlanCourse":

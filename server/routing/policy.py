@@ -42,6 +42,10 @@ class GatePlan:
     router_generation: int | None = None
     top_k: int = 0
 
+    def __hash__(self) -> int:
+        """Of bytes, which keep theirs: steps look plans up row by row, and a tuple of a large pool is hashed anew."""
+        return hash(self.fingerprint)
+
     @property
     def slots(self) -> tuple[int, ...]:
         """Every slot this plan can activate."""

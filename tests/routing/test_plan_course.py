@@ -93,6 +93,20 @@ def owners(tokens: list[int], course: PlanCourse) -> list[str]:
     return [names.get(plan.fingerprint, "3") for plan, count in runs for _ in range(count)]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_runs_are_those_of_the_tokens_one_by_one(seed: int) -> None:
+    """Whatever stretch is asked for: its ends fall on those of spans, between them and behind the last."""
+    chance = random.Random(seed)
+    stops = sorted(chance.sample(range(1, 30), chance.randrange(8)))
+    spans = [PlanSpan(stop, chance.choice([ONE, TWO, OWN])) for stop in stops]
+    owners = [next((span.plan for span in spans if position < span.stop), OWN) for position in range(40)]
+    for start in range(40):
+        for stop in range(start + 1, 41):
+            runs = plan_runs(spans, OWN, start, stop)
+            assert [plan for plan, count in runs for _ in range(count)] == owners[start:stop]
+            assert all(count > 0 for _, count in runs)
+
+
 def test_tasks_wait_in_the_order_of_the_question() -> None:
     assert read(question(A, B, C)).turns == AnswerTurns(FRAME, (Turn(1, TWO), Turn(2, THREE)))
     assert read(question(B, 0, A)).turns.waiting == (Turn(2, ONE),), "the base model's stretch is no task"
