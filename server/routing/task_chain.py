@@ -36,22 +36,28 @@ def smoothed(emissions: Floats, arrivals: Floats, *, background: int | None = No
     likelihood: Floats = np.exp(emissions - emissions.max(axis=1, keepdims=True))
     # Far from the best choice is as good as never; zero would divide by zero where everything is.
     likelihood = np.maximum(likelihood, 1e-30)
+    # Whoever had the token before has this one too, and whoever arrives. What need not wait for the token before is
+    # computed of all tokens at once: the loops are most of what reading a question costs.
+    stays, arrives = likelihood * rest[:, None], likelihood * arrivals  # (T, C)
+    ones = np.ones(count)
     posterior: Floats = np.empty_like(likelihood)
     scales: Floats = np.empty(length)
-    message = np.ones(count)
+    message = likelihood[0]
     for position in range(length):  # given the tokens so far
-        arrived = rest[position] * message + arrivals[position] if position else message
-        message = likelihood[position] * arrived
-        scales[position] = message.sum()
-        message /= scales[position]
-        posterior[position] = message
+        if position:
+            message = message * stays[position]
+            message += arrives[position]
+        scales[position] = total = message.dot(ones)
+        message = np.divide(message, total, out=posterior[position])
     begins = _first_arrivals(likelihood, arrivals, rest, scales, background) / np.maximum(posterior, 1e-300)
-    message = np.ones(count)
+    behind: Floats = np.empty_like(likelihood)  # what the tokens behind say
+    behind[-1] = message = ones
     for position in range(length - 1, 0, -1):
-        message = likelihood[position] * message
-        message /= message.sum()
-        message = rest[position] * message + arrivals[position] @ message
-        posterior[position - 1] *= message
+        from_any = arrives[position].dot(message)
+        message = stays[position] * message
+        message += from_any
+        message = np.divide(message, message.dot(ones), out=behind[position - 1])
+    posterior *= behind
     posterior /= posterior.sum(axis=1, keepdims=True)
     first: Floats = (begins * posterior).sum(axis=0)
     if background is not None:
