@@ -235,12 +235,10 @@ class Sequence:
 
     @property
     def forbidden_token_ids(self) -> list[int]:
-        """Tokens that would end the sequence before `min_tokens`. Those that end it by nature among them even with
-        `ignore_eos`, as in vLLM: it says that they end nothing, not that they may come early."""
-        params = self.params
-        if self.num_output_tokens >= params.min_tokens:
-            return []
-        return [*params.stop_token_ids, *self.eos_token_ids]
+        """Tokens that would end the sequence before `min_tokens`, also those that `ignore_eos` makes end nothing, as in
+        vLLM: it does not say that they may come early."""
+        is_early = self.num_output_tokens < self.params.min_tokens
+        return [*self.params.stop_token_ids, *self.eos_token_ids] if is_early else []
 
     @property
     def adjusts_logits(self) -> bool:
