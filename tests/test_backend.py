@@ -9,6 +9,8 @@ import torch
 
 from server.backend import build_backend
 from server.config import ServerSettings
+from server.engine.native_graph import NativeGraph
+from server.engine.native_states import NativeStates, num_state_blocks
 from server.errors import ConfigError
 from server.machine import has_bfloat16
 from server.model.quantization import quantize_model
@@ -82,6 +84,18 @@ def test_drafts_that_are_not_made_are_said_to_be_none(
     with caplog.at_level(logging.WARNING):
         assert build_backend(attach_routing(tiny_llama(), num_slots=3), settings, 64).name == "torch"
     assert "speculative_tokens is not used" in caplog.text
+
+
+@NEEDS_NATIVE
+def test_states_of_examples_have_cache_blocks_that_no_sequence_is_given(tiny_llama: Callable[..., Any]) -> None:
+    backend = build_backend(
+        attach_routing(tiny_llama(), num_slots=3), SETTINGS.model_copy(update={"backend": "native"}), 64
+    )
+    assert isinstance(backend.states, NativeStates)
+    assert isinstance(backend.graph, NativeGraph)
+    num_blocks_of_cache = backend.graph._native._cache_shape[1]
+    assert set(backend.states._blocks) == set(range(backend.num_blocks, num_blocks_of_cache))
+    assert len(backend.states._blocks) == num_state_blocks(SETTINGS.block_size)
 
 
 def build_int8(model: Any, settings: ServerSettings) -> Any:

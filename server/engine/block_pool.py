@@ -100,7 +100,8 @@ class BlockPool:
     def publish(self, block: int, content: bytes) -> None:
         """Offer a held, fully computed block under its content hash. A block already known under it stays the one."""
         assert self._num_holders[block] > 0, "only a held block can be published"
-        if content not in self._block_of and self._hash_of[block] is None:
+        if content not in self._block_of:
+            assert self._hash_of[block] is None, "a block is published under one content"
             self._block_of[content] = block
             self._hash_of[block] = content
 

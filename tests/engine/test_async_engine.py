@@ -13,6 +13,9 @@ from server.engine.step_stats import StepStats
 from tests.engine.async_clients import StartEngine, consume, request, until
 from tests.engine.fakes import CountingLease, FakeRunner, build_engine, scripted, tokens_of
 
+LONG = {"max_model_len": 16_000, "num_blocks": 4001}
+"""Limits under which an answer takes longer than `until` waits: that it ends is somebody's doing."""
+
 
 async def test_a_request_streams_its_tokens_and_ends(start_engine: StartEngine) -> None:
     engine, lease = start_engine(FakeRunner(scripted([1, 2, 3]))), CountingLease()
@@ -80,8 +83,8 @@ async def test_one_choice_can_be_aborted_while_the_other_goes_on(start_engine: S
 @pytest.mark.parametrize("how", ["cancelled", "closed", "forgotten", "broken out of"])
 async def test_a_consumer_that_leaves_frees_everything(start_engine: StartEngine, how: str) -> None:
     lease = CountingLease()
-    engine = start_engine(FakeRunner(delay_s=0.002))
-    handle: GenerationHandle | None = engine.submit(request(n=2, lease=lease, max_tokens=100))
+    engine = start_engine(FakeRunner(delay_s=0.002), LONG)
+    handle: GenerationHandle | None = engine.submit(request(n=2, lease=lease, max_tokens=LONG["max_model_len"]))
     assert handle is not None
     await anext(handle)
     if how == "cancelled":
@@ -148,13 +151,13 @@ async def test_a_failing_step_ends_with_an_error_and_the_next_request_works(star
 
 
 def test_requests_of_a_closed_event_loop_are_aborted() -> None:
-    engine = AsyncEngine(build_engine(FakeRunner(delay_s=0.002)))
+    engine = AsyncEngine(build_engine(FakeRunner(delay_s=0.002), **LONG))
     engine.start()
     lease = CountingLease()
     handles: list[GenerationHandle] = []
 
     async def submit_and_leave() -> None:
-        handles.append(engine.submit(request(max_tokens=100, lease=lease)))
+        handles.append(engine.submit(request(max_tokens=LONG["max_model_len"], lease=lease)))
 
     asyncio.run(submit_and_leave())
     asyncio.run(until(lambda: lease.num_releases == 1 and engine.num_running == 0))

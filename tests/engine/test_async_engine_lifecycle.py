@@ -179,6 +179,18 @@ async def test_drain_aborts_what_does_not_finish_in_time(start_engine: StartEngi
     assert [lease.num_releases for lease in leases] == [1, 1]
 
 
+async def test_drain_ends_behind_what_was_sent_before_its_end(start_engine: StartEngine) -> None:
+    engine = start_engine()
+    opened = threading.Event()
+    engine.call_between_steps(lambda: opened.wait(5))
+    draining = asyncio.create_task(engine.drain(timeout_s=10))
+    await asyncio.sleep(0)
+    is_done = engine.call_between_steps(lambda: not engine._idle_futures)
+    opened.set()
+    assert not await asyncio.wrap_future(is_done)
+    await draining
+
+
 async def test_drain_of_an_idle_engine_returns_at_once(start_engine: StartEngine) -> None:
     engine = start_engine()
     async with asyncio.timeout(5):

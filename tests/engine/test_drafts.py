@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from server.engine.block_pool import BlockPool
 from server.engine.drafts import LONGEST_PAUSE, NGRAM, SHORTEST, Drafter
-from server.engine.sequence import FinishReason, SamplingParams, Sequence
-from server.engine.speculation import MAX_SPECULATIVE_TOKENS
+from server.engine.sequence import FinishReason, SamplingParams, ScheduledBatch, ScheduledSequence, Sequence
+from server.engine.speculation import MAX_SPECULATIVE_TOKENS, Speculation
+from server.errors import EngineError
 from tests.engine.fakes import FakeRunner, build_engine, run_to_end, tokens_of
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40)
@@ -108,15 +110,18 @@ def test_an_end_among_right_drafts_ends_there() -> None:
         assert events[0][-1].finish_reason is FinishReason.LENGTH
 
 
-@pytest.mark.parametrize("ignores_eos", [False, True])
-def test_nothing_is_computed_behind_a_token_that_ends_the_sequence(ignores_eos: bool) -> None:
+@pytest.mark.parametrize(
+    ("params", "ends"),
+    [({}, True), ({"ignore_eos": True}, False), ({"stop_token_ids": (50,), "ignore_eos": True}, True)],
+)
+def test_nothing_is_computed_behind_a_token_that_ends_the_sequence(params: dict[str, Any], ends: bool) -> None:
     """The text has the end in it, and something behind, which a draft would go on with, and statistics would count."""
     script = [0, 1, 2, 3, 4, 50, 60, 61, 62, 63]
     engine = build_engine(FakeRunner(lambda sequence: (script * 3)[sequence.num_output_tokens]), speculative_tokens=8)
-    params = SamplingParams(temperature=0.0, max_tokens=25, ignore_eos=ignores_eos)
-    sequence = Sequence(0, script * 3, params, eos_token_ids=frozenset({50}))
+    sampling = SamplingParams(temperature=0.0, max_tokens=25, **params)
+    sequence = Sequence(0, script * 3, sampling, eos_token_ids=frozenset({50}))
     events, _, drafted, accepted = events_of(engine, sequence)
-    assert tokens_of(events[0]) == (script * 3)[: 25 if ignores_eos else 6]
+    assert tokens_of(events[0]) == (script * 3)[: 6 if ends else 25]
     assert drafted > 0
     assert len(tokens_of(events[0])) == len(events[0]) + accepted, "every draft that was counted as right was used"
 
@@ -169,6 +174,41 @@ def test_nobody_loses_blocks_for_a_draft() -> None:
     while engine.has_work:
         num_preempted += engine.step()[1].num_preempted
     assert num_preempted == 0
+
+
+@pytest.mark.parametrize(("num_free", "gets_drafts"), [(2, False), (3, True)])
+def test_drafts_leave_a_block_for_every_running_sequence(num_free: int, gets_drafts: bool) -> None:
+    sequence = Sequence(0, [9], GREEDY)
+    sequence.output_token_ids = [position % 7 for position in range(14)]
+    sequence.num_computed_tokens = 14
+    pool = BlockPool(1 + 4 + num_free, 4)
+    sequence.block_table = pool.allocate(4)  # of 16 tokens; with drafts it has 17 or more
+    rows = Speculation(pool, 8, 100).with_drafts([ScheduledSequence(sequence, 1)], 64, num_running=2)
+    assert bool(rows[0].num_drafts) is gets_drafts
+    assert pool.num_free == num_free - gets_drafts
+
+
+def test_drafts_of_a_step_that_failed_are_forgotten() -> None:
+    """The error is another's; behind it a long prompt fills the steps, so that there is no room for drafts."""
+    rows: list[tuple[int, int]] = []
+    num_errors = 0
+
+    def fail(batch: ScheduledBatch) -> Exception | None:
+        nonlocal num_errors
+        rows.extend((row.num_tokens, row.num_drafts) for row in batch.rows)
+        if num_errors or not batch.rows[0].num_drafts:
+            return None
+        num_errors += 1
+        return EngineError("the other's", sequence_ids=[1])
+
+    engine = build_engine(FakeRunner(parrot, fail=fail), speculative_tokens=4, max_num_batched_tokens=32)
+    for index in range(2):
+        engine.add(Sequence(index, [9], GREEDY))
+    while not num_errors:
+        engine.step()
+    engine.add(Sequence(2, [8] * 60, GREEDY))
+    run_to_end(engine)
+    assert all(num_drafts < num_tokens for num_tokens, num_drafts in rows)
 
 
 @hypothesis_settings(max_examples=60)

@@ -327,6 +327,23 @@ def test_a_row_that_is_not_finite_fails_alone_and_its_blocks_are_cleaned(
         assert torch.isfinite(tensor).all()
 
 
+def test_blocks_that_a_poisoned_row_only_reads_stay_as_they_are(tiny_llama: Callable[..., Any]) -> None:
+    """They may be the prefix cache's, which others read."""
+    model = tiny_llama()
+    poison = 319
+    model.model.embed_tokens.weight[poison] = torch.nan
+    prompt = [token for token in PROMPT if token != poison][: 2 * BLOCK_SIZE]
+    runner, _, attention = make_setup(model)
+    runner.run(ScheduledBatch((ScheduledSequence(make_sequence(1, prompt), len(prompt)),)))
+    assert attention.cache is not None
+    before = attention.cache.keys[0][1:3].clone()
+    bad = make_sequence(1, [*prompt, poison, 5])
+    bad.num_computed_tokens = len(prompt)
+    (output,) = runner.run(ScheduledBatch((ScheduledSequence(bad, 2),))).outputs
+    assert output.error is not None
+    assert torch.equal(attention.cache.keys[0][1:3], before)
+
+
 class AskedGraph:
     """A graph that notes at which positions logits were wanted, and where only whether all is finite."""
 
@@ -358,6 +375,36 @@ def test_logits_are_computed_where_a_token_is_sampled_or_scored_and_nowhere_else
     assert len(outputs[2].prompt_logprobs) == 3
     runner.run(ScheduledBatch((ScheduledSequence(begun, 5),)))
     assert graph.asked[1:] == [([], [4])], "a step of nothing but beginnings"
+
+
+class PoisonedGraph(AskedGraph):
+    """What it says at the last position is not finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cleared: list[int] = []
+
+    def forward(
+        self, layout: StepLayout, positions: ListLike[int], *, checks: ListLike[int] = (), collect_layers: bool
+    ) -> GraphOutput:
+        output = super().forward(layout, positions, checks=checks, collect_layers=collect_layers)
+        output.logits[-1] = torch.nan
+        return output
+
+    def clear(self, blocks: ListLike[int]) -> None:
+        self.cleared += blocks
+
+
+def test_a_row_fails_where_what_is_said_under_a_draft_is_not_finite() -> None:
+    """Though the token before it is as right as ever: the draft's K/V is in the cache, which others may read."""
+    graph = PoisonedGraph()
+    sequence = make_sequence(1, PROMPT)
+    sequence.num_computed_tokens = sequence.num_tokens - 1
+    sequence.draft_token_ids = [5]
+    row = ScheduledSequence(sequence, 2)
+    (output,) = ModelRunner(graph, block_size=BLOCK_SIZE).run(ScheduledBatch((row,))).outputs
+    assert (output.error is not None, output.token_ids) == (True, ())
+    assert graph.cleared
 
 
 def test_buckets_hold_what_they_are_asked_to() -> None:

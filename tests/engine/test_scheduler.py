@@ -118,6 +118,7 @@ def test_fewer_tokens_than_seats_starve_nobody() -> None:
     engine = build_engine(runner, max_num_seqs=8, max_num_batched_tokens=2)
     for index in range(5):
         engine.add(make_sequence(3, first_token=index))
+    assert engine.scheduler.max_num_seqs == 2, "what admission takes for seats"
     run_to_end(engine)
     assert max(len(batch) for batch in runner.batches) == 2
 

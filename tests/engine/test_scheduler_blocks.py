@@ -7,6 +7,7 @@ import pytest
 from server.engine.engine import Engine
 from server.engine.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
 from server.engine.waiting_queue import TURN
+from server.routing.plan_course import PlanCourse, PlanSpan
 from server.routing.policy import GatePlan, Policy
 from tests.engine.fakes import (
     FakeRunner,
@@ -81,6 +82,19 @@ def test_nothing_is_taken_from_the_cache_by(changes: dict[str, Any]) -> None:
     engine.add(other)
     run_to_end(engine)
     assert other.num_cached_tokens == 0
+
+
+def test_nothing_is_taken_from_the_cache_where_tokens_follow_another_plan() -> None:
+    """A prompt gate's decisions change K/V, and so does where they end."""
+    other = GatePlan(Policy.PINNED, b"other adapter", weights=((1, 1.0),))
+    engine = build_engine()
+    courses = [PlanCourse(()), PlanCourse((PlanSpan(12, other),)), PlanCourse((PlanSpan(3, other),))]
+    sequences = [Sequence(id_, list(range(12)), SamplingParams(max_tokens=1), course=course)
+                 for id_, course in enumerate([*courses, *courses])]  # fmt: skip
+    for sequence in sequences:
+        engine.add(sequence)
+        run_to_end(engine)
+    assert [sequence.num_cached_tokens for sequence in sequences] == [0, 0, 0, 8, 8, 8]
 
 
 def test_with_prefix_caching_off_nothing_is_reused() -> None:

@@ -383,6 +383,20 @@ def test_retired_adapters_and_dropped_models_are_freed() -> None:
     assert native() is None
 
 
+def test_a_step_computes_with_the_adapters_that_are_there_now() -> None:
+    """One comes into another's slot between two steps."""
+    side = rig.native_side(ready(llama()))
+    bank = side.routed.bank
+    plan = fixed_plan(Policy.PINNED, {1: 1.0}, {1: "d1"})
+    found = []
+    for other in (1, 2, 1):
+        emptied = bank.without_slots([1])
+        bank.publish(bank.with_adapter(1, rig.random_weights(side.routed, other), onto=emptied))
+        found.append(rig.prefill(side, PROMPT, [70], plan))
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+
+
 def test_plans_of_a_step_outlive_their_place_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """More plans than are kept arrive in one step: each must still be what it was when the step reads it."""
     model = ready(llama())
