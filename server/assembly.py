@@ -231,11 +231,12 @@ def _load_adapters(registry: AdapterRegistry, config: ServerConfig, router_names
     infos = [registry.wait(name) for name in names]
     failed = sum(info.state is AdapterState.FAILED for info in infos)
     for info in infos:
-        if info.pinned and info.code == AdapterMemoryError.default_code:
+        has_room = all(reason.code != AdapterMemoryError.default_code for reason in info.reasons)
+        if info.pinned and not has_room:
             message = f"the pinned adapters do not fit into memory: {info.name}: {info.reason}"
             raise ConfigError(message, param="server.adapter_memory_mib")
         # One that came after the pinned ones had filled the memory; had it come first, the swap below would say so.
-        if info.code == AdapterMemoryError.default_code and info.name in router_names:
+        if not has_room and info.name in router_names:
             message = f"the router's adapters do not fit into memory: {info.name}: {info.reason}"
             raise ConfigError(message, param="server.adapter_memory_mib")
     if config.router_folder is not None:

@@ -56,7 +56,7 @@ def test_it_has_one_gate_per_layer_with_background_statistics(artefact: RouterAr
     assert sum(rows.numel() for rows in artefact.rows.values()) == 17_280 * 9
     background = from_tensors(artefact.background, artefact.rows)
     assert set(background.domains.tolist()) == set(range(9))
-    assert sum(file.stat().st_size for file in (ROOT / "examples/demo/router").iterdir()) < 8_000_000
+    assert sum(file.stat().st_size for file in (ROOT / "examples/demo/router").iterdir()) < 10_000_000
 
 
 def test_its_prompt_gate_covers_every_choice_and_can_take_newcomers(artefact: RouterArtefact) -> None:
