@@ -22,7 +22,7 @@ GAIN = 0.5
 """Weight of a token's log ratio. Tokens of a question are not independent, so whole ones would be too sure."""
 PRIOR_TOKENS = 1500.0
 """Tokens of questions like the examples' that their own are mixed with."""
-ALIKE_SHARE = 0.1
+ALIKE_SHARE = 0.05
 """Share of these that is like the examples'; the rest is ordinary, so that words that are merely like a newcomer's do
 not outweigh what trained choices know, and none says much against it. The best of what was tried, as the two above: see
 docs/hot-routing.md."""

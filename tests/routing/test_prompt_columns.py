@@ -68,7 +68,7 @@ def test_the_column_is_the_log_mean_of_the_trained_ones_and_a_damped_log_ratio()
     ordinary = 0.6 * statistics.frequency.double().numpy() + 0.4 / V
     counts = np.bincount([*own[0], *own[1]], minlength=V).astype(np.float64)
     alike = tilted(torch.tensor(ordinary), statistics.features, torch.tensor(counts)).numpy()
-    likely = 0.9 * ordinary + 0.1 * alike
+    likely = 0.95 * ordinary + 0.05 * alike
     for prior, found in (
         (likely, column(gate, own)),
         (ordinary, column_from_questions(own, gate, replace(statistics, features=None))),
