@@ -49,6 +49,9 @@ T = TypeVar("T")
 PollCancelled = Callable[[], None]
 """Raises what the calibration should end with when nobody wants it any more."""
 
+ReadStates = Callable[[Mapping[int, HotRow]], list[dict[str, Tensor]]]
+"""Per example what each gate reads of its chosen tokens, (N, d), under the trained rows and these, by slot."""
+
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
@@ -107,12 +110,13 @@ class Calibrator:
         RouterArtefactError when the artefact has no statistics, what `ExampleStates` raises, and what `poll` raises.
         """
         background = from_tensors(artefact.background, artefact.rows)
+        read = functools.partial(self._states_of, examples, artefact, trained_slots, poll)
         if examples and predecessor is not None:
-            heir = self._inherit(slot, examples, artefact, background, trained_slots, poll, predecessor)
+            heir = self._inherit(slot, examples, artefact, background, read, predecessor)
             if not heir.problems:
                 return heir
         if examples:
-            row, own = self._from_examples(slot, examples, artefact, background, trained_slots, poll)
+            row, own = _from_examples(slot, artefact, background, read)
         else:
             row, own = self._from_weights(slot, artefact, background), None
         names = [adapter.name for adapter in artefact.adapters]
@@ -137,12 +141,11 @@ class Calibrator:
         examples: Sequence[Example],
         artefact: RouterArtefact,
         background: Background,
-        trained_slots: Mapping[str, int],
-        poll: PollCancelled,
+        read: ReadStates,
         predecessor: int,
     ) -> Calibration:
         row = inherited_row(artefact, predecessor)
-        inputs = _joined(self._states_of(examples, artefact, trained_slots, {slot: row}, poll))
+        inputs = _joined(read({slot: row}))
         report = judge_heir(row, artefact, background, predecessor, inputs)
         prompt = None
         if artefact.prompt_gate is not None and self._reads_prompts:
@@ -150,30 +153,6 @@ class Calibrator:
             prompts = [example.token_ids for example in examples]
             prompt = judge_heirs_column(artefact.prompt_gate, predecessor, prompts, names)
         return Calibration(row, report, "inherited", len(examples), artefact, prompt)
-
-    def _from_examples(
-        self,
-        slot: int,
-        examples: Sequence[Example],
-        artefact: RouterArtefact,
-        background: Background,
-        trained_slots: Mapping[str, int],
-        poll: PollCancelled,
-    ) -> tuple[HotRow, float]:
-        """The row, and the win rate on examples that a row fitted without them has: two halves judge each other."""
-        halves: list[list[dict[str, Tensor]]] = [[], []]
-        row: HotRow | None = None
-        for _ in range(ROUNDS):
-            states = self._states_of(examples, artefact, trained_slots, {} if row is None else {slot: row}, poll)
-            halves[0] += states[0::2]
-            halves[1] += states[1::2]
-            row = _fit(halves[0] + halves[1], artefact, background)
-        assert row is not None
-        rates = [
-            win_rate(_fit(halves[fitted], artefact, background), _joined(halves[1 - fitted]), artefact.rows)
-            for fitted in (0, 1)
-        ]
-        return row, sum(rates) / 2
 
     def _from_weights(self, slot: int, artefact: RouterArtefact, background: Background) -> HotRow:
         weights = self._between_steps(lambda: self._states.weights(slot, artefact))
@@ -192,8 +171,8 @@ class Calibrator:
         examples: Sequence[Example],
         artefact: RouterArtefact,
         trained_slots: Mapping[str, int],
-        hot: Mapping[int, HotRow],
         poll: PollCancelled,
+        hot: Mapping[int, HotRow],
     ) -> list[dict[str, Tensor]]:
         """What the gates read of each example's chosen tokens under the trained rows and these."""
         routers, plan = self._routing(artefact, trained_slots, hot)
@@ -246,6 +225,25 @@ def _spread(start: int, stop: int) -> Tensor:
     if length <= MAX_TOKENS_PER_PART:
         return torch.arange(start, stop)
     return start + torch.arange(MAX_TOKENS_PER_PART) * length // MAX_TOKENS_PER_PART
+
+
+def _from_examples(
+    slot: int, artefact: RouterArtefact, background: Background, read: ReadStates
+) -> tuple[HotRow, float]:
+    """The row, and the win rate on examples that a row fitted without them has: two halves judge each other."""
+    halves: list[list[dict[str, Tensor]]] = [[], []]
+    row: HotRow | None = None
+    for _ in range(ROUNDS):
+        states = read({} if row is None else {slot: row})
+        halves[0] += states[0::2]
+        halves[1] += states[1::2]
+        row = _fit(halves[0] + halves[1], artefact, background)
+    assert row is not None
+    rates = [
+        win_rate(_fit(halves[fitted], artefact, background), _joined(halves[1 - fitted]), artefact.rows)
+        for fitted in (0, 1)
+    ]
+    return row, sum(rates) / 2
 
 
 def _fit(parts: Sequence[Mapping[str, Tensor]], artefact: RouterArtefact, background: Background) -> HotRow:

@@ -12,7 +12,16 @@ from dataclasses import asdict, dataclass, replace
 from torch import Tensor
 
 from server.routing.background import Background
-from server.routing.prompt_columns import PromptReport, PromptVerdict, base_place, shares
+from server.routing.prompt_columns import (
+    PromptReport,
+    PromptVerdict,
+    asked_in,
+    base_place,
+    joined,
+    lost_share,
+    most_taken,
+    shares,
+)
 from server.routing.prompt_gate import PromptGate
 from server.routing.prototypes import CanaryReport, GateColumn, HotRow, judge, win_rate
 from server.routing.router import RouterArtefact
@@ -92,22 +101,16 @@ def judge_heir(
 def judge_heirs_column(
     gate: PromptGate, index: int, prompts: Sequence[Sequence[int]], names: Sequence[str]
 ) -> PromptVerdict:
-    """The canary of the scores, on the questions of rendered chats; nothing is fitted, so all judge."""
+    """The canary of the scores (V,) at `index`, on the questions of rendered chats; nothing is fitted, so all judge.
+    `names` of the gate's choices."""
     kept = [place for place in range(len(names)) if place != index]
     others, column = gate.restricted(kept), gate.scores[:, index]
     remaining = [names[place] for place in kept]
-    base = base_place(remaining)
-    questions = [prompt[start:stop] for prompt in prompts for start, stop in gate.frame.user_messages(prompt)]
-    questions = [question for question in questions if len(question)]
-    if not questions:
+    if not (examples := asked_in(prompts, gate)):
         return PromptVerdict(("none of its examples has a question for the prompt gate",))
-    given = shares(others, column, questions, base)
-    lost = sum(share for place, share in enumerate(given[:-1]) if place != base)
-    retained: dict[str, list[list[int]]] = {}
-    for tokens, choice in [] if gate.statistics is None else gate.statistics.questions:
-        if choice != index:
-            retained.setdefault(names[choice], []).append(tokens)
-    taken = {choice: shares(others, column, asked, base)[-1] for choice, asked in retained.items()}
-    most = max(sorted(taken), key=lambda choice: taken[choice], default=remaining[0])
-    report = HeirPromptReport(given[-1], lost, most, taken.get(most, 0.0))
+    base = base_place(remaining)
+    given = shares(others, column, joined(examples), base)
+    known = [] if gate.statistics is None else gate.statistics.questions
+    retained = [(tokens, choice - (choice > index)) for tokens, choice in known if choice != index]
+    report = HeirPromptReport(given[-1], lost_share(given, base), *most_taken(others, column, retained, remaining))
     return PromptVerdict(report.problems, report)

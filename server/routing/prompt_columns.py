@@ -102,14 +102,11 @@ def make_column(
             "--router DIR --data DIR`, then load the artefact again"
         )
         return None, PromptVerdict((problem,))
-    asked = [
-        [prompt[start:stop] for start, stop in gate.frame.user_messages(prompt) if start < stop] for prompt in prompts
-    ]
-    examples = [questions for questions in asked if questions]
+    examples = asked_in(prompts, gate)
     if len(examples) < MIN_EXAMPLES:
         problem = f"{len(examples)} of its examples have a question for the prompt gate; {MIN_EXAMPLES} are needed"
         return None, PromptVerdict((problem,))
-    column = column_from_questions(_joined(examples), gate, gate.statistics)
+    column = column_from_questions(joined(examples), gate, gate.statistics)
     report = judge_column(column, examples, gate, gate.statistics, names)
     return (None if report.problems else column), PromptVerdict(report.problems, report)
 
@@ -152,27 +149,44 @@ def judge_column(
     `examples` have a question or more each, and there must be at least `MIN_EXAMPLES`. `names` of the gate's choices.
     """
     base = base_place(names)
-    halves = (_joined(examples[0::2]), _joined(examples[1::2]))
+    halves = (joined(examples[0::2]), joined(examples[1::2]))
     own = [
         shares(gate, column_from_questions(halves[fitted], gate, statistics), halves[1 - fitted], base)
         for fitted in (0, 1)
     ]
-    newcomer = len(names)
     lengths = [sum(map(len, halves[1 - fitted])) for fitted in (0, 1)]
     own_share, lost = (
         sum(length * share for length, share in zip(lengths, values, strict=True)) / sum(lengths)
-        for values in (
-            [given[newcomer] for given in own],
-            [sum(share for place, share in enumerate(given[:newcomer]) if place != base) for given in own],
-        )
+        for values in ([given[-1] for given in own], [lost_share(given, base) for given in own])
     )
-    retained = statistics.questions
+    return PromptReport(own_share, lost, *most_taken(gate, column, statistics.questions, names))
+
+
+def asked_in(prompts: Sequence[Sequence[int]], gate: PromptGate) -> list[list[Sequence[int]]]:
+    """The questions of every rendered chat that has one; no empty ones."""
+    asked = [
+        [prompt[start:stop] for start, stop in gate.frame.user_messages(prompt) if start < stop] for prompt in prompts
+    ]
+    return [questions for questions in asked if questions]
+
+
+def lost_share(given: Sequence[float], base: int | None) -> float:
+    """Of `shares` with a newcomer's column, what other adapters get."""
+    return sum(share for place, share in enumerate(given[:-1]) if place != base)
+
+
+def most_taken(
+    gate: PromptGate, column: Tensor, retained: Sequence[tuple[Sequence[int], int]], names: Sequence[str]
+) -> tuple[str, float]:
+    """The choice of whose retained questions, (token ids, choice) each, a newcomer gets most, and what share of their
+    tokens; the first one and nothing where none are retained."""
+    base = base_place(names)
     taken = {
-        choice: shares(gate, column, [tokens for tokens, label in retained if label == choice], base)[newcomer]
-        for choice in {label for _, label in retained}
+        names[choice]: shares(gate, column, [tokens for tokens, label in retained if label == choice], base)[-1]
+        for choice in sorted({label for _, label in retained})
     }
-    most = max(sorted(taken), key=lambda choice: taken[choice])
-    return PromptReport(own_share, lost, names[most], taken[most])
+    most = max(taken, key=lambda name: taken[name], default=names[0])
+    return most, taken.get(most, 0.0)
 
 
 def base_place(names: Sequence[str]) -> int | None:
@@ -180,7 +194,8 @@ def base_place(names: Sequence[str]) -> int | None:
     return names.index(BASE_ALIAS) if BASE_ALIAS in names else None
 
 
-def _joined(examples: Sequence[Sequence[Sequence[int]]]) -> list[Sequence[int]]:
+def joined(examples: Sequence[Sequence[Sequence[int]]]) -> list[Sequence[int]]:
+    """The questions of all."""
     return [question for questions in examples for question in questions]
 
 
