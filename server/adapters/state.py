@@ -6,7 +6,6 @@ Methods are short and never wait for anything but the mutex, so the model's thre
 import copy
 import itertools
 import logging
-import math
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -109,9 +108,9 @@ class RegistryState:
     def record_traffic(
         self, gate_mass: Iterable[tuple[int, float]], routed_mass: Iterable[tuple[int, float]] = ()
     ) -> None:
+        """(slot, sum of gate weights) of a step. They are finite: gates of what overflows are zero in both graphs."""
         with self._changed:
             for slot, mass in gate_mass:
-                mass = mass if math.isfinite(mass) else 0.0  # of a row that fails; it would stay in these sums for ever
                 self._total_gate_mass += mass
                 if (record := self.seated.get(slot)) is not None:
                     record.gate_mass += mass
@@ -119,7 +118,7 @@ class RegistryState:
             if self._traffic.is_due:
                 self._judge_traffic()
             for slot, mass in routed_mass:
-                self._shares.add(slot, mass if math.isfinite(mass) else 0.0)
+                self._shares.add(slot, mass)
             if self._shares.is_due:
                 self._judge_shares()
 
