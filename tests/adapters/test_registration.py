@@ -83,17 +83,20 @@ def test_other_content_replaces_the_adapter_and_running_requests_keep_theirs(
 def test_a_replacement_that_finds_no_room_is_not_what_a_restart_serves(
     restart: Callable[..., AdapterRegistry], is_configured: bool
 ) -> None:
-    configured = (local("b"),) if is_configured else ()
-    registry = restart(*configured, num_slots=3)
+    configured = (local("a"),) if is_configured else ()
+    registry = restart(*configured)
     if not is_configured:
-        add(registry, "b")
-    add(registry, "a", "c", pinned=True)
+        add(registry, "a")
+    budget = 1.5 * registry.get("a").memory_bytes / 2**20  # a has rank 1, d four times that
+    settings = ServerSettings(max_adapters=4, adapter_memory_mib=budget)
+    registry = restart(*configured, settings=settings)
     before = shown(registry)
-    registry.register(local("b", "d", pinned=True), expected=["*"])
-    replacement = registry.wait("b", 30).replacement
+    registry.register(local("a", "d"), expected=["*"])
+    replacement = registry.wait("a", 30).replacement
     assert replacement is not None
     assert [reason.code for reason in replacement.reasons] == ["adapter_memory_full"]
-    assert shown(restart(*configured, num_slots=3)) == before
+    assert shown(restart(*configured, settings=settings)) == before
+    assert [state for state, _, _ in before.values()] == ["READY"]
 
 
 @pytest.mark.parametrize("is_configured", [False, True])
